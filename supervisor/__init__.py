@@ -1,0 +1,1 @@
+"""everstep: keeps a distributed PyTorch training run going."""

@@ -1,0 +1,1 @@
+"""The checkpoint format on disk: manifest, commit, verification, catalogue, retention."""

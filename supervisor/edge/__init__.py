@@ -1,0 +1,1 @@
+"""One side effect per module: clock, processes, journal, sockets, shared memory."""

@@ -1,0 +1,119 @@
+"""The control page: 4 KiB of shared memory per rank, through which worker and supervisor talk in nanoseconds.
+
+Each field has one writer and is one aligned 8-byte word, so a reader sees an old or a new value, never a mix. The
+worker writes its words (step, phase, heartbeat, …), the supervisor writes the save proposal. The proposal is a small
+protocol of its own (theory in ``decide/savepoint.py``): the supervisor fills ``PROPOSAL_STEP`` and ``PROPOSAL_FLAGS``
+first and ``PROPOSAL`` (serial << 2 | verdict) last; the worker publishes ``STEP`` first and reads ``PROPOSAL`` after.
+
+The file lies in the job's runtime directory (tmpfs) as ``control/rank-<local rank>`` and survives its worker, so
+that the supervisor can read the last words of a dead rank.
+"""
+
+from __future__ import annotations
+
+import enum
+import mmap
+import os
+import struct
+from pathlib import Path
+
+MAGIC = 0x45565253_54455031  # "EVRSTEP1"
+SIZE = 4096
+
+
+class Word(enum.IntEnum):
+    """Index of each 8-byte word. The first block is the worker's, the second the supervisor's."""
+
+    MAGIC = 0
+    PID = 1
+    STEP = 2  # completed steps
+    TOTAL_STEPS = 3  # 0: not known
+    PHASE = 4
+    HEARTBEAT_NS = 5  # CLOCK_MONOTONIC
+    SAVED_STEP = 6  # step of the newest snapshot this rank completed, plus one; 0: none
+    LOSS = 7  # a double
+    SESSION = 8  # SessionFlag
+    FIRST_STEP_NS = 9  # CLOCK_MONOTONIC when the attempt's first step was completed; 0: not yet
+
+    PROPOSAL = 64  # serial << 2 | ProposalState
+    PROPOSAL_STEP = 65  # save when this many steps are complete
+    PROPOSAL_FLAGS = 66  # ProposalFlag
+    FREE_SLOT = 67  # snapshot slot to write next, plus one; 0: none is free, skip the save point
+
+
+class Phase(enum.IntEnum):
+    """What a worker is doing."""
+
+    IMPORTING = 0
+    SETUP = 1  # the user's script runs, no step yet
+    RESTORE = 2
+    STEP = 3
+    SAVE = 4
+    EVALUATE = 5
+    CLOSED = 6  # the training loop is over, the script goes on
+
+
+class SessionFlag(enum.IntFlag):
+    """Whether the worker uses a Session, and whether it left the loop in order."""
+
+    OPEN = 1
+    CLOSED = 2
+
+
+class ProposalState(enum.IntEnum):
+    """The verdict on the current save proposal."""
+
+    NONE = 0
+    PROPOSED = 1
+    COMMITTED = 2
+    ABORTED = 3
+
+
+class ProposalFlag(enum.IntFlag):
+    """What the agreed save is for."""
+
+    CHECKPOINT = 1  # make the snapshot durable too
+    STOP = 2  # leave the loop after it
+
+
+class ControlPage:
+    """One rank's page, mapped. ``page[Word.STEP]`` reads and ``page[Word.STEP] = n`` writes one word atomically."""
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        fd = os.open(path, flags, 0o600)
+        try:
+            if create:
+                os.ftruncate(fd, SIZE)
+            self._map = mmap.mmap(fd, SIZE)
+        finally:
+            os.close(fd)
+        #: the words themselves, for the hot path
+        self.words = memoryview(self._map).cast("Q")
+        if create:
+            for index in range(len(self.words)):
+                self.words[index] = 0
+            self.words[Word.MAGIC] = MAGIC
+        elif self.words[Word.MAGIC] != MAGIC:
+            raise ValueError(f"{path} is no control page of this version")
+
+    def __getitem__(self, word: Word) -> int:
+        return self.words[word]
+
+    def __setitem__(self, word: Word, value: int) -> None:
+        self.words[word] = value
+
+    @property
+    def loss(self) -> float:
+        """The last logged loss; NaN when none was."""
+        raw = self.words[Word.LOSS]
+        return float(struct.unpack("d", struct.pack("Q", raw))[0]) if raw else float("nan")
+
+    @loss.setter
+    def loss(self, value: float) -> None:
+        self.words[Word.LOSS] = struct.unpack("Q", struct.pack("d", value))[0]
+
+    def close(self) -> None:
+        """Unmap the page. Reading or writing it afterwards raises ValueError."""
+        self.words.release()
+        self._map.close()

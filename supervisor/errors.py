@@ -1,0 +1,55 @@
+"""Every error that everstep raises on purpose, split by whose fault it is.
+
+Each carries the exit code of ``everstep run``; its text is one line that says what is wrong, where,
+and what is allowed or to do next.
+"""
+
+from __future__ import annotations
+
+
+class EverstepError(Exception):
+    """The root: an error with a one-line message meant for the user."""
+
+    exit_code = 70
+
+
+class UsageError(EverstepError):
+    """The command line is wrong (EX_USAGE)."""
+
+    exit_code = 64
+
+
+class ConfigError(EverstepError):
+    """The configuration is wrong or contradicts itself (EX_CONFIG)."""
+
+    exit_code = 78
+
+
+class JobError(EverstepError):
+    """The job directory cannot be used: another job's, held by another supervisor, not writable."""
+
+    exit_code = 78
+
+
+class StorageError(EverstepError):
+    """Storage refused or lost a write; the training's own state is untouched."""
+
+    exit_code = 1
+
+
+class CheckpointError(EverstepError):
+    """A checkpoint is missing, damaged, or does not authenticate."""
+
+    exit_code = 1
+
+
+class StateMismatchError(EverstepError):
+    """A checkpoint is whole, but its keys, shapes or dtypes are not those of the training."""
+
+    exit_code = 1
+
+
+class ProtocolError(EverstepError):
+    """Worker and supervisor disagree: a bug of ours."""
+
+    exit_code = 70

@@ -1,0 +1,359 @@
+"""The vocabulary: what every other module speaks in. Standard library only, nothing mutable.
+
+A *step* count is always the number of completed optimizer steps, which is also the index of the
+next step to run: a checkpoint at step 1200 holds the state after steps 0 … 1199. Times named
+``time`` are Unix seconds (they go into the journal); those named ``monotonic`` come from
+``time.monotonic()`` and order the events of one node.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class State(enum.StrEnum):
+    """Where a job stands; the transitions are in ``decide/lifecycle.py``."""
+
+    NEW = "new"
+    STARTING = "starting"
+    RUNNING = "running"
+    RESTARTING = "restarting"
+    STOPPING = "stopping"
+    COMPLETED = "completed"
+    PREEMPTED = "preempted"
+    FAILED = "failed"
+
+
+class FailureKind(enum.StrEnum):
+    """What went wrong in an attempt, from its root cause."""
+
+    CRASH = "crash"  # a worker died of a signal
+    HOST_OOM = "host_oom"  # the kernel killed it for memory
+    CUDA_OOM = "cuda_oom"
+    DEVICE = "device"
+    COMMUNICATION = "communication"
+    NUMERIC = "numeric"
+    STORAGE = "storage"
+    EXCEPTION = "exception"  # the user's code raised
+    STARTUP = "startup"  # it never reached its first step
+    EARLY_EXIT = "early_exit"  # a rank left with code 0 while the others went on
+    STATE_MISMATCH = "state_mismatch"  # the checkpoint does not fit the training
+    LAUNCHER = "launcher"  # torchrun itself died
+    HANG = "hang"
+    NODE_LOST = "node_lost"
+
+
+class Action(enum.StrEnum):
+    """What to do after an attempt has ended."""
+
+    RESTART = "restart"
+    COMPLETE = "complete"
+    STOP = "stop"
+    GIVE_UP = "give_up"
+
+
+class StopCause(enum.StrEnum):
+    """Who asked the job to stop."""
+
+    PREEMPTION = "preemption"
+    USER = "user"
+
+
+class Tier(enum.StrEnum):
+    """Where a consistent state lies, nearest first."""
+
+    RAM = "ram"
+    CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raised:
+    """An exception that ended a worker. ``type`` is the qualified name, e.g. ``torch.OutOfMemoryError``."""
+
+    type: str
+    message: str
+    traceback: str
+    #: names of the classes it derives from, most derived first, e.g. ("ModuleNotFoundError", "ImportError", …)
+    bases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEnd:
+    """How one rank ended, as far as it is known."""
+
+    rank: int
+    pid: int
+    monotonic: float  # when its end (or, if earlier, its exception) was noticed
+    exit_code: int | None = None
+    signal: int | None = None
+    raised: Raised | None = None
+    step: int | None = None  # completed steps; None before the first report
+    closed: bool = False  # its Session left the loop in order
+    oom_killed: bool = False
+    last_lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptEvidence:
+    """All that is known of an attempt that has ended: the input of ``decide/classify.py``."""
+
+    attempt: int
+    world_size: int | None  # None when no worker ever registered
+    step: int | None  # completed steps of the furthest rank; None when no step was completed
+    ends: tuple[RankEnd, ...]  # only the ranks that ended by themselves, not those we killed
+    launcher_exit_code: int | None = None  # of torchrun (or of the plain program); None: we killed it
+    launcher_signal: int | None = None
+    launcher_lines: tuple[str, ...] = ()
+    has_session: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The root cause of an attempt's end, in plain words."""
+
+    kind: FailureKind
+    reason: str
+    attempt: int
+    time: float
+    rank: int | None = None
+    step: int | None = None
+    signal: int | None = None
+    exit_code: int | None = None
+    exception: str | None = None  # type and message on one line
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two failures that are the same deterministic error at the same step."""
+        return f"{self.kind}|{self.step}|{self.exception}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What to do now, and why, in plain words."""
+
+    action: Action
+    reason: str
+    delay: float = 0.0  # seconds to wait before a restart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The budgets of a job."""
+
+    max_failures: int = 5
+    max_preemptions: int = 100
+
+
+# --------------------------------------------------------------------------- facts (journal entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One line of the journal. ``time`` is Unix seconds."""
+
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Fact):
+    """A supervisor took charge of the job. ``epoch`` grows by one each time."""
+
+    epoch: int
+    host: str
+    pid: int
+    command: tuple[str, ...]
+    version: str
+    max_failures: int
+    max_preemptions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptStarted(Fact):
+    """Workers are being launched."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Fact):
+    """All ranks of the attempt were told where to resume; ``path`` None: from scratch."""
+
+    attempt: int
+    step: int
+    tier: Tier | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersReady(Fact):
+    """Every rank of the attempt has registered."""
+
+    attempt: int
+    world_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStep(Fact):
+    """The attempt completed its first step on every rank; ``step`` counts completed steps."""
+
+    attempt: int
+    step: int
+    total_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Fact):
+    """A sign of life now and then (seconds apart): ``step`` steps are complete on every rank."""
+
+    attempt: int
+    step: int
+    total_steps: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotCompleted(Fact):
+    """Every rank holds ``step`` in host RAM. ``seconds``: the longest stall of any rank."""
+
+    attempt: int
+    step: int
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointCommitted(Fact):
+    """``step`` is durable, with its manifest. ``seconds``: from the start of the drain to the commit."""
+
+    attempt: int
+    step: int
+    path: str
+    seconds: float
+    bytes: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFailed(Fact):
+    """A drain did not reach its commit; nothing older was touched."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRejected(Fact):
+    """A stored state was found damaged and skipped."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointsPruned(Fact):
+    """Retention removed these steps."""
+
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRequested(Fact):
+    """The job must stop soon. ``source`` is the signal's or notice's name."""
+
+    cause: StopCause
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptEnded(Fact):
+    """No process of the attempt is left. ``failure`` None: every rank finished, or a stop was carried out."""
+
+    attempt: int
+    step: int | None  # completed steps of the furthest rank
+    stopped: bool = False  # it ended because of a StopRequested
+    finished: bool = False  # every rank exited with code 0 by itself
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided(Fact):
+    """The verdict on the attempt that ended."""
+
+    attempt: int
+    action: Action
+    reason: str
+    delay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnded(Fact):
+    """The supervisor leaves with ``exit_code``."""
+
+    exit_code: int
+    reason: str
+
+
+#: every fact by the name it bears in the journal
+FACTS: dict[str, type[Fact]] = {
+    cls.__name__: cls
+    for cls in (
+        RunStarted, AttemptStarted, Resumed, WorkersReady, FirstStep, Progress, SnapshotCompleted,
+        CheckpointCommitted, CheckpointFailed, CheckpointRejected, CheckpointsPruned, StopRequested,
+        AttemptEnded, Decided, RunEnded,
+    )
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------- the job, folded from facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A consistent state of the job at ``step``."""
+
+    step: int
+    time: float
+    bytes: int = 0
+    seconds: float = 0.0
+    path: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """A job as its journal tells it: ``decide/lifecycle.py`` folds facts into this, and nothing else does."""
+
+    state: State = State.NEW
+    epoch: int = 0
+    host: str | None = None
+    pid: int | None = None
+    command: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    attempt: int | None = None  # the newest attempt; None before the first
+    world_size: int | None = None
+    step: int = 0  # completed steps, as far as the journal knows
+    total_steps: int | None = None
+    restarts: int = 0  # verdicts that relaunched after a failure
+    preemptions: int = 0  # stops by preemption, over the job's life
+    failures_since_progress: int = 0
+    committed_step: int = -1  # newest step ever held whole (snapshot or checkpoint)
+    failure_committed_step: int = -1  # committed_step at the time of the last failure
+    last_failure: Failure | None = None
+    previous_fingerprint: str | None = None  # of the failure before the last one, if nothing was committed between
+    snapshot: Point | None = None
+    checkpoint: Point | None = None
+    stop: StopRequested | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    # goodput
+    first_time: float | None = None  # of the first RunStarted
+    last_time: float | None = None  # of the newest fact
+    supervised_seconds: float = 0.0  # wall time with a supervisor in charge, up to last_time
+    productive_seconds: float = 0.0  # of it, spent on steps that still count
+    lost_steps: int = 0  # steps done again because a state was lost, over the job's life
+    attempt_first_time: float | None = None  # when the current attempt completed its first step
+    attempt_first_step: int | None = None
+    attempt_last_time: float | None = None
+    furthest_step: int = 0  # completed steps of the furthest rank at the end of the last attempt
+    exit_code: int | None = None
+    reason: str | None = None
