@@ -1,0 +1,115 @@
+"""A worker's side of its connection to the node supervisor: one Unix socket, JSON lines, and the control page.
+
+``tell`` is one-way, ``ask`` waits for the answer to that question; nothing arrives unasked, so there is no reader
+thread in the worker. Standard library only: this is imported before the user's script is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from supervisor.edge.control import ControlPage
+from supervisor.errors import ProtocolError
+
+RUNTIME: Final = "EVERSTEP_RUNTIME"  # the job's runtime directory on this node (tmpfs)
+ATTEMPT: Final = "EVERSTEP_ATTEMPT"
+WORKER_PID: Final = "EVERSTEP_WORKER_PID"  # the process the link belongs to: not its children
+
+
+def socket_path(runtime: Path) -> Path:
+    """Where the node supervisor listens."""
+    return runtime / "socket"
+
+
+def page_path(runtime: Path, local_rank: int) -> Path:
+    """The control page of one local rank."""
+    return runtime / "control" / f"rank-{local_rank}"
+
+
+class Link:
+    """An open connection; ``page`` is this rank's control page.
+
+    Raises ``OSError`` from the constructor when no supervisor listens in ``runtime``.
+    """
+
+    def __init__(self, runtime: Path, *, rank: int, local_rank: int, world_size: int, attempt: int) -> None:
+        self.runtime = runtime
+        self.rank = rank
+        self.local_rank = local_rank
+        self.world_size = world_size
+        self.attempt = attempt
+        self._lock = threading.Lock()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.connect(os.fspath(socket_path(runtime)))
+        self._buffer = b""
+        self.page = ControlPage(page_path(runtime, local_rank), create=True)
+        #: the supervisor's answer to the greeting, see DESIGN of the message in ``edge/channel.py``
+        self.welcome: dict[str, Any] = self.ask(
+            "hello", rank=rank, local_rank=local_rank, world_size=world_size, attempt=attempt, pid=os.getpid()
+        )
+
+    def tell(self, kind: str, **values: object) -> None:
+        """Send one message; a supervisor that is gone is no error (its workers are about to be killed)."""
+        line = json.dumps({"kind": kind, **values}).encode() + b"\n"
+        with self._lock:
+            try:
+                self._socket.sendall(line)
+            except OSError:
+                return
+
+    def ask(self, kind: str, *, deadline: float = 600.0, **values: object) -> dict[str, Any]:
+        """Send one message and wait up to ``deadline`` seconds for its answer.
+
+        Raises ProtocolError when the supervisor refuses, is gone, or does not answer in time.
+        """
+        line = json.dumps({"kind": kind, **values}).encode() + b"\n"
+        with self._lock:
+            try:
+                self._socket.settimeout(deadline)
+                self._socket.sendall(line)
+                while b"\n" not in self._buffer:
+                    chunk = self._socket.recv(65536)
+                    if not chunk:
+                        raise ProtocolError(f"the supervisor closed the connection before answering {kind!r}")
+                    self._buffer += chunk
+            except TimeoutError:
+                raise ProtocolError(f"no answer from the supervisor to {kind!r} in {deadline:g} s") from None
+            except OSError as error:
+                raise ProtocolError(f"the connection to the supervisor broke in {kind!r}: {error}") from error
+            finally:
+                self._socket.settimeout(None)
+            answer, self._buffer = self._buffer.split(b"\n", 1)
+        reply: dict[str, Any] = json.loads(answer)
+        if "refused" in reply:
+            raise ProtocolError(f"the supervisor refused {kind!r}: {reply['refused']}")
+        return reply
+
+    def close(self) -> None:
+        """Close the socket and unmap the page."""
+        self._socket.close()
+        self.page.close()
+
+
+_current: Link | None = None
+
+
+def current(environ: Mapping[str, str] = os.environ) -> Link | None:
+    """This process's link, opened by the first call; None without a supervisor and in a worker's children."""
+    global _current
+    if environ.get(WORKER_PID) != str(os.getpid()):
+        return None
+    if _current is None:
+        _current = Link(
+            Path(environ[RUNTIME]),
+            rank=int(environ.get("RANK", "0")),
+            local_rank=int(environ.get("LOCAL_RANK", "0")),
+            world_size=int(environ.get("WORLD_SIZE", "1")),
+            attempt=int(environ[ATTEMPT]),
+        )
+    return _current
