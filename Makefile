@@ -1,0 +1,60 @@
+# everstep's few commands. Each prepares what it needs in $(VENV) the first time and is quick after that.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LOCK := requirements-dev.lock
+STAMP := $(VENV)/.installed
+# two test processes: end-to-end tests start two to four ranks each
+PYTEST_FLAGS ?= -n 2 --dist loadgroup
+TESTS ?= tests
+
+.PHONY: help setup demo test check format lock benchmark clean
+
+help:
+	@echo "make demo       train with two workers, kill one, watch it come back (about a minute)"
+	@echo "make test       all tests;  make test TESTS=tests/decide PYTEST_FLAGS=-x  for some"
+	@echo "make check      formatter, linter, strict types, layers"
+	@echo "make format     let the formatter and the linter rewrite what they can"
+	@echo "make benchmark  what the supervisor itself costs"
+	@echo "make lock       renew $(LOCK) from pyproject.toml"
+
+$(STAMP): pyproject.toml $(LOCK)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"everstep needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(LOCK) --editable '.[dev]'
+	@touch $@
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: $(STAMP)
+	$(BIN)/python benchmarks/supervisor_cost.py
+
+# From nothing, so that nothing stale is pinned. torch stands first: the development version is chosen, not found.
+lock:
+	rm -rf $(VENV)-lock
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check '.[dev]'
+	printf '%s\n' '# Exact versions for development, used with pip --constraint. Written by: make lock' > $(LOCK)
+	$(VENV)-lock/bin/python -m pip freeze --exclude everstep | sed 's/+[a-z0-9.]*$$//' >> $(LOCK)
+	rm -rf $(VENV)-lock
+
+clean:
+	rm -rf $(VENV) $(VENV)-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""everstep's tests: ``make test``."""

@@ -1,0 +1,76 @@
+"""The shape of the code, as far as import-linter cannot see it: names, packages, what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+#: the modules of the PyPI package ``supervisor`` 4.3.0 (supervisord), which has our import name
+SUPERVISORD = frozenset(
+    """childutils compat confecho datatypes dispatchers events http http_client loggers medusa options pidproxy poller
+    process rpcinterface scripts skel socket_manager states supervisorctl supervisord templating tests ui version web
+    xmlrpc""".split()
+)
+
+
+def modules(package: str) -> list[str]:
+    """Dotted names of the package's modules, itself included."""
+    files = sorted((ROOT / package).rglob("*.py"))
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def test_no_module_bears_the_name_of_one_of_supervisords() -> None:
+    ours = {path.stem for path in (ROOT / "supervisor").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert len(ours) > 5
+    assert not ours & SUPERVISORD
+
+
+@pytest.mark.parametrize("package", ["supervisor", "launch"])
+def test_the_packages_hold_only_a_docstring(package: str) -> None:
+    body = ast.parse((ROOT / package / "__init__.py").read_text()).body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr)
+    assert isinstance(body[0].value, ast.Constant)
+    assert isinstance(body[0].value.value, str)
+
+
+@pytest.mark.parametrize("name", ["model", "errors"])
+def test_the_vocabulary_imports_only_the_standard_library(name: str) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "supervisor" / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    assert imported <= sys.stdlib_module_names
+
+
+def test_everything_but_training_imports_without_torch() -> None:
+    names = [name for name in modules("supervisor") + modules("launch") if ".training" not in name]
+    assert len(names) > 10
+    program = (
+        "import importlib, sys\n"
+        "sys.modules['torch'] = None  # an import of torch raises\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
+
+
+def test_no_file_grows_long() -> None:
+    """A long file usually holds a decision and an effect together: part them."""
+    long = {name: count for name in modules("supervisor") + modules("launch") if (count := lines(name)) > 400}
+    assert not long
+
+
+def lines(module: str) -> int:
+    """Length of a module's source."""
+    path = ROOT / Path(*module.split("."))
+    file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+    return len(file.read_text().splitlines())
