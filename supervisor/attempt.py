@@ -1,0 +1,290 @@
+"""One attempt: one launch of the workers, watched until it ends, then cleared away to the last process.
+
+How its end is noticed: a pidfd per worker and one for the launcher (torchrun, or the program itself) wake the loop at
+the moment of death; a worker that raises says so itself before it dies. The first failure decides, except that a
+death which may only be the echo of another one (an exception: a peer's lost connection also looks like that) is given
+``ECHO_GRACE`` for the other one to show. Then everything is killed at once: torchrun's own grace is never waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from supervisor.edge import clock, forensics, processes
+from supervisor.edge.control import ControlPage, SessionFlag, Word
+from supervisor.edge.link import page_path
+from supervisor.model import AttemptEvidence, Raised, RankEnd
+
+ECHO_GRACE = 0.3  # seconds for the root cause of what may be a consequence
+RAISED_GRACE = 10.0  # seconds for a worker that raised to run its exit handlers
+UNKNOWN_GRACE = 1.0  # seconds for torchrun to report an exit status that we could not read
+FAREWELL = 5.0  # seconds for torchrun to leave after all of its workers did
+REAP_PERIOD = 0.002
+REAP_DEADLINE = 60.0
+
+
+@dataclass(eq=False)
+class Seat:
+    """One rank of this attempt, from its greeting on."""
+
+    rank: int
+    local_rank: int
+    pid: int
+    pidfd: int | None
+    page: ControlPage
+    session: bool = False
+    completed: bool | None = None  # what its Session said when its loop was left
+    raised: Raised | None = None
+    raised_at: float = 0.0
+    raised_step: int | None = None
+    told_code: int | None = None
+    end: RankEnd | None = None
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+        return self.page[Word.STEP]
+
+
+class Attempt:
+    """Launched by ``launch``; ``ended`` is set when it has finished or failed; ``teardown`` leaves nothing of it."""
+
+    def __init__(
+        self, number: int, folder: Path, runtime: Path, on_end: Callable[[Seat], None] | None = None
+    ) -> None:
+        self.number = number
+        self.folder = folder
+        self.logs = folder / "logs"
+        self.runtime = runtime
+        self.world_size: int | None = None
+        self.seats: dict[int, Seat] = {}
+        self.ended = asyncio.Event()
+        self.finished = False  # every rank left with code 0
+        self.stopping = False  # a stop was asked for: leaving early is what we want
+        self._on_end = on_end
+        self._launcher: int | None = None
+        self._launcher_fd: int | None = None
+        self._launcher_exit: processes.Exit | None = None
+        self._killed = False
+        self._decision: asyncio.TimerHandle | None = None
+        self._oom_before = forensics.oom_kills()
+
+    # ------------------------------------------------------------------ start
+
+    def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the launcher. Raises OSError when it cannot be started."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for page in (self.runtime / "control").iterdir():
+            page.unlink()  # a dead attempt's last words must not pass for this one's
+        self._launcher = processes.spawn(argv, environment, self.logs / "torchrun.log")
+        self._launcher_fd = processes.open_pidfd(self._launcher)
+        if self._launcher_fd is None:
+            self._launcher_ended()
+        else:
+            asyncio.get_running_loop().add_reader(self._launcher_fd, self._launcher_ended)
+
+    def welcome(self, pid: int, message: Mapping[str, Any]) -> Seat:
+        """Seat a worker that greets. Raises ValueError (refused) for one of another attempt or a taken rank."""
+        rank, local_rank, attempt = int(message["rank"]), int(message["local_rank"]), int(message["attempt"])
+        if attempt != self.number or self._killed:
+            raise ValueError(f"attempt {attempt} is over")
+        if rank in self.seats:
+            raise ValueError(f"rank {rank} is taken by pid {self.seats[rank].pid}")
+        self.world_size = int(message["world_size"])
+        page = ControlPage(page_path(self.runtime, local_rank))
+        seat = Seat(rank, local_rank, pid, processes.open_pidfd(pid), page)
+        self.seats[rank] = seat
+        if seat.pidfd is None:
+            self._worker_ended(seat)
+        else:
+            asyncio.get_running_loop().add_reader(seat.pidfd, self._worker_ended, seat)
+        return seat
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every rank has greeted."""
+        return self.world_size is not None and len(self.seats) == self.world_size
+
+    @property
+    def in_session(self) -> bool:
+        """Whether every rank is inside a Session's loop, so that a save can be agreed."""
+        return self.is_full and all(
+            seat.page[Word.SESSION] & (SessionFlag.OPEN | SessionFlag.CLOSED) == SessionFlag.OPEN
+            and seat.end is None
+            for seat in self.seats.values()
+        )
+
+    @property
+    def has_session(self) -> bool:
+        """Whether any rank ever opened a Session."""
+        return any(seat.session for seat in self.seats.values())
+
+    @property
+    def steps(self) -> list[int]:
+        """Completed steps of each seated rank."""
+        return [seat.step for seat in self.seats.values()]
+
+    # ------------------------------------------------------------------ ends
+
+    def raised(self, seat: Seat, raised: Raised, step: int | None) -> None:
+        """A worker says that an exception is ending it."""
+        if seat.raised is None and seat.end is None:
+            seat.raised, seat.raised_at, seat.raised_step = raised, clock.monotonic(), step
+            self._decide_in(RAISED_GRACE)
+
+    def _worker_ended(self, seat: Seat) -> None:
+        how = None
+        if seat.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(seat.pidfd)
+            how = processes.exit_of(seat.pidfd, seat.pid)
+            os.close(seat.pidfd)
+            seat.pidfd = None
+        if self._killed:
+            return  # our own doing is no evidence
+        code = how.code if how else seat.told_code
+        seat.end = RankEnd(
+            rank=seat.rank,
+            pid=seat.pid,
+            monotonic=seat.raised_at if seat.raised else clock.monotonic(),
+            exit_code=code,
+            signal=how.signal if how else None,
+            raised=seat.raised,
+            step=seat.step if seat.page[Word.FIRST_STEP_NS] or seat.step else None,
+            closed=seat.completed is not None,
+        )
+        if self._on_end is not None:
+            self._on_end(seat)
+        if self.ended.is_set():
+            return
+        if seat.end.signal is not None and seat.end.signal != signal.SIGABRT:
+            self._decide_in(0)
+        elif code is None:
+            self._decide_in(UNKNOWN_GRACE)
+        elif code != 0:
+            self._decide_in(ECHO_GRACE)
+        elif seat.session and seat.completed is None and not self.stopping:
+            self._decide_in(ECHO_GRACE)  # it left its training with code 0: the others cannot go on
+        elif self.is_full and all(other.end and other.end.exit_code == 0 for other in self.seats.values()):
+            self.finished = True
+            self._decide_in(0)
+
+    def _launcher_ended(self) -> None:
+        assert self._launcher is not None
+        if self._launcher_fd is not None:
+            asyncio.get_running_loop().remove_reader(self._launcher_fd)
+            how = processes.exit_of(self._launcher_fd, self._launcher)
+            os.close(self._launcher_fd)
+            self._launcher_fd = None
+            self._launcher_exit = how if not self._killed else None
+        if self._killed or self.ended.is_set():
+            return
+        by_signal = self._launcher_exit is not None and self._launcher_exit.signal is not None
+        # in order, it leaves after its workers, whose own ends are being noticed right now
+        self._decide_in(
+            0 if by_signal and self._launcher not in {s.pid for s in self.seats.values()} else ECHO_GRACE
+        )
+
+    def _decide_in(self, delay: float) -> None:
+        if self.ended.is_set():
+            return
+        loop = asyncio.get_running_loop()
+        due = loop.time() + delay
+        if self._decision is None or due < self._decision.when():
+            if self._decision is not None:
+                self._decision.cancel()
+            self._decision = loop.call_at(due, self.ended.set)
+
+    # ------------------------------------------------------------------ clearing away
+
+    async def farewell(self) -> None:
+        """After a finish: let the launcher leave in its own time, within limits."""
+        deadline = clock.monotonic() + FAREWELL
+        while self._launcher_fd is not None and clock.monotonic() < deadline:
+            await asyncio.sleep(REAP_PERIOD)
+
+    async def teardown(self) -> list[int]:
+        """Kill whatever is left of the attempt and wait until it is gone; returns the pids that would not die."""
+        self._killed = True
+        if self._decision is not None:
+            self._decision.cancel()
+        self.ended.set()
+        alive = [seat.pid for seat in self.seats.values() if seat.end is None]
+        if self._launcher is not None and self._launcher_fd is not None:
+            alive.append(self._launcher)
+        processes.send(alive, signal.SIGKILL)
+        deadline = clock.monotonic() + REAP_DEADLINE
+        while left := processes.descendants():
+            processes.send(left, signal.SIGKILL)
+            if clock.monotonic() > deadline:
+                return left
+            await asyncio.sleep(REAP_PERIOD)
+            processes.reap()
+        processes.reap()
+        return []
+
+    async def leave(self) -> None:
+        """Collect the dead without killing anybody (what a finished script left running stays)."""
+        self._killed = True
+        processes.reap()
+
+    def close(self) -> None:
+        """Give back descriptors and mappings. The last words on the pages are gone afterwards."""
+        loop = asyncio.get_running_loop()
+        for fd in [self._launcher_fd, *(seat.pidfd for seat in self.seats.values())]:
+            if fd is not None:
+                loop.remove_reader(fd)
+                os.close(fd)
+        self._launcher_fd = None
+        for seat in self.seats.values():
+            seat.pidfd = None
+            seat.page.close()
+
+    def evidence(self) -> AttemptEvidence:
+        """All that is known after the teardown; only ends that were not our doing."""
+        reported = forensics.exit_codes_in(self.logs / "torchrun.log")
+        oom_killed = forensics.oom_kills() > self._oom_before
+        launcher = self._launcher_exit
+        return AttemptEvidence(
+            attempt=self.number,
+            world_size=self.world_size,
+            step=max((s for s in self.steps if s), default=None),
+            ends=tuple(
+                self._complete(seat, reported, oom_killed)
+                for seat in self.seats.values()
+                if self._counts(seat)
+            ),
+            launcher_exit_code=launcher.code if launcher else None,
+            launcher_signal=launcher.signal if launcher else None,
+            launcher_lines=forensics.last_lines(self.logs / "torchrun.log"),
+            has_session=self.has_session,
+        )
+
+    def _counts(self, seat: Seat) -> bool:
+        return seat.end is not None or seat.raised is not None
+
+    def _complete(self, seat: Seat, reported: Mapping[int, int], oom_killed: bool) -> RankEnd:
+        end = seat.end or RankEnd(  # None: it raised and had not managed to die yet
+            rank=seat.rank,
+            pid=seat.pid,
+            monotonic=seat.raised_at,
+            raised=seat.raised,
+            exit_code=1,
+            step=seat.step or None,
+        )
+        code, signum = end.exit_code, end.signal
+        if code is None and signum is None:
+            told = reported.get(seat.pid, 0)
+            code, signum = (None, -told) if told < 0 else (told, None)
+        return replace(
+            end,
+            exit_code=code,
+            signal=signum,
+            oom_killed=oom_killed and signum == signal.SIGKILL,
+            last_lines=forensics.last_lines(self.logs / f"rank-{seat.rank}.log"),
+        )

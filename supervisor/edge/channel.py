@@ -1,0 +1,103 @@
+"""The node supervisor's Unix socket: JSON lines from its workers, answers to those that ask.
+
+Only processes of the same user (by the kernel's peer credentials) are heard. A message is one JSON object a line with a
+``kind``; the handler returns None, or the answer. An answer may take its time (``resume`` waits for a verification)
+without holding up the other workers.
+
+Kinds and fields, worker → supervisor (``?``: answered):
+
+====================  ==================================================================================
+hello?                rank, local_rank, world_size, attempt, pid → the save points every rank knows by itself
+session               total_steps: a Session was opened
+resume?               → path, step, tier: where to resume, the same answer to all ranks of an attempt
+resumed               step, seconds
+rejected              path, reason, damaged: the rank could not load what it was told to
+saved, save_failed    step, slot, seconds, bytes, metrics; step, slot, reason
+request, waiting      step: save() was called; the rank stands at the proposed step
+metrics               step, values
+closed                step, completed: the Session's loop was left
+raised, exiting       type, message, traceback, bases, step; code
+====================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LINE_LIMIT = 4 << 20  # a traceback can be long
+
+Message = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Peer:
+    """One connected worker process, as the kernel vouches for it."""
+
+    pid: int
+    #: set by the handler of ``hello``
+    seat: Any = None
+
+
+Handler = Callable[[Peer, Message], Awaitable[Message | None]]
+
+
+class Channel:
+    """The listening socket. ``handler`` is called for each message; an exception in it refuses that message."""
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        self.path = path
+        self._handler = handler
+        self._server: asyncio.Server | None = None
+        self._peers: set[asyncio.StreamWriter] = set()
+
+    async def open(self) -> None:
+        """Listen; a stale socket file of a dead supervisor is replaced (the job's lock makes that safe)."""
+        self.path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, os.fspath(self.path), limit=LINE_LIMIT)
+        os.chmod(self.path, 0o600)
+
+    async def close(self) -> None:
+        """Stop listening and drop every connection."""
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._peers):
+            writer.close()
+        self.path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        raw = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid, _ = struct.unpack("3i", raw)
+        if uid != os.geteuid():
+            writer.close()
+            return
+        peer = Peer(pid)
+        self._peers.add(writer)
+        try:
+            while line := await reader.readline():
+                answer = await self._handle(peer, line)
+                if answer is not None:
+                    writer.write(json.dumps(answer).encode() + b"\n")
+        except (ConnectionError, ValueError):  # ValueError: a line over the limit
+            return
+        finally:
+            self._peers.discard(writer)
+            writer.close()
+
+    async def _handle(self, peer: Peer, line: bytes) -> Message | None:
+        try:
+            message = json.loads(line)
+            if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+                return {"refused": "not a message"}
+            return await self._handler(peer, message)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return {"refused": "not JSON"}
+        except (KeyError, TypeError, ValueError) as error:
+            return {"refused": f"malformed: {error!r}"}

@@ -1,0 +1,147 @@
+"""File operations: the ones that can fail, stall or be cut short by a crash while a checkpoint is written.
+
+``Files`` is the whole list, so a test that scripts them scripts every moment at which a drain can die. Errors are
+the plain ``OSError``; what they mean is the caller's to say. ``close`` and ``mkdir`` are not on it: nothing rests on
+the first (files are synced before), and a crash in the second is one before the next operation.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+Buffer = bytes | memoryview
+
+
+class Files(Protocol):
+    """The operations, as the kernel offers them: reads and writes may be short. Safe for several threads."""
+
+    def open(self, path: Path, flags: int) -> int:
+        """A descriptor, closed by the caller with ``os.close``; created files have mode 0644 less the umask."""
+        ...
+
+    def read(self, fd: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from the file's position; the bytes read, 0 at its end."""
+        ...
+
+    def write(self, fd: int, data: Buffer) -> int:
+        """Write at the file's position; the bytes taken, at least one."""
+        ...
+
+    def sync(self, fd: int) -> None:
+        """Return when the file (or the directory's entries) are on storage."""
+        ...
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Atomically put ``source`` in the place of ``target``, which may exist if it is no directory."""
+        ...
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, a symbolic link or an empty directory."""
+        ...
+
+
+class LocalFiles:
+    """The file systems the kernel has mounted."""
+
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, 0o644)
+
+    def read(self, fd: int, buffer: memoryview) -> int:
+        return os.readv(fd, [buffer])
+
+    def write(self, fd: int, data: Buffer) -> int:
+        return os.write(fd, data)
+
+    def sync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def remove(self, path: Path) -> None:
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+
+
+LOCAL: Final = LocalFiles()
+
+
+class WatchedFiles:
+    """Calls ``before(name of the operation, path)`` ahead of each: it may raise, kill the process, fill the disk."""
+
+    def __init__(self, files: Files, before: Callable[[str, Path], None]) -> None:
+        self._files = files
+        self._before = before
+
+    def open(self, path: Path, flags: int) -> int:
+        self._before("open", path)
+        return self._files.open(path, flags)
+
+    def read(self, fd: int, buffer: memoryview) -> int:
+        self._before("read", _path_of(fd))
+        return self._files.read(fd, buffer)
+
+    def write(self, fd: int, data: Buffer) -> int:
+        self._before("write", _path_of(fd))
+        return self._files.write(fd, data)
+
+    def sync(self, fd: int) -> None:
+        self._before("sync", _path_of(fd))
+        self._files.sync(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._before("rename", target)
+        self._files.rename(source, target)
+
+    def remove(self, path: Path) -> None:
+        self._before("remove", path)
+        self._files.remove(path)
+
+
+class ThrottledFiles(WatchedFiles):
+    """Writes at most ``bandwidth`` bytes a second, all threads together, in pieces of a tenth of a second."""
+
+    def __init__(
+        self,
+        files: Files,
+        bandwidth: float,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if not bandwidth > 0:
+            raise ValueError(f"a bandwidth of {bandwidth!r} bytes a second is not positive")
+        super().__init__(files, lambda operation, path: None)
+        self._bandwidth = bandwidth
+        self._piece = max(1, int(bandwidth / 10))
+        self._now = now
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._free_at = now()  # when all that was written so far is paid for
+
+    def write(self, fd: int, data: Buffer) -> int:
+        written = self._files.write(fd, memoryview(data)[: self._piece])
+        with self._lock:
+            now = self._now()
+            self._free_at = max(self._free_at, now) + written / self._bandwidth
+            wait = self._free_at - now
+        self._sleep(wait)
+        return written
+
+
+def free_bytes(path: Path) -> int:
+    """What an ordinary user may still write on the file system of ``path``."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def _path_of(fd: int) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{fd}"))

@@ -1,0 +1,62 @@
+"""What the machine can tell of a death: last log lines, torchrun's own words, the kernel's out-of-memory counters."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+TAIL_BYTES = 16 << 10
+#: torchrun's report of a failed worker, as it has written it since 2.0
+_FAILED = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+
+
+def last_lines(path: Path, count: int = 20) -> tuple[str, ...]:
+    """The last ``count`` lines of a log, or nothing when there is no log."""
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, handle.tell() - TAIL_BYTES))
+            text = handle.read().decode(errors="replace")
+    except OSError:
+        return ()
+    return tuple(line.rstrip("\r") for line in text.splitlines()[-count:])
+
+
+def exit_codes_in(torchrun_log: Path) -> dict[int, int]:
+    """Exit code of each worker (by pid; negative: signal) (negative: signal) of the workers that torchrun reported as failed."""
+    try:
+        text = torchrun_log.read_bytes()
+    except OSError:
+        return {}
+    return {int(pid): int(code) for code, _, pid in _FAILED.findall(text)}
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed for memory in our cgroup (v2, else v1), else on this host; 0 when unknown."""
+    for path, pattern in _oom_sources():
+        try:
+            match = re.search(pattern, path.read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if match:
+            return int(match.group(1))
+    return 0
+
+
+def _oom_sources() -> list[tuple[Path, str]]:
+    sources: list[tuple[Path, str]] = []
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        groups = []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            sources.append((Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events", r"^oom_kill (\d+)"))
+        elif "memory" in controllers.split(","):
+            sources.append(
+                (Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.oom_control", r"^oom_kill (\d+)")
+            )
+    sources.append((Path("/proc/vmstat"), r"^oom_kill (\d+)"))
+    return sources

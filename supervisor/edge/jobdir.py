@@ -1,0 +1,187 @@
+"""The job's directory and its runtime directory: who holds them, what they are called, how they are made.
+
+One supervisor owns a job at a time, by an ``flock`` on ``D/lock`` that dies with it. Each owner takes the next *epoch*,
+written to ``D/job.json`` before anything else; a commit re-reads it, so an older owner that the lock could not
+stop (a file system without locks between hosts) can no longer commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from supervisor.edge import clock
+from supervisor.errors import JobError, StorageError
+
+FORMAT = 1
+LOCK_PATIENCE = 0.5  # seconds; `everstep status` looks at the lock for microseconds
+SMALL_TMPFS = 512 << 20  # bytes; a container's default /dev/shm is 64 MiB
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """``D/job.json``."""
+
+    run_id: str
+    runtime: str
+    epoch: int
+    identity: str  # what may not change between runs: the script or module
+    command: list[str]
+    created: float
+    format: int = FORMAT
+
+
+class JobDirectory:
+    """The paths of one job. Nothing is created before ``claim``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.journal = self.path / "journal"
+        self.attempts = self.path / "attempts"
+        self.file = self.path / "job.json"
+
+    def attempt(self, number: int) -> Path:
+        """Where the logs and the evidence of one attempt lie."""
+        return self.attempts / f"{number:06d}"
+
+    def logs(self, number: int) -> Path:
+        """One log per rank, named ``rank-<global rank>.log``, and torchrun's own."""
+        return self.attempt(number) / "logs"
+
+    def read(self) -> JobFile | None:
+        """The job file, or None where no job lies. Raises JobError for a file that is not ours."""
+        try:
+            raw = json.loads(self.file.read_text())
+            if raw["format"] > FORMAT:
+                raise JobError(
+                    f"{self.file}: written by a newer everstep (format {raw['format']}, this one knows {FORMAT})"
+                )
+            return JobFile(**raw)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JobError(f"{self.file}: not a job file ({error})") from None
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Hold the job's lock; raises JobError naming the holder, or why the directory cannot be used."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / "lock", "a+")  # noqa: SIM115 (held to the end)
+        except OSError as error:
+            raise JobError(f"job directory {self.path}: {error.strerror}") from None
+        with handle:
+            deadline = clock.monotonic() + LOCK_PATIENCE
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if clock.monotonic() > deadline:
+                        handle.seek(0)
+                        holder = handle.read().strip() or "another supervisor"
+                        raise JobError(f"{self.path} is in use: {holder}") from None
+                    time.sleep(0.02)
+            handle.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime())
+            handle.write(f"everstep run, pid {os.getpid()} on {socket.gethostname()}, since {started}\n")
+            handle.flush()
+            yield
+
+    def open_epoch(self, identity: str, command: list[str]) -> JobFile:
+        """Take the job (or make it) for a new epoch. The caller holds the lock."""
+        old = self.read()
+        if old is None:
+            run_id = secrets.token_hex(8)
+            new = JobFile(run_id, str(make_runtime(run_id)), 1, identity, command, clock.now())
+        elif old.identity != identity:
+            raise JobError(
+                f"{self.path} holds the job of {old.identity}, not of {identity}: give another --dir"
+            )
+        else:
+            runtime = Path(old.runtime)
+            if not _is_private(runtime):
+                runtime = make_runtime(old.run_id)
+            new = replace(old, epoch=old.epoch + 1, runtime=str(runtime), command=command)
+        try:
+            temporary = self.file.with_suffix(".tmp")
+            with open(temporary, "w") as handle:
+                json.dump(asdict(new), handle, indent=1)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.rename(self.file)
+        except OSError as error:
+            raise JobError(f"{self.file}: {error.strerror}") from None
+        return new
+
+    def fence(self, epoch: int) -> None:
+        """Raise StorageError when a newer supervisor has taken the job."""
+        current = self.read()
+        if current is not None and current.epoch != epoch:
+            raise StorageError(
+                f"a newer supervisor (epoch {current.epoch}) owns {self.path}: epoch {epoch} must not commit"
+            )
+
+
+def make_runtime(run_id: str) -> Path:
+    """The job's runtime directory on this node: in tmpfs where that is big enough, owned by the user alone."""
+    root = Path("/dev/shm") if _tmpfs_is_fit() else Path(tempfile.gettempdir())
+    mine = root / f"everstep-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    if not _is_private(mine):
+        raise JobError(f"{mine} belongs to somebody else or is open to others: remove it, or set TMPDIR")
+    runtime = mine / run_id[:12]
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    return runtime
+
+
+def lay_out_runtime(runtime: Path) -> None:
+    """Make the control and slot folders; what an earlier supervisor left there stays (its snapshots are wanted)."""
+    for name in ("control", "slots/0", "slots/1", "slots/2"):
+        (runtime / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def remove_runtime(runtime: Path) -> None:
+    """Leave nothing in this node's memory."""
+    shutil.rmtree(runtime, ignore_errors=True)
+
+
+def sweep_runtimes(keep: Path) -> None:
+    """Remove runtime directories of jobs whose own directory is gone or has moved on to another one."""
+    for runtime in keep.parent.iterdir():
+        owner = runtime / "job"
+        if runtime == keep or not owner.is_file():
+            continue
+        try:
+            job = JobDirectory(Path(owner.read_text()))
+            file = job.read()
+        except (OSError, JobError):
+            continue  # cannot tell: not ours to remove
+        if file is None or file.runtime != str(runtime):
+            remove_runtime(runtime)
+
+
+def _tmpfs_is_fit() -> bool:
+    try:
+        usage = os.statvfs("/dev/shm")
+    except OSError:
+        return False
+    return usage.f_blocks * usage.f_frsize >= SMALL_TMPFS and os.access("/dev/shm", os.W_OK)
+
+
+def _is_private(path: Path) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return status.st_uid == os.getuid() and not status.st_mode & 0o077

@@ -1,0 +1,142 @@
+"""Processes: spawn them, hear of their death at once, learn how they died, and leave none behind.
+
+The node supervisor is a *subreaper*: whatever an attempt leaves behind, however it was forked, becomes its child.
+So "everything of the attempt" is exactly "every descendant", and no process can hide by a double fork.
+
+A worker is torchrun's child, not ours, so its exit status is torchrun's to collect. We read it without collecting:
+from the pidfd where the kernel keeps it (Linux 6.15), else from ``/proc/<pid>/stat`` while it is still a zombie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import struct
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+_PIDFD_INFO_EXIT = 1 << 3
+_PIDFD_INFO_SIZE = 64  # struct pidfd_info, first version: mask, cgroupid, then 11 u32 ids and the exit code
+_PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO_SIZE << 16) | (0xFF << 8) | 11
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended: exactly one of the two is set."""
+
+    code: int | None = None
+    signal: int | None = None
+
+    @classmethod
+    def of_status(cls, status: int) -> Exit:
+        """From a wait status (as of ``waitpid``)."""
+        if os.WIFSIGNALED(status):
+            return cls(signal=os.WTERMSIG(status))
+        return cls(code=os.WEXITSTATUS(status))
+
+
+def become_subreaper() -> None:
+    """Adopt every orphan among our descendants (Linux 3.4)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def spawn(argv: Sequence[str], environment: Mapping[str, str], output: Path) -> int:
+    """Start ``argv`` in a session of its own, its output appended to ``output``; returns the pid.
+
+    Must be called from the main thread: the child asks for SIGKILL at the death of the *thread* that forked it.
+    Raises OSError when the program cannot be started.
+    """
+    with open(output, "ab") as sink:
+        process = subprocess.Popen(
+            list(argv),
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+    process.returncode = 0  # reaping is ours (`reap`): Popen must neither wait nor warn
+    return process.pid
+
+
+def exit_of(pidfd: int, pid: int) -> Exit | None:
+    """How the process behind ``pidfd`` ended, without reaping it; None when nobody can tell any more."""
+    request = bytearray(struct.pack("=Q", _PIDFD_INFO_EXIT).ljust(_PIDFD_INFO_SIZE, b"\0"))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, request)
+    except OSError:
+        return _exit_of_zombie(pid)
+    mask = struct.unpack_from("=Q", request)[0]
+    if mask & _PIDFD_INFO_EXIT:
+        return Exit.of_status(struct.unpack_from("=i", request, _PIDFD_INFO_SIZE - 4)[0])
+    return _exit_of_zombie(pid)
+
+
+def _exit_of_zombie(pid: int) -> Exit | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return Exit.of_status(int(fields[49])) if fields[0] == b"Z" else None
+
+
+def reap() -> dict[int, Exit]:
+    """Collect every child that has ended: pid → how."""
+    ended: dict[int, Exit] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended[pid] = Exit.of_status(status)
+
+
+def descendants() -> list[int]:
+    """Every living process below this one (zombies left out), in no order."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            fields = Path(f"/proc/{entry}/stat").read_bytes().rsplit(b")", 1)[1].split()
+        except (OSError, IndexError):
+            continue  # it ended meanwhile
+        if fields[0] not in (b"Z", b"X"):
+            children.setdefault(int(fields[1]), []).append(int(entry))
+        else:  # a zombie's children were given to us already
+            continue
+    found: list[int] = []
+    queue = [os.getpid()]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def send(pids: Iterable[int], signum: signal.Signals) -> None:
+    """Signal each process; those that are gone are no error."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A pidfd (readable once the process has ended), or None when it is gone already."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            return None
+        raise
