@@ -9,6 +9,7 @@ next step to run: a checkpoint at step 1200 holds the state after steps 0 … 11
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
 
 
@@ -60,6 +61,22 @@ class StopCause(enum.StrEnum):
     USER = "user"
 
 
+class ProposalState(enum.IntEnum):
+    """The verdict on the current save proposal; the theory is in ``decide/savepoint.py``."""
+
+    NONE = 0
+    PROPOSED = 1
+    COMMITTED = 2
+    ABORTED = 3
+
+
+class ProposalFlag(enum.IntFlag):
+    """What the agreed save is for."""
+
+    CHECKPOINT = 1  # make the snapshot durable too
+    STOP = 2  # leave the loop after it
+
+
 class Tier(enum.StrEnum):
     """Where a consistent state lies, nearest first."""
 
@@ -104,6 +121,7 @@ class AttemptEvidence:
     ends: tuple[RankEnd, ...]  # only the ranks that ended by themselves, not those we killed
     launcher_exit_code: int | None = None  # of torchrun (or of the plain program); None: we killed it
     launcher_signal: int | None = None
+    launcher_monotonic: float | None = None  # when its end was noticed
     launcher_lines: tuple[str, ...] = ()
     has_session: bool = False
 
@@ -125,7 +143,8 @@ class Failure:
     @property
     def fingerprint(self) -> str:
         """Equal for two failures that are the same deterministic error at the same step."""
-        return f"{self.kind}|{self.step}|{self.exception}"
+        exception = re.sub(r"0x[0-9a-fA-F]+", "0x", self.exception or "")  # object addresses differ every time
+        return f"{self.kind}|{self.step}|{self.exit_code}|{self.signal}|{exception}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +355,8 @@ class JobRecord:
     total_steps: int | None = None
     restarts: int = 0  # verdicts that relaunched after a failure
     preemptions: int = 0  # stops by preemption, over the job's life
+    preemptions_since_progress: int = 0
+    preemption_committed_step: int = -1  # committed_step at the time of the last preemption
     failures_since_progress: int = 0
     committed_step: int = -1  # newest step ever held whole (snapshot or checkpoint)
     failure_committed_step: int = -1  # committed_step at the time of the last failure
@@ -345,7 +366,10 @@ class JobRecord:
     checkpoint: Point | None = None
     stop: StopRequested | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    # goodput
+    resumed_step: int | None = None  # where the newest attempt resumed; None: not yet, or it has no Session
+    rate: float | None = None  # steps a second, smoothed over about a minute
+    # goodput, kept by decide/goodput.py
+    supervised: bool = False  # a run is open: its supervisor has not said that it leaves
     first_time: float | None = None  # of the first RunStarted
     last_time: float | None = None  # of the newest fact
     supervised_seconds: float = 0.0  # wall time with a supervisor in charge, up to last_time
@@ -353,7 +377,9 @@ class JobRecord:
     lost_steps: int = 0  # steps done again because a state was lost, over the job's life
     attempt_first_time: float | None = None  # when the current attempt completed its first step
     attempt_first_step: int | None = None
-    attempt_last_time: float | None = None
-    furthest_step: int = 0  # completed steps of the furthest rank at the end of the last attempt
+    attempt_last_time: float | None = None  # when its newest known step was completed
+    stretch_step: int = 0  # the step at which the newest attempt that made steps began
+    stretch_seconds: float = 0.0  # the part of productive_seconds that belongs to it
+    furthest_step: int = 0  # completed steps of the furthest rank since the last resume
     exit_code: int | None = None
     reason: str | None = None

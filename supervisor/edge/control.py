@@ -17,6 +17,9 @@ import os
 import struct
 from pathlib import Path
 
+from supervisor.model import ProposalFlag as ProposalFlag
+from supervisor.model import ProposalState as ProposalState
+
 MAGIC = 0x45565253_54455031  # "EVRSTEP1"
 SIZE = 4096
 
@@ -58,22 +61,6 @@ class SessionFlag(enum.IntFlag):
 
     OPEN = 1
     CLOSED = 2
-
-
-class ProposalState(enum.IntEnum):
-    """The verdict on the current save proposal."""
-
-    NONE = 0
-    PROPOSED = 1
-    COMMITTED = 2
-    ABORTED = 3
-
-
-class ProposalFlag(enum.IntFlag):
-    """What the agreed save is for."""
-
-    CHECKPOINT = 1  # make the snapshot durable too
-    STOP = 2  # leave the loop after it
 
 
 class ControlPage:
