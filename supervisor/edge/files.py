@@ -5,6 +5,8 @@ the plain ``OSError``; what they mean is the caller's to say. ``close`` and ``mk
 the first (files are synced before), and a crash in the second is one before the next operation.
 """
 
+# ruff: noqa: D102 - the methods are explained by the protocol
+
 from __future__ import annotations
 
 import os
@@ -14,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
+
+from supervisor.edge import clock
 
 Buffer = bytes | memoryview
 
@@ -114,12 +118,12 @@ class ThrottledFiles(WatchedFiles):
         files: Files,
         bandwidth: float,
         *,
-        now: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = clock.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if not bandwidth > 0:
             raise ValueError(f"a bandwidth of {bandwidth!r} bytes a second is not positive")
-        super().__init__(files, lambda operation, path: None)
+        super().__init__(files, _nothing)
         self._bandwidth = bandwidth
         self._piece = max(1, int(bandwidth / 10))
         self._now = now
@@ -141,6 +145,10 @@ def free_bytes(path: Path) -> int:
     """What an ordinary user may still write on the file system of ``path``."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
+
+
+def _nothing(_operation: str, _path: Path) -> None:
+    """The hook of a wrapper that only forwards."""
 
 
 def _path_of(fd: int) -> Path:

@@ -1,0 +1,150 @@
+"""What checkpoints there are, which of them are good, and how one is removed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from supervisor.checkpoint.directory import discard, is_leftover, translated
+from supervisor.checkpoint.manifest import Key, Manifest, read_manifest
+from supervisor.checkpoint.verify import problems_of, size_problems
+from supervisor.edge.files import LOCAL, Files
+from supervisor.errors import CheckpointError, StorageError
+
+_PREFIX: Final = "step-"
+_NAME: Final = re.compile(r"step-([0-9]{9,18})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """A directory that is, or should be, a checkpoint. ``problem`` None: whole as far as was looked."""
+
+    step: int  # -1 when its name does not say
+    path: Path
+    bytes: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    created: float = 0.0  # Unix seconds; 0 without a readable manifest
+    manifest: Manifest | None = None
+    problem: str | None = None
+
+
+def step_directory(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return checkpoints / f"{_PREFIX}{step:09d}"
+
+
+def list_checkpoints(checkpoints: Path, key: Key | None = None) -> list[CheckpointRecord]:
+    """Every checkpoint, newest first, judged by its manifest and its files' sizes.
+
+    Leftovers and whatever is not called ``step-…`` are not listed; no directory at all is an empty list. Raises
+    StorageError when ``checkpoints`` cannot be read.
+    """
+    try:
+        names = os.listdir(checkpoints)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise translated(error, "listing", checkpoints) from error
+    candidates = [checkpoints / name for name in names if name.startswith(_PREFIX)]
+    records = [inspect(path, key) for path in candidates if not is_leftover(path)]
+    return sorted(records, key=lambda record: (-record.step, record.path.name))
+
+
+def inspect(path: Path, key: Key | None = None) -> CheckpointRecord:
+    """The record of one directory, as ``list_checkpoints`` has it."""
+    match = _NAME.fullmatch(path.name)
+    step = int(match[1]) if match else -1
+    if step_directory(path.parent, step) != path:
+        return CheckpointRecord(step=-1, path=path, problem=f"{path.name!r} is not the name of a checkpoint")
+    problem = None
+    manifest = None
+    if path.is_symlink():
+        problem = "is a symbolic link"
+    elif not path.is_dir():
+        problem = "is not a directory"
+    else:
+        try:
+            manifest = read_manifest(path, key)
+        except CheckpointError as error:
+            problem = str(error)
+    if manifest is None:
+        return CheckpointRecord(step=step, path=path, problem=problem)
+    if manifest.step != step:
+        problem = f"its manifest is of step {manifest.step}"
+    else:
+        problem = "; ".join(size_problems(path, manifest)) or None
+    return CheckpointRecord(
+        step=step,
+        path=path,
+        bytes=manifest.bytes,
+        metrics=manifest.origin.metrics,
+        created=manifest.origin.created,
+        manifest=manifest,
+        problem=problem,
+    )
+
+
+def verify(record: CheckpointRecord, key: Key | None = None, *, threads: int | None = None) -> list[str]:
+    """Every problem of a checkpoint, one line each with the file's name; empty when every byte is as it was.
+
+    The manifest is read again, so what counts is what is there now.
+    """
+    now = inspect(record.path, key)
+    if now.manifest is None or now.manifest.step != now.step:
+        return [now.problem or "no manifest"]
+    return problems_of(record.path, now.manifest, key, threads=threads)
+
+
+def newest_good(
+    checkpoints: Path, key: Key | None = None, skip: Iterable[Path | str] = ()
+) -> tuple[CheckpointRecord | None, list[CheckpointRecord]]:
+    """The newest checkpoint that verifies, and the newer ones that do not (``problem`` says why).
+
+    Those whose path is in ``skip`` are passed over in silence.
+    """
+    skipped = {Path(path) for path in skip}
+    rejected: list[CheckpointRecord] = []
+    for record in list_checkpoints(checkpoints, key):
+        if record.path in skipped or record.step < 0:
+            continue
+        problems = verify(record, key)
+        if not problems:
+            return record, rejected
+        rejected.append(replace(record, problem="; ".join(problems)))
+    return None, rejected
+
+
+def remove(record: CheckpointRecord, *, files: Files = LOCAL) -> None:
+    """Delete a checkpoint, manifest first; gone already is fine. Raises StorageError."""
+    if record.path.is_symlink() or not record.path.is_dir():
+        if os.path.lexists(record.path):
+            raise StorageError(f"{record.path} is not a directory: not removed")
+        return
+    try:
+        discard(record.path, files=files)
+    except OSError as error:
+        raise translated(error, "removing", record.path) from error
+
+
+def sweep(checkpoints: Path, *, owned: Collection[Path] = (), files: Files = LOCAL) -> list[Path]:
+    """Remove what drains and removals that never finished have left; the paths removed.
+
+    Precondition: the caller holds the job's lock, and ``owned`` names the directories that its own drains are writing
+    now. Only directories that bear our mark are touched, never one with a manifest or without either.
+    """
+    removed = []
+    try:
+        for name in sorted(os.listdir(checkpoints)):
+            path = checkpoints / name
+            if _NAME.fullmatch(name) and not path.is_symlink() and path not in owned and is_leftover(path):
+                discard(path, files=files)
+                removed.append(path)
+    except FileNotFoundError:
+        return removed
+    except OSError as error:
+        raise translated(error, "sweeping", checkpoints) from error
+    return removed

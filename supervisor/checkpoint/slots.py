@@ -1,0 +1,109 @@
+"""RAM snapshots: a slot is a directory in tmpfs with stock DCP files and, once every rank is complete, ``slot.json``.
+
+``slot.json`` is to a slot what the manifest is to a checkpoint, without the digests: RAM does not rot, and hashing
+would cost more than the snapshot. It is removed before a slot is written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Final
+
+from supervisor.checkpoint.directory import SLOT_NAME, entry_status, payload, translated
+from supervisor.checkpoint.manifest import (
+    METADATA_NAME,
+    Key,
+    authenticate,
+    check_name,
+    decode_metrics,
+    encode_metrics,
+    sign,
+)
+from supervisor.errors import CheckpointError
+
+VERSION: Final = 1
+_FORMAT: Final = "everstep-slot"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotRecord:
+    """A complete snapshot: the state after ``step`` steps. ``created`` is Unix seconds, ``files`` size by name."""
+
+    step: int
+    attempt: int
+    world_size: int
+    created: float
+    run_id: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files together."""
+        return sum(self.files.values())
+
+
+_FIELDS: Final = tuple(entry.name for entry in fields(SlotRecord))
+
+
+def write_slot(directory: Path, record: SlotRecord, key: Key | None = None) -> SlotRecord:
+    """Declare the snapshot in ``directory`` complete; the record as written, with the sizes of its files.
+
+    Raises StorageError when it cannot be written, CheckpointError when the files are no DCP checkpoint.
+    """
+    record = replace(record, files=payload(directory))
+    if METADATA_NAME not in record.files:
+        raise CheckpointError(f"{directory} has no {METADATA_NAME}: not a DCP checkpoint")
+    document = {
+        **asdict(record),
+        "format": _FORMAT,
+        "version": VERSION,
+        "key": key.id if key else None,
+        "metrics": encode_metrics(record.metrics),
+    }
+    partial = directory / f"{SLOT_NAME}.partial"
+    try:
+        partial.write_bytes(sign(document, key))
+        partial.rename(directory / SLOT_NAME)
+    except OSError as error:
+        raise translated(error, "writing", directory / SLOT_NAME) from error
+    return record
+
+
+def read_slot(directory: Path, key: Key | None = None) -> SlotRecord | None:
+    """The complete snapshot in ``directory``; None when there is none.
+
+    Raises CheckpointError when ``slot.json`` is damaged or its files are not as it says.
+    """
+    try:
+        data = (directory / SLOT_NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{SLOT_NAME} cannot be read: {error.strerror or error}") from error
+    document = authenticate(data, key, kind=_FORMAT, newest=VERSION, name=SLOT_NAME)
+    try:
+        record = SlotRecord(
+            **{
+                **{name: document[name] for name in _FIELDS},
+                "metrics": decode_metrics(document["metrics"]),
+            }
+        )
+        sizes = {name: int(size) for name, size in record.files.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{SLOT_NAME} is damaged: {error!r}") from None
+    for name, size in sizes.items():
+        check_name(name)
+        if (found := entry_status(directory, name).st_size) != size:
+            raise CheckpointError(f"{name}: {found} bytes, {size} expected")
+    return record
+
+
+def invalidate(directory: Path) -> None:
+    """Before the slot is written again: it is no snapshot any more. Raises StorageError."""
+    try:
+        (directory / SLOT_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise translated(error, "invalidating", directory / SLOT_NAME) from error
