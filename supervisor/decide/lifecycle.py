@@ -1,0 +1,303 @@
+"""The life of a job: a transition table, and the fold of a journal into the job it tells of.
+
+A job *is* its journal. Supervisors come and go (each may be SIGKILLed between any two lines), so no other state is
+kept: whoever takes over folds the facts in order and knows what the one before knew. What follows from that:
+
+- ``apply`` is pure and total over the table below: one lookup says which state a fact leads to, and a fact that has no
+  entry is refused with an error that names fact, state and what is allowed. The same journal gives the same record.
+- RunStarted is allowed everywhere, because a predecessor can have died anywhere. It opens a new epoch and drops what only
+  the dead run knew: the stop it was asked for, the steps it had under way.
+- The states are what a person sees. RESTARTING lasts from the verdict to the first step of the new attempt, STARTING
+  from the run's start to its first step; a stop that was asked for shows as STOPPING until it is carried out. Ends
+  (COMPLETED, PREEMPTED, FAILED) are reached through a verdict only, never by a fact of the world alone.
+- Facts about stored state (commits, rejections, pruning) are allowed at any time: a drain outlives its attempt.
+
+Budgets refill by *progress*: a snapshot or checkpoint of a step beyond every step that was ever held whole at the last
+failure. Reaching the same step again is no progress, so a job that cannot pass one step runs out of budget however
+often it is saved before it. A job that gave up and is started again by its user gets a fresh budget: something changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Final
+
+from supervisor.decide import goodput
+from supervisor.errors import ProtocolError
+from supervisor.model import (
+    Action,
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointCommitted,
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointsPruned,
+    Decided,
+    Fact,
+    FirstStep,
+    JobRecord,
+    Limits,
+    Point,
+    Progress,
+    Resumed,
+    RunEnded,
+    RunStarted,
+    SnapshotCompleted,
+    State,
+    StopCause,
+    StopRequested,
+    Tier,
+    WorkersReady,
+)
+
+NEW_JOB: Final = JobRecord()
+
+#: what happens to a job: a fact, or what a Decided fact decided
+Event = type[Fact] | Action
+
+
+def _stay(state: State, *events: Event) -> dict[Event, State]:
+    return dict.fromkeys(events, state)
+
+
+_STORED: tuple[Event, ...] = (CheckpointCommitted, CheckpointFailed, CheckpointRejected, CheckpointsPruned)
+_VERDICTS: dict[Event, State] = {
+    Action.COMPLETE: State.COMPLETED,
+    Action.STOP: State.PREEMPTED,
+    Action.GIVE_UP: State.FAILED,
+}
+_ALIVE: tuple[Event, ...] = (WorkersReady, Resumed, SnapshotCompleted, AttemptEnded, RunEnded, *_STORED)
+_LAUNCHING: dict[Event, State] = {
+    RunStarted: State.STARTING,
+    FirstStep: State.RUNNING,
+    StopRequested: State.STOPPING,
+    Action.RESTART: State.RESTARTING,
+    **_VERDICTS,
+}
+
+TRANSITIONS: dict[State, dict[Event, State]] = {
+    State.NEW: {
+        RunStarted: State.STARTING,
+        **_stay(State.NEW, CheckpointsPruned),
+    },
+    State.STARTING: {
+        **_LAUNCHING,
+        **_stay(State.STARTING, AttemptStarted, *_ALIVE),
+    },
+    State.RESTARTING: {
+        **_LAUNCHING,
+        **_stay(State.RESTARTING, AttemptStarted, *_ALIVE),
+    },
+    State.RUNNING: {
+        RunStarted: State.STARTING,
+        StopRequested: State.STOPPING,
+        Action.RESTART: State.RESTARTING,
+        **_VERDICTS,
+        **_stay(State.RUNNING, Progress, *_ALIVE),
+    },
+    State.STOPPING: {
+        RunStarted: State.STARTING,
+        **_VERDICTS,
+        **_stay(State.STOPPING, StopRequested, FirstStep, Progress, *_ALIVE),
+    },
+    **{
+        end: {RunStarted: State.STARTING, **_stay(end, StopRequested, RunEnded, *_STORED)}
+        for end in (State.COMPLETED, State.PREEMPTED, State.FAILED)
+    },
+}
+
+
+def apply(record: JobRecord, fact: Fact) -> JobRecord:
+    """The job after ``fact``. Raises ProtocolError when the fact is impossible in the record's state."""
+    state = _next_state(record, fact)
+    _check_attempt(record, fact)
+    if isinstance(fact, RunStarted):  # the time since a killed run's last fact was under nobody's supervision
+        record = replace(record, supervised=False)
+    record = goodput.advance(record, fact.time)
+    return replace(_absorb(record, fact), state=state)
+
+
+def fold(facts: Iterable[Fact], record: JobRecord = NEW_JOB) -> JobRecord:
+    """The job that a journal tells of. Raises ProtocolError at the first impossible fact."""
+    for fact in facts:
+        record = apply(record, fact)
+    return record
+
+
+def replay(facts: Iterable[Fact], record: JobRecord = NEW_JOB) -> tuple[JobRecord, list[str]]:
+    """As ``fold``, but an impossible fact (its predecessor's line was lost) is skipped and named in the list."""
+    problems: list[str] = []
+    for fact in facts:
+        try:
+            record = apply(record, fact)
+        except ProtocolError as error:
+            problems.append(str(error))
+    return record, problems
+
+
+def is_over(state: State) -> bool:
+    """Whether the job needs no supervisor any more, or none until it is started again."""
+    return state in (State.COMPLETED, State.PREEMPTED, State.FAILED)
+
+
+def _next_state(record: JobRecord, fact: Fact) -> State:
+    event: Event = fact.action if isinstance(fact, Decided) else type(fact)
+    row = TRANSITIONS[record.state]
+    if event in row:
+        return row[event]
+    allowed = ", ".join(sorted(map(_name, row)))
+    raise ProtocolError(
+        f"{_name(event)} cannot happen to a job that is {record.state}: allowed are {allowed}"
+    )
+
+
+def _name(event: Event) -> str:
+    return f"Decided({event.value})" if isinstance(event, Action) else event.__name__
+
+
+def _check_attempt(record: JobRecord, fact: Fact) -> None:
+    match fact:
+        case AttemptStarted(attempt=attempt) if record.attempt is not None and attempt <= record.attempt:
+            raise ProtocolError(
+                f"AttemptStarted with attempt {attempt} after attempt {record.attempt}: "
+                f"numbers are never reused, the next is {record.attempt + 1}"
+            )
+        case (
+            Resumed(attempt=attempt)
+            | WorkersReady(attempt=attempt)
+            | FirstStep(attempt=attempt)
+            | Progress(attempt=attempt)
+            | AttemptEnded(attempt=attempt)
+        ) if attempt != record.attempt:
+            raise ProtocolError(
+                f"{type(fact).__name__} of attempt {attempt}, but the job that is {record.state} "
+                f"is at attempt {record.attempt}"
+            )
+
+
+def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
+    """What a fact adds to the record, the state apart."""
+    match fact:
+        case RunStarted():
+            return _run_started(record, fact)
+        case AttemptStarted():
+            return replace(_between(record), attempt=fact.attempt, world_size=None, resumed_step=None)
+        case WorkersReady():
+            return replace(record, world_size=fact.world_size)
+        case Resumed():
+            return _resumed(record, fact)
+        case FirstStep() | Progress():
+            metrics = {**record.metrics, **fact.metrics} if isinstance(fact, Progress) else record.metrics
+            total = fact.total_steps if fact.total_steps is not None else record.total_steps
+            return replace(goodput.worked(record, fact.step), metrics=metrics, total_steps=total)
+        case SnapshotCompleted():
+            point = Point(step=fact.step, time=fact.time, bytes=fact.bytes, seconds=fact.seconds)
+            record = _progressed(replace(record, snapshot=point), fact.step)
+            began = record.attempt_first_time is not None and fact.attempt == record.attempt
+            return goodput.worked(record, fact.step) if began else record
+        case CheckpointCommitted():
+            return _progressed(replace(record, checkpoint=_newest(record.checkpoint, fact)), fact.step)
+        case CheckpointRejected():
+            gone = record.checkpoint is not None and record.checkpoint.path == fact.path
+            return replace(record, checkpoint=None) if gone else record
+        case CheckpointsPruned():
+            gone = record.checkpoint is not None and record.checkpoint.step in fact.steps
+            return replace(record, checkpoint=None) if gone else record
+        case StopRequested():
+            return replace(record, stop=fact)
+        case AttemptEnded():
+            return _attempt_ended(record, fact)
+        case Decided():
+            return _decided(record, fact)
+        case RunEnded():
+            record = replace(_between(record), supervised=False)
+            return replace(record, exit_code=fact.exit_code, reason=fact.reason)
+        case _:
+            return record
+
+
+def _run_started(record: JobRecord, fact: RunStarted) -> JobRecord:
+    if record.state is State.FAILED:
+        record = replace(record, failures_since_progress=0, previous_fingerprint=None)
+        record = replace(record, preemptions_since_progress=0)
+    return replace(
+        _between(record),
+        supervised=True,
+        epoch=max(record.epoch, fact.epoch),
+        host=fact.host,
+        pid=fact.pid,
+        command=fact.command,
+        limits=Limits(max_failures=fact.max_failures, max_preemptions=fact.max_preemptions),
+        stop=None,
+        exit_code=None,
+        reason=None,
+    )
+
+
+def _between(record: JobRecord) -> JobRecord:
+    """No attempt is making steps."""
+    return replace(
+        record, attempt_first_time=None, attempt_first_step=None, attempt_last_time=None, rate=None
+    )
+
+
+def _resumed(record: JobRecord, fact: Resumed) -> JobRecord:
+    record = goodput.resumed(record, fact.step)
+    if fact.tier is not Tier.RAM:  # a snapshot that could have been used would have been
+        record = replace(record, snapshot=None)
+    if fact.tier is Tier.CHECKPOINT and (record.checkpoint is None or record.checkpoint.step != fact.step):
+        record = replace(record, checkpoint=Point(step=fact.step, time=fact.time, path=fact.path))
+    return record
+
+
+def _newest(known: Point | None, fact: CheckpointCommitted) -> Point:
+    if known is not None and known.step > fact.step:
+        return known
+    return Point(
+        step=fact.step,
+        time=fact.time,
+        bytes=fact.bytes,
+        seconds=fact.seconds,
+        path=fact.path,
+        metrics=fact.metrics,
+    )
+
+
+def _progressed(record: JobRecord, step: int) -> JobRecord:
+    """``step`` is held whole: refill the budgets if that is further than at the last failure."""
+    record = replace(record, committed_step=max(record.committed_step, step))
+    if step > record.failure_committed_step:
+        record = replace(record, failures_since_progress=0, previous_fingerprint=None)
+    if step > record.preemption_committed_step:
+        record = replace(record, preemptions_since_progress=0)
+    return record
+
+
+def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
+    record = goodput.ended(record, fact.step)
+    record = _between(record)
+    if fact.failure is None:
+        return record
+    repeated = record.failures_since_progress > 0 and record.last_failure is not None
+    return replace(
+        record,
+        previous_fingerprint=record.last_failure.fingerprint if repeated and record.last_failure else None,
+        last_failure=fact.failure,
+        failures_since_progress=record.failures_since_progress + 1,
+        failure_committed_step=record.committed_step,
+    )
+
+
+def _decided(record: JobRecord, fact: Decided) -> JobRecord:
+    record = replace(record, reason=fact.reason)
+    if fact.action is Action.RESTART:
+        return replace(record, restarts=record.restarts + 1)
+    if fact.action is Action.STOP and record.stop is not None and record.stop.cause is StopCause.PREEMPTION:
+        return replace(
+            record,
+            preemptions=record.preemptions + 1,
+            preemptions_since_progress=record.preemptions_since_progress + 1,
+            preemption_committed_step=record.committed_step,
+        )
+    return record

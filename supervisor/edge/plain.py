@@ -1,0 +1,90 @@
+"""Frozen dataclasses to plain JSON values and back, by their annotations.
+
+Enums become their values, tuples lists, nested dataclasses objects. JSON has no NaN and no infinities (a loss can be one):
+they become the strings "nan", "inf" and "-inf". Decoding checks every value against its annotation, ignores unknown
+fields, and takes the default of a field that is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import math
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """``value`` as dicts, lists, strings and numbers that ``json`` writes as they are."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
+    """A dataclass of type ``kind``. Raises ValueError naming the field that is missing or of the wrong type."""
+    values: dict[str, Any] = {}
+    for name, (annotation, required) in _fields(typing.cast(Any, kind)).items():
+        if name in plain:
+            try:
+                values[name] = _value(annotation, plain[name])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{kind.__name__}.{name}: {error}") from None
+        elif required:
+            raise ValueError(f"{kind.__name__} lacks {name!r}")
+    return kind(**values)
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, tuple[Any, bool]]:
+    """Annotation of each field, and whether it has no default."""
+    hints = typing.get_type_hints(kind)
+    return {
+        field.name: (
+            hints[field.name],
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+        )
+        for field in dataclasses.fields(kind)
+    }
+
+
+def _value(annotation: Any, plain: Any) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        if plain is None and types.NoneType in arguments:
+            return None
+        (annotation,) = (argument for argument in arguments if argument is not types.NoneType)
+        return _value(annotation, plain)
+    if origin is tuple:
+        return tuple(_value(arguments[0], item) for item in _checked(plain, list))
+    if origin is dict:
+        return {key: _value(arguments[1], item) for key, item in _checked(plain, dict).items()}
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return from_plain(annotation, _checked(plain, dict))
+    if issubclass(annotation, enum.Enum):
+        return annotation(plain)
+    if annotation is float:
+        if isinstance(plain, bool) or not (isinstance(plain, int | float) or plain in ("nan", "inf", "-inf")):
+            raise ValueError(f"{plain!r} is no number")
+        return float(plain)
+    if annotation is int and isinstance(plain, bool):
+        raise ValueError(f"{plain!r} is no int")
+    return _checked(plain, annotation)
+
+
+def _checked(plain: Any, kind: type[T]) -> T:
+    if isinstance(plain, kind):
+        return plain
+    raise TypeError(f"{plain!r} is no {kind.__name__}")
