@@ -130,6 +130,11 @@ class Attempt:
         """Completed steps of each seated rank."""
         return [seat.step for seat in self.seats.values()]
 
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps the training is to take, once a Session has said so."""
+        return max((seat.page[Word.TOTAL_STEPS] for seat in self.seats.values()), default=0) or None
+
     # ------------------------------------------------------------------ ends
 
     def raised(self, seat: Seat, raised: Raised, step: int | None) -> None:

@@ -18,3 +18,8 @@ def monotonic() -> float:
 def unix_of(monotonic_ns: int) -> float:
     """The Unix time of a CLOCK_MONOTONIC reading (nanoseconds) taken by any process of this node."""
     return time.time() - (time.monotonic_ns() - monotonic_ns) / 1e9
+
+
+def pause(seconds: float) -> None:
+    """Let ``seconds`` pass (milliseconds at most: it holds up the caller's loop)."""
+    time.sleep(seconds)

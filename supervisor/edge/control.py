@@ -17,8 +17,9 @@ import os
 import struct
 from pathlib import Path
 
-from supervisor.model import ProposalFlag as ProposalFlag
-from supervisor.model import ProposalState as ProposalState
+from supervisor.model import ProposalFlag, ProposalState
+
+__all__ = ["MAGIC", "SIZE", "ControlPage", "Phase", "ProposalFlag", "ProposalState", "SessionFlag", "Word"]
 
 MAGIC = 0x45565253_54455031  # "EVRSTEP1"
 SIZE = 4096

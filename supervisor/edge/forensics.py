@@ -24,7 +24,7 @@ def last_lines(path: Path, count: int = 20) -> tuple[str, ...]:
 
 
 def exit_codes_in(torchrun_log: Path) -> dict[int, int]:
-    """Exit code of each worker (by pid; negative: signal) (negative: signal) of the workers that torchrun reported as failed."""
+    """The exit code (negative: signal) of each worker, by pid, that torchrun reported as failed."""
     try:
         text = torchrun_log.read_bytes()
     except OSError:

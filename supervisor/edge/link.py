@@ -90,6 +90,10 @@ class Link:
             raise ProtocolError(f"the supervisor refused {kind!r}: {reply['refused']}")
         return reply
 
+    def fileno(self) -> int:
+        """The socket's descriptor, for whoever hands it on to another program."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Close the socket and unmap the page."""
         self._socket.close()

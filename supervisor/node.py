@@ -1,0 +1,409 @@
+"""The node supervisor: owns one job, launches its attempts, and keeps them going until there is a reason not to.
+
+The loop is: observe (signals, sockets, pidfds, control pages) → write the fact into the journal and fold it into the
+job's record → decide (pure functions of the record) → act. Nothing is decided from anything that is not in the journal,
+so a journal read back tells the same story and yields the same decisions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from supervisor.attempt import Attempt
+from supervisor.checkpoint.manifest import Key
+from supervisor.config import Options
+from supervisor.decide import classify, lifecycle, restart
+from supervisor.decide.retention import RetentionPolicy
+from supervisor.edge import clock, jobdir, journal, processes
+from supervisor.edge.channel import Channel, Message, Peer
+from supervisor.edge.console import Console
+from supervisor.edge.link import ATTEMPT, RUNTIME
+from supervisor.edge.ports import ReservedPort
+from supervisor.errors import UsageError
+from supervisor.ledger import Ledger
+from supervisor.model import (
+    Action,
+    AttemptEnded,
+    AttemptEvidence,
+    AttemptStarted,
+    CheckpointRejected,
+    Decided,
+    Failure,
+    JobRecord,
+    Resumed,
+    RunEnded,
+    RunStarted,
+    State,
+    StopCause,
+    StopRequested,
+    Tier,
+    Verdict,
+)
+from supervisor.pulse import Pulse
+from supervisor.reception import Reception
+from supervisor.resume import Resume, choose
+from supervisor.savepoints import SavePoints
+from supervisor.snapshots import Snapshots, Stamp
+from supervisor.version import version
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+EXIT_FINISHED, EXIT_GAVE_UP, EXIT_AGAIN, EXIT_USER = 0, 1, 75, 130
+
+
+class Program(Protocol):
+    """What the user wants run, as the command line understood it."""
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """As it was given."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What may not change between two runs of one job: the script or module."""
+        ...
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What was taken over from the command, to be said once."""
+        ...
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether torchrun starts it, so that lines are told apart by rank."""
+        ...
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What its workers need beside what every worker gets."""
+        ...
+
+    def attempt_argv(self, port: int) -> Sequence[str]:
+        """The command line of one attempt, whose rendezvous is at ``port`` on this host."""
+        ...
+
+
+def run(options: Options, program: Program) -> int:
+    """Run the job to its end; returns the exit code of ``everstep run``. Raises EverstepError before it starts."""
+    job = jobdir.JobDirectory(options.dir)
+    with job.claim():
+        console = Console(quiet=options.quiet)
+        try:
+            record, problems = lifecycle.replay(journal.read(job.journal, console.say))
+            for problem in problems:
+                console.say(f"journal: {problem}")
+            if record.state is State.COMPLETED and not options.continue_:
+                console.say(f"{job.path} is finished (step {record.step}); --continue runs it on")
+                return EXIT_FINISHED
+            return _own(options, program, job, record, console)
+        finally:
+            console.close()
+
+
+def _own(
+    options: Options, program: Program, job: jobdir.JobDirectory, record: JobRecord, console: Console
+) -> int:
+    file = job.open_epoch(program.identity, list(program.command))
+    if record.command and record.command != program.command:
+        console.say(f"the command line has changed; it was: {' '.join(record.command)}")
+    runtime = Path(file.runtime)
+    jobdir.lay_out_runtime(runtime)
+    jobdir.sweep_runtimes(runtime)
+    (runtime / "job").write_text(str(job.path))
+    ledger = Ledger(journal.Journal(job.journal / f"{socket.gethostname()}.jsonl", console.say), record)
+    try:
+        return asyncio.run(Node(options, program, job, file, ledger, console).run())
+    finally:
+        ledger.close()
+
+
+class Node:
+    """One run of the supervisor over one job."""
+
+    def __init__(
+        self,
+        options: Options,
+        program: Program,
+        job: jobdir.JobDirectory,
+        file: jobdir.JobFile,
+        ledger: Ledger,
+        console: Console,
+    ) -> None:
+        self._options, self._program, self._job, self._file = options, program, job, file
+        self._ledger, self._console = ledger, console
+        self._runtime = Path(file.runtime)
+        self._checkpoints = options.checkpoints or job.path / "checkpoints"
+        self._key = Key.from_environment()
+        self._snapshots = Snapshots(
+            self._runtime,
+            self._checkpoints,
+            stamp=Stamp(
+                file.run_id, file.epoch, {"everstep": version(), "python": platform.python_version()}
+            ),
+            key=self._key,
+            policy=RetentionPolicy(
+                keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best
+            ),
+            fence=lambda: job.fence(file.epoch),
+            fact=ledger.add,
+        )
+        self._unloadable: set[Path] = set()
+        self._stop: StopRequested | None = None
+        self._stop_seen = asyncio.Event()
+        self._cut_short: str | None = None  # why a stop was not waited for
+        self._pulse: Pulse | None = None
+        self._reception: Reception | None = None
+
+    # ------------------------------------------------------------------ the run
+
+    async def run(self) -> int:
+        """From taking charge to leaving; returns the exit code."""
+        processes.become_subreaper()
+        record, limits = self._ledger.record, self._options
+        self._ledger.add(
+            RunStarted(
+                time=clock.now(),
+                epoch=self._file.epoch,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                command=self._program.command,
+                version=version(),
+                max_failures=limits.max_failures,
+                max_preemptions=limits.max_preemptions,
+            )
+        )
+        for notice in self._program.notices:
+            self._console.say(notice)
+        self._console.say(
+            f"{'job resumed' if record.attempt is not None else 'job started'} in {self._job.path} "
+            f"(pid {os.getpid()}, logs in {self._job.attempts})"
+        )
+        loop = asyncio.get_running_loop()
+        for signum in STOP_SIGNALS:
+            if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
+                loop.add_signal_handler(signum, self._on_signal, signum)
+        channel = Channel(self._runtime / "socket", self._on_message)
+        await channel.open()
+        try:
+            verdict = await self._supervise()
+        finally:
+            await channel.close()
+        code, reason = await self._conclude(verdict)
+        self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=reason))
+        self._console.say(reason)
+        return code
+
+    async def _supervise(self) -> Verdict:
+        while True:
+            verdict = await self._run_attempt()
+            if verdict.action is not Action.RESTART:
+                return verdict
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_seen.wait(), verdict.delay or 0.0001)
+                assert self._stop is not None
+                return self._decided(restart.decide_stop(self._ledger.record, self._stop))
+
+    async def _run_attempt(self) -> Verdict:
+        number = -1 if self._ledger.record.attempt is None else self._ledger.record.attempt
+        attempt = Attempt(number + 1, self._job.attempt(number + 1), self._runtime)
+        self._ledger.add(AttemptStarted(time=clock.now(), attempt=attempt.number))
+        resume = asyncio.create_task(self._choose_resume(attempt.number))
+        savepoints = SavePoints(attempt)
+        self._pulse = Pulse(
+            attempt, self._options, self._ledger, self._snapshots, savepoints, self._console, self._drive_stop
+        )
+        self._reception = Reception(
+            attempt,
+            ledger=self._ledger,
+            snapshots=self._snapshots,
+            savepoints=savepoints,
+            console=self._console,
+            resume=resume,
+            save_every=self._pulse.save_every,
+            on_saved=self._pulse.saved,
+            prefix_lines=self._program.has_ranks,
+        )
+        self._pulse.publish_slot = self._reception.publish_slot
+        beat = asyncio.create_task(self._pulse.beat())
+        try:
+            await self._live(attempt)
+        finally:
+            beat.cancel()
+            resume.cancel()
+            await asyncio.gather(beat, resume, return_exceptions=True)
+        return self._post_mortem(attempt)
+
+    async def _live(self, attempt: Attempt) -> None:
+        port = ReservedPort()
+        self._console.follow(attempt.logs / "torchrun.log", "[torchrun] " if self._program.has_ranks else "")
+        try:
+            argv = self._program.attempt_argv(port.number)
+            try:
+                attempt.launch(argv, self._environment(attempt.number))
+            except OSError as error:
+                raise UsageError(f"cannot start {argv[0]}: {error.strerror}") from None
+            if self._stop is not None:
+                self._drive_stop()
+            await attempt.ended.wait()
+            if attempt.finished:
+                await attempt.farewell()
+                await attempt.leave()
+            elif left := await attempt.teardown():
+                self._console.say(f"processes that cannot be killed: {left}")
+        finally:
+            port.release()
+            self._console.finish(attempt.logs)
+
+    def _environment(self, number: int) -> dict[str, str]:
+        environment = dict(os.environ)
+        environment.pop("EVERSTEP_KEY", None)  # the supervisor verifies; a worker has no use for the secret
+        return {
+            **environment,
+            "EVERSTEP_DIR": str(self._job.path),
+            "EVERSTEP_RUN_ID": self._file.run_id,
+            ATTEMPT: str(number),
+            RUNTIME: str(self._runtime),
+            **self._program.environment,
+        }
+
+    async def _choose_resume(self, number: int) -> Resume:
+        resume = await asyncio.to_thread(
+            choose, self._snapshots.newest(), self._checkpoints, self._key, frozenset(self._unloadable)
+        )
+        now = clock.now()
+        for path, reason in resume.rejected:
+            self._snapshots.drop(path)
+            self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
+            self._console.say(f"{path} is damaged: {reason}; skipping it")
+        if resume.tier is Tier.CHECKPOINT:
+            self._snapshots.known_good(resume.step)
+        path_text = str(resume.path) if resume.path else None
+        self._ledger.add(
+            Resumed(time=now, attempt=number, step=resume.step, tier=resume.tier, path=path_text)
+        )
+        return resume
+
+    # ------------------------------------------------------------------ the end of an attempt
+
+    def _post_mortem(self, attempt: Attempt) -> Verdict:
+        assert self._pulse is not None
+        assert self._reception is not None
+        self._pulse.note_first_step()
+        self._snapshots.reset()
+        self._unloadable |= self._reception.unloadable
+        for path in self._reception.unloadable:
+            self._snapshots.drop(path)
+        evidence = attempt.evidence()
+        completed = attempt.finished and all(seat.completed is not False for seat in attempt.seats.values())
+        stopped = self._stop is not None and not (completed and not self._was_told_to_leave(attempt))
+        failure = None
+        if not stopped:
+            failure = classify.classify(evidence, clock.now())
+        attempt.close()
+        ended = AttemptEnded(
+            time=clock.now(),
+            attempt=attempt.number,
+            step=evidence.step,
+            stopped=stopped,
+            finished=failure is None and not stopped,
+            failure=failure,
+        )
+        self._ledger.add(ended)
+        if failure is not None:
+            self._console.say(f"attempt {attempt.number} failed: {failure.reason}")
+            self._write_evidence(attempt, failure, evidence)
+            return self._decided(restart.decide(self._ledger.record, failure))
+        if stopped and self._stop is not None:
+            return self._decided(restart.decide_stop(self._ledger.record, self._stop))
+        return self._decided(restart.decide_finished(self._ledger.record))
+
+    def _was_told_to_leave(self, attempt: Attempt) -> bool:
+        return not attempt.has_session
+
+    def _decided(self, verdict: Verdict) -> Verdict:
+        number = self._ledger.record.attempt or 0
+        self._ledger.add(
+            Decided(
+                time=clock.now(),
+                attempt=number,
+                action=verdict.action,
+                reason=verdict.reason,
+                delay=verdict.delay,
+            )
+        )
+        if verdict.action is Action.RESTART:
+            self._console.say(verdict.reason)
+        return verdict
+
+    def _write_evidence(self, attempt: Attempt, failure: Failure, evidence: AttemptEvidence) -> None:
+        document = {"failure": asdict(failure), "evidence": asdict(evidence)}
+        try:
+            (attempt.folder / "failure.json").write_text(json.dumps(document, indent=1) + "\n")
+        except OSError as error:
+            self._console.say(f"{attempt.folder}/failure.json: {error.strerror}")
+
+    async def _conclude(self, verdict: Verdict) -> tuple[int, str]:
+        newest = self._snapshots.newest()
+        durable = self._ledger.record.checkpoint
+        if newest is not None and (durable is None or durable.step < newest[1].step) and not self._cut_short:
+            self._snapshots.drain()
+        await self._snapshots.settle()
+        durable = self._ledger.record.checkpoint
+        unsaved = newest is not None and (durable is None or durable.step < newest[1].step)
+        reason = verdict.reason
+        if unsaved and newest is not None:
+            why = self._snapshots.failure or "there was no time"
+            reason += (
+                f"; the snapshot of step {newest[1].step} is in memory only ({why}): run again on this host"
+            )
+        else:
+            jobdir.remove_runtime(self._runtime)
+        if verdict.action is Action.STOP:
+            by_user = self._stop is not None and self._stop.cause is StopCause.USER
+            return (EXIT_USER if by_user else EXIT_AGAIN), reason
+        if verdict.action is Action.COMPLETE and not unsaved:
+            return EXIT_FINISHED, reason
+        return EXIT_GAVE_UP, reason
+
+    # ------------------------------------------------------------------ what reaches it from outside
+
+    async def _on_message(self, peer: Peer, message: Message) -> Message | None:
+        if self._reception is None:
+            raise ValueError("no attempt is running")
+        return await self._reception.handle(peer, message)
+
+    def _on_signal(self, signum: signal.Signals) -> None:
+        if self._stop is not None:
+            if signum is signal.SIGINT:
+                self._console.say("stopping at once")
+                self._end_now("user")
+            return
+        cause = StopCause.USER if signum is signal.SIGINT else StopCause.PREEMPTION
+        self._stop = StopRequested(time=clock.now(), cause=cause, source=signum.name)
+        self._ledger.add(self._stop)
+        again = "; Ctrl-C again stops at once" if cause is StopCause.USER else ""
+        self._console.say(f"{signum.name}: saving, then stopping (up to {self._options.grace:g} s){again}")
+        self._stop_seen.set()
+        asyncio.get_running_loop().call_later(self._options.grace, self._end_now, "grace")
+        self._drive_stop()
+
+    def _drive_stop(self) -> None:
+        if self._stop is not None and self._pulse is not None:
+            self._pulse.drive_stop()
+
+    def _end_now(self, why: str) -> None:
+        self._cut_short = self._cut_short or why
+        if why == "user":
+            self._snapshots.cancel()
+        if self._pulse is not None:
+            self._pulse.end_attempt()

@@ -1,0 +1,195 @@
+"""What happens by the clock during an attempt: first step seen, save points due, progress told, a stop pursued."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+from supervisor.attempt import Attempt
+from supervisor.config import Options
+from supervisor.decide import interval
+from supervisor.edge import clock, processes
+from supervisor.edge.console import Console
+from supervisor.edge.control import Word
+from supervisor.ledger import Ledger
+from supervisor.model import FirstStep, Progress, ProposalFlag
+from supervisor.savepoints import SavePoints
+from supervisor.snapshots import Snapshots
+
+PERIOD = 0.1  # seconds
+PROGRESS_PERIOD = 10.0  # seconds between two journal entries
+RATE_SPAN = 5.0  # seconds over which the shown rate is measured
+MTBF_PRIOR = 6 * 3600.0  # seconds; replaced by the job's own failures as they come
+COST_PRIOR = 1.0  # seconds to write a checkpoint, before one was written
+SHORTEST_AUTO = 10.0  # seconds between checkpoints at least
+LONGEST_AUTO = 3600.0
+
+
+class Pulse:
+    """The clockwork of one attempt."""
+
+    publish_slot: Callable[[], None]
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        options: Options,
+        ledger: Ledger,
+        snapshots: Snapshots,
+        savepoints: SavePoints,
+        console: Console,
+        drive_stop: Callable[[], None],
+    ) -> None:
+        self._attempt, self._options, self._ledger = attempt, options, ledger
+        self._snapshots, self._savepoints, self._console = snapshots, savepoints, console
+        self._wants_stop = drive_stop
+        self._stop_asked = False
+        now = clock.monotonic()
+        self._snapshot_at = self._checkpoint_at = self._progress_at = now
+        self._first_step_said = False
+        self._rate_from = (now, 0)
+        self._rate: float | None = None
+
+    @property
+    def save_every(self) -> tuple[int, ...]:
+        """Numbers of steps whose multiples are save points: every rank knows them by itself."""
+        every = (self._options.snapshot_every.steps, self._options.checkpoint_every.steps)
+        return tuple(steps for steps in every if steps is not None)
+
+    async def beat(self) -> None:
+        """Run until cancelled."""
+        while True:
+            await asyncio.sleep(PERIOD)
+            self.note_first_step()
+            self._note_progress()
+            self._want_due_saves()
+            self._savepoints.pump()
+            self.publish_slot()
+            self._wants_stop()
+            self._console.progress(self._line())
+
+    # ------------------------------------------------------------------ saves
+
+    def saved(self, step: int, flags: ProposalFlag) -> None:
+        """Every rank holds ``step``: drain it if that is due."""
+        now = clock.monotonic()
+        self._snapshot_at = now
+        if (
+            flags & ProposalFlag.CHECKPOINT
+            or step == self._attempt.total_steps
+            or self._checkpoint_is_due(step, now)
+        ):
+            self._checkpoint_at = now
+            self._snapshots.drain()
+
+    def _want_due_saves(self) -> None:
+        if not self._savepoints.is_idle or not self._attempt.in_session:
+            return
+        now = clock.monotonic()
+        seconds = self._options.snapshot_every.seconds
+        if seconds is not None and now - self._snapshot_at >= seconds:
+            self._snapshot_at = now
+            self._savepoints.want(ProposalFlag(0))
+        elif self._checkpoint_is_due(None, now):
+            self._checkpoint_at = now
+            self._savepoints.want(ProposalFlag.CHECKPOINT)
+
+    def _checkpoint_is_due(self, step: int | None, now: float) -> bool:
+        every = self._options.checkpoint_every
+        if every.steps is not None:
+            return step is not None and step % every.steps == 0
+        seconds = self._auto_seconds() if every.is_auto else every.seconds
+        return seconds is not None and now - self._checkpoint_at >= seconds
+
+    def _auto_seconds(self) -> float:
+        record = self._ledger.record
+        mtbf = interval.estimate_mtbf(
+            failures=record.restarts + record.preemptions, seconds=record.supervised_seconds, prior=MTBF_PRIOR
+        )
+        cost = self._snapshots.drain_seconds or COST_PRIOR
+        return interval.young_daly(cost, mtbf, shortest=SHORTEST_AUTO, longest=LONGEST_AUTO)
+
+    # ------------------------------------------------------------------ signs of life
+
+    def note_first_step(self) -> None:
+        """Journal the attempt's first step, at the moment the last rank completed it."""
+        attempt = self._attempt
+        if self._first_step_said or not attempt.is_full:
+            return
+        times = [seat.page[Word.FIRST_STEP_NS] for seat in attempt.seats.values()]
+        if all(times):
+            self._first_step_said = True
+            self._rate_from = (clock.monotonic(), min(attempt.steps))
+            self._ledger.add(
+                FirstStep(
+                    time=min(clock.unix_of(max(times)), clock.now()),
+                    attempt=attempt.number,
+                    step=min(attempt.steps),
+                    total_steps=self._attempt.total_steps,
+                )
+            )
+
+    def _note_progress(self) -> None:
+        now = clock.monotonic()
+        if not self._first_step_said or not self._attempt.is_full:
+            return
+        step = min(self._attempt.steps)
+        since, step_then = self._rate_from
+        if now - since >= RATE_SPAN:
+            self._rate, self._rate_from = (step - step_then) / (now - since), (now, step)
+            self._savepoints.rate = self._rate
+        if now - self._progress_at >= PROGRESS_PERIOD:
+            self._progress_at = now
+            self._snapshots.flush_fact()
+            self._ledger.add(
+                Progress(
+                    time=clock.now(),
+                    attempt=self._attempt.number,
+                    step=step,
+                    total_steps=self._attempt.total_steps,
+                    metrics=dict(self.metrics()),
+                )
+            )
+
+    #: the newest logged values, set by whoever hears them
+    metrics: Callable[[], dict[str, float]] = staticmethod(dict)
+
+    def _line(self) -> str:
+        record, steps = self._ledger.record, self._attempt.steps
+        if not steps or not self._first_step_said:
+            return f"attempt {self._attempt.number}: {record.state}"
+        total = f"/{self._attempt.total_steps}" if self._attempt.total_steps else ""
+        parts = [f"step {min(steps)}{total}"]
+        if self._rate is not None:
+            parts.append(f"{self._rate:.3g} steps/s")
+        loss = next(iter(self._attempt.seats.values())).page.loss
+        if loss == loss:
+            parts.append(f"loss {loss:.4g}")
+        for name, point in (("snapshot", record.snapshot), ("checkpoint", record.checkpoint)):
+            if point is not None:
+                parts.append(f"{name} {point.step} ({max(0.0, clock.now() - point.time):.0f} s ago)")
+        parts.append(f"attempt {self._attempt.number}")
+        return "  ".join(parts)
+
+    # ------------------------------------------------------------------ stopping
+
+    def drive_stop(self) -> None:
+        """Pursue a stop that was asked for, by what the workers are doing right now."""
+        attempt = self._attempt
+        attempt.stopping = True
+        if self._stop_asked or attempt.ended.is_set():
+            return
+        if attempt.in_session:
+            self._stop_asked = True
+            self._savepoints.want(ProposalFlag.STOP | ProposalFlag.CHECKPOINT)
+        elif not attempt.seats:
+            self.end_attempt()  # still starting: there is nothing to save
+        elif not attempt.has_session:
+            self._stop_asked = True  # a script without a Session may have a handler of its own
+            processes.send([s.pid for s in attempt.seats.values() if s.end is None], signal.SIGTERM)
+        # else: restoring, or its loop is over already: it gets the grace period
+
+    def end_attempt(self) -> None:
+        """Have the attempt torn down now."""
+        self._attempt.ended.set()

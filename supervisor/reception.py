@@ -1,0 +1,159 @@
+"""What workers say, and what is done about it: one method per kind of message (kinds in ``edge/channel.py``)."""
+
+# ruff: noqa: ARG002 (the methods share one signature)
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from supervisor.attempt import Attempt, Seat
+from supervisor.edge import clock
+from supervisor.edge.channel import Message, Peer
+from supervisor.edge.console import Console
+from supervisor.edge.control import Word
+from supervisor.ledger import Ledger
+from supervisor.model import CheckpointRejected, ProposalFlag, Raised, WorkersReady
+from supervisor.resume import Resume
+from supervisor.savepoints import SavePoints
+from supervisor.snapshots import Snapshots
+
+
+class Reception:
+    """Serves the workers of one attempt."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        *,
+        ledger: Ledger,
+        snapshots: Snapshots,
+        savepoints: SavePoints,
+        console: Console,
+        resume: asyncio.Task[Resume],
+        save_every: tuple[int, ...],
+        on_saved: Callable[[int, ProposalFlag], None],
+        prefix_lines: bool,
+    ) -> None:
+        self._attempt = attempt
+        self._ledger = ledger
+        self._snapshots = snapshots
+        self._savepoints = savepoints
+        self._console = console
+        self._resume = resume
+        self._save_every = save_every
+        self._saved = on_saved
+        self._prefix_lines = prefix_lines
+        self.metrics: dict[str, float] = {}
+        #: states that a rank could not load although their digests were right
+        self.unloadable: set[Path] = set()
+        self.resumed_at: float | None = None
+
+    async def handle(self, peer: Peer, message: Message) -> Message | None:
+        """Answer one message; ValueError, KeyError and TypeError refuse it."""
+        kind = message["kind"]
+        if kind == "hello":
+            return self._hello(peer, message)
+        seat = peer.seat
+        if not isinstance(seat, Seat) or self._attempt.seats.get(seat.rank) is not seat:
+            raise ValueError("greet first")
+        method = getattr(self, f"_on_{kind}", None)
+        if method is None:
+            raise ValueError(f"unknown kind {kind!r}")
+        answer = method(seat, message)
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        return answer  # type: ignore[no-any-return]
+
+    def _hello(self, peer: Peer, message: Message) -> Message:
+        seat = peer.seat = self._attempt.welcome(peer.pid, message)
+        prefix = f"[rank{seat.rank}] " if self._prefix_lines else ""
+        self._console.follow(self._attempt.logs / f"rank-{seat.rank}.log", prefix)
+        self.publish_slot()
+        if self._attempt.is_full:
+            world_size = self._attempt.world_size or 0
+            self._ledger.add(
+                WorkersReady(time=clock.now(), attempt=self._attempt.number, world_size=world_size)
+            )
+        return {"save_every_steps": list(self._save_every)}
+
+    def publish_slot(self) -> None:
+        """Write the slot that may be written next on every rank's page."""
+        offered = self._snapshots.offer()
+        for seat in self._attempt.seats.values():
+            seat.page[Word.FREE_SLOT] = 0 if offered is None else offered + 1
+
+    def _on_session(self, seat: Seat, message: Message) -> None:
+        seat.session = True
+
+    async def _on_resume(self, seat: Seat, message: Message) -> Message:
+        seat.session = True
+        resume = await asyncio.shield(self._resume)
+        return {
+            "path": str(resume.path) if resume.path else None,
+            "step": resume.step,
+            "tier": resume.tier.value if resume.tier else None,
+        }
+
+    def _on_resumed(self, seat: Seat, message: Message) -> None:
+        self.resumed_at = clock.now()
+
+    def _on_rejected(self, seat: Seat, message: Message) -> None:
+        path, reason = Path(str(message["path"])), str(message["reason"])
+        if message["damaged"] and path not in self.unloadable:
+            self.unloadable.add(path)
+            self._ledger.add(CheckpointRejected(time=clock.now(), path=str(path), reason=reason))
+            self._console.say(f"{path}: {reason}; skipping it")
+
+    def _on_saved(self, seat: Seat, message: Message) -> None:
+        step = int(message["step"])
+        whole = self._snapshots.part(
+            seat.rank,
+            self._attempt.world_size or 0,
+            self._attempt.number,
+            step=step,
+            slot=int(message["slot"]),
+            seconds=float(message["seconds"]),
+            size=int(message["bytes"]),
+            metrics=_numbers(message["metrics"]),
+        )
+        if whole:
+            self.publish_slot()
+            self._saved(step, self._savepoints.served(step))
+
+    def _on_save_failed(self, seat: Seat, message: Message) -> None:
+        step = int(message["step"])
+        self._snapshots.abandon(step)
+        self._savepoints.failed(step)
+        if seat.rank == 0:
+            self._console.say(f"the snapshot of step {step} failed: {message['reason']}; training goes on")
+
+    def _on_request(self, seat: Seat, message: Message) -> None:
+        self._savepoints.request(int(message["step"]))
+
+    def _on_waiting(self, seat: Seat, message: Message) -> None:
+        self._savepoints.standing(seat.rank, int(message["step"]))
+
+    def _on_metrics(self, seat: Seat, message: Message) -> None:
+        self.metrics |= _numbers(message["values"])
+
+    def _on_closed(self, seat: Seat, message: Message) -> None:
+        seat.completed = bool(message["completed"])
+
+    def _on_raised(self, seat: Seat, message: Message) -> None:
+        raised = Raised(
+            type=str(message["type"]),
+            message=str(message["message"]),
+            traceback=str(message["traceback"]),
+            bases=tuple(str(base) for base in message.get("bases", ())),
+        )
+        self._attempt.raised(seat, raised, message.get("step"))
+
+    def _on_exiting(self, seat: Seat, message: Message) -> None:
+        seat.told_code = int(message["code"])
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {str(name): float(value) for name, value in dict(values).items()}

@@ -1,0 +1,54 @@
+"""Where an attempt resumes: the newest consistent state that is still whole, nearest tier first.
+
+A snapshot in this node's RAM wins when it is at least as new as the newest checkpoint; its files were whole when
+``slot.json`` was written, and their sizes are checked. A checkpoint is verified by all of its digests before any rank is
+told of it, so all ranks alike skip a damaged one for the newest good one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from supervisor.checkpoint import catalog, slots
+from supervisor.checkpoint.manifest import Key
+from supervisor.errors import CheckpointError
+from supervisor.model import Tier
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Told to every rank. ``path`` None: from scratch."""
+
+    step: int = 0
+    tier: Tier | None = None
+    path: Path | None = None
+    #: damaged states that were skipped: path and reason
+    rejected: tuple[tuple[Path, str], ...] = ()
+
+
+def choose(
+    snapshot: tuple[Path, slots.SlotRecord] | None,
+    checkpoints: Path,
+    key: Key | None,
+    skip: Collection[Path],
+) -> Resume:
+    """Pick the state to resume from. Reads whole checkpoints: call it in a thread."""
+    rejected: list[tuple[Path, str]] = []
+    if snapshot is not None and snapshot[0] not in skip:
+        folder, record = snapshot
+        try:
+            whole = slots.read_slot(folder, key)
+        except CheckpointError as error:
+            whole = None
+            rejected.append((folder, str(error)))
+        listed = catalog.list_checkpoints(checkpoints, key)
+        newest = max((known.step for known in listed if known.problem is None), default=-1)
+        if whole is not None and record.step >= newest:
+            return Resume(record.step, Tier.RAM, folder)
+    good, refused = catalog.newest_good(checkpoints, key, skip=skip)
+    rejected += [(bad.path, bad.problem or "damaged") for bad in refused]
+    if good is None:
+        return Resume(rejected=tuple(rejected))
+    return Resume(good.step, Tier.CHECKPOINT, good.path, tuple(rejected))

@@ -1,0 +1,256 @@
+"""Snapshots in this node's RAM, and their drain to durable storage.
+
+A *slot* holds one snapshot: the files each rank wrote, and ``slot.json``, written by us once every rank of the job
+has told that its part is whole. The slot that holds the newest complete snapshot is never offered for writing, nor is one
+being drained; a slot's ``slot.json`` is removed before it is offered. So a kill at any instant leaves the newest
+complete snapshot whole, and what a half-written slot holds is never taken for one.
+
+One drain runs at a time, in a thread; when several snapshots wait, the newest wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from supervisor.checkpoint import catalog, commit, slots
+from supervisor.checkpoint.manifest import Key, Origin
+from supervisor.decide.retention import RetentionPolicy, to_remove
+from supervisor.edge import clock
+from supervisor.errors import CheckpointError, EverstepError
+from supervisor.model import (
+    CheckpointCommitted,
+    CheckpointFailed,
+    CheckpointsPruned,
+    Fact,
+    SnapshotCompleted,
+)
+
+SLOTS = 3
+SNAPSHOT_FACT_PERIOD = 1.0  # seconds between two journal entries for snapshots
+
+
+@dataclass
+class _Save:
+    """A snapshot being written: which ranks have told that their part is whole."""
+
+    slot: int
+    ranks: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+    bytes: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What every checkpoint of this supervisor bears."""
+
+    run_id: str
+    epoch: int
+    versions: dict[str, str]
+
+
+class Snapshots:
+    """The slots of one job on this node, and where they drain to. Used from the loop's thread only."""
+
+    def __init__(
+        self,
+        runtime: Path,
+        checkpoints: Path,
+        *,
+        stamp: Stamp,
+        key: Key | None,
+        policy: RetentionPolicy,
+        fence: Callable[[], None],
+        fact: Callable[[Fact], None],
+    ) -> None:
+        self._slots = [runtime / "slots" / str(index) for index in range(SLOTS)]
+        self._checkpoints = checkpoints
+        self._stamp, self._key, self._policy, self._fence, self._fact = stamp, key, policy, fence, fact
+        self._saves: dict[int, _Save] = {}
+        self._complete: dict[int, slots.SlotRecord] = {}  # slot → its complete snapshot
+        self._offered: int | None = None
+        self._draining: int | None = None
+        self._waiting = False
+        self._task: asyncio.Task[None] | None = None
+        self._said: SnapshotCompleted | None = None  # held back from the journal
+        self._said_at = 0.0
+        self._cancelled = False
+        self._good: int | None = None  # newest step known to be whole on durable storage
+        self.failure: str | None = None  # why the newest drain failed, None once one has succeeded
+        self.failed_at: float | None = None
+        self.drain_seconds: float | None = None  # of the last drain that committed
+        for index, folder in enumerate(self._slots):
+            with contextlib.suppress(CheckpointError):  # damaged, or another key's: as good as empty
+                record = slots.read_slot(folder, key)
+                if record is not None:
+                    self._complete[index] = record
+
+    # ------------------------------------------------------------------ slots
+
+    def offer(self) -> int | None:
+        """The slot to write next; None while all others are being drained."""
+        if self._offered is None:
+            newest = self._newest_slot()
+            free = [index for index in range(SLOTS) if index not in (newest, self._draining)]
+            if free:
+                # an empty one first, else the oldest
+                self._offered = min(free, key=lambda i: self._complete[i].step if i in self._complete else -1)
+                slots.invalidate(self._slots[self._offered])
+                self._complete.pop(self._offered, None)
+        return self._offered
+
+    def newest(self) -> tuple[Path, slots.SlotRecord] | None:
+        """The newest complete snapshot and where it lies."""
+        index = self._newest_slot()
+        return None if index is None else (self._slots[index], self._complete[index])
+
+    def drop(self, path: Path) -> None:
+        """Forget a snapshot that proved damaged."""
+        for index, folder in enumerate(self._slots):
+            if folder == path and index in self._complete:
+                slots.invalidate(folder)
+                del self._complete[index]
+
+    def reset(self) -> None:
+        """The attempt is over: its half-written saves are void."""
+        self._saves.clear()
+        self._offered = None
+        self.flush_fact()
+
+    def _newest_slot(self) -> int | None:
+        return max(self._complete, key=lambda index: self._complete[index].step, default=None)
+
+    def part(
+        self, rank: int, world_size: int, attempt: int, *, step: int, slot: int, seconds: float, size: int,
+        metrics: dict[str, float],
+    ) -> bool:  # fmt: skip
+        """One rank's part of the snapshot of ``step`` is whole; returns whether all are now."""
+        if slot != self._offered:
+            raise ValueError(f"slot {slot} was not offered")
+        save = self._saves.setdefault(step, _Save(slot))
+        save.ranks.add(rank)
+        save.seconds = max(save.seconds, seconds)
+        save.bytes += size
+        save.metrics |= metrics
+        if len(save.ranks) < world_size:
+            return False
+        self._saves.clear()
+        record = slots.write_slot(
+            self._slots[slot],
+            slots.SlotRecord(
+                step=step,
+                attempt=attempt,
+                world_size=world_size,
+                created=clock.now(),
+                run_id=self._stamp.run_id,
+                metrics=save.metrics,
+            ),
+            self._key,
+        )
+        self._complete[slot] = record
+        self._offered = None
+        self._tell(
+            SnapshotCompleted(
+                time=record.created, attempt=attempt, step=step, seconds=save.seconds, bytes=save.bytes
+            )
+        )
+        return True
+
+    def abandon(self, step: int) -> None:
+        """A rank could not write its part of ``step``."""
+        self._saves.pop(step, None)
+
+    def _tell(self, fact: SnapshotCompleted) -> None:
+        self._said = fact
+        if fact.time - self._said_at >= SNAPSHOT_FACT_PERIOD:
+            self.flush_fact()
+
+    def flush_fact(self) -> None:
+        """Journal the newest snapshot if that was held back."""
+        if self._said is not None:
+            self._fact(self._said)
+            self._said_at, self._said = self._said.time, None
+
+    # ------------------------------------------------------------------ drain
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether a drain is running or waits to."""
+        return self._task is not None and not self._task.done()
+
+    def drain(self) -> None:
+        """Make the newest complete snapshot durable, in the background."""
+        self._waiting = True
+        if not self.is_draining:
+            self._task = asyncio.get_running_loop().create_task(self._drain_all())
+
+    async def settle(self) -> None:
+        """Wait for the drains that are wanted."""
+        if self._task is not None:
+            await self._task
+
+    def cancel(self) -> None:
+        """Give up the drain that is running; the snapshot stays in memory."""
+        self._cancelled = True
+
+    async def _drain_all(self) -> None:
+        while self._waiting:
+            self._waiting = False
+            index = self._newest_slot()
+            if index is None or self._complete[index].step == self._good:
+                continue
+            self._draining = index
+            try:
+                await self._drain_one(self._slots[index], self._complete[index])
+            finally:
+                self._draining = None
+
+    async def _drain_one(self, source: Path, record: slots.SlotRecord) -> None:
+        started = clock.monotonic()
+        target = catalog.step_directory(self._checkpoints, record.step)
+        origin = Origin(
+            step=record.step, attempt=record.attempt, epoch=self._stamp.epoch, run_id=self._stamp.run_id,
+            world_size=record.world_size, created=clock.now(), metrics=record.metrics, versions=self._stamp.versions,
+        )  # fmt: skip
+        try:
+            manifest = await asyncio.to_thread(
+                commit.drain,
+                source,
+                target,
+                origin,
+                key=self._key,
+                fence=self._fence,
+                cancelled=lambda: self._cancelled,
+            )
+        except (EverstepError, OSError) as error:
+            self.failure, self.failed_at = str(error), clock.monotonic()
+            self._fact(CheckpointFailed(time=clock.now(), step=record.step, reason=str(error)))
+            return
+        self.failure, self._good = None, record.step
+        self.drain_seconds = clock.monotonic() - started
+        self._fact(
+            CheckpointCommitted(
+                time=clock.now(), attempt=record.attempt, step=record.step, path=str(target), seconds=self.drain_seconds,
+                bytes=manifest.bytes, metrics=dict(manifest.origin.metrics),
+            )
+        )  # fmt: skip
+        removed = await asyncio.to_thread(self._prune)
+        if removed:
+            self._fact(CheckpointsPruned(time=clock.now(), steps=tuple(sorted(removed))))
+
+    def known_good(self, step: int) -> None:
+        """A checkpoint of ``step`` has been verified: retention must leave a good one as new."""
+        self._good = max(step, self._good or 0)
+
+    def _prune(self) -> list[int]:
+        records = catalog.list_checkpoints(self._checkpoints, self._key)
+        doomed = to_remove(records, self._policy, protected={self._good} if self._good is not None else set())
+        removed = [record.step for record in records if record.step in doomed and record.problem is None]
+        for record in records:
+            if record.step in removed:
+                catalog.remove(record)
+        return removed

@@ -1,0 +1,188 @@
+"""Runs real ``everstep run`` processes and waits for what they write down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from supervisor.decide import lifecycle
+from supervisor.edge import journal
+from supervisor.model import Fact, JobRecord
+
+PROGRAMS = Path(__file__).parent / "programs"
+TRAIN = str(PROGRAMS / "train.py")
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parent.parent.parent
+DEADLINE = 120.0
+
+F = TypeVar("F", bound=Fact)
+
+
+def environment(faults: Sequence[dict[str, object]] = ()) -> dict[str, str]:
+    """Ours, less what an outer torchrun or everstep might have left, plus the script's faults."""
+    mine = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("EVERSTEP_", "TORCHELASTIC", "RANK", "WORLD_SIZE"))
+    }
+    return {**mine, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(list(faults))}
+
+
+def torchrun(*arguments: object, ranks: int = 2, script: str = TRAIN) -> list[str]:
+    return [str(BIN / "torchrun"), f"--nproc-per-node={ranks}", script, *map(str, arguments)]
+
+
+class Job:
+    """One job directory, and the supervisor that runs it at present."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+        self._seen = -1
+
+    def start(
+        self, command: Sequence[str], *options: object, faults: Sequence[dict[str, object]] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Start ``everstep run`` in a session (and so a process group) of its own; output goes to ``self.output``."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, *options, *command]
+        with open(self.output_path, "ab") as sink:
+            self.process = subprocess.Popen(
+                [str(word) for word in argv], cwd=ROOT, env=environment(faults), stdin=subprocess.DEVNULL,
+                stdout=sink, stderr=sink, start_new_session=True,
+            )  # fmt: skip
+        return self.process
+
+    def run(
+        self,
+        command: Sequence[str],
+        *options: object,
+        faults: Sequence[dict[str, object]] = (),
+        deadline: float = DEADLINE,
+    ) -> int:
+        """Start, and wait for the exit code."""
+        self.start(command, *options, faults=faults)
+        return self.wait(deadline)
+
+    def wait(self, deadline: float = DEADLINE) -> int:
+        """The exit code; fails with the output when the supervisor does not end in time."""
+        assert self.process is not None
+        try:
+            return self.process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {deadline} s:\n{self.output}") from None
+
+    def until(self, found: Callable[[], F | None], deadline: float = DEADLINE) -> F:
+        """Wait until ``found`` finds something; fails with the output when it does not, or the supervisor ends before."""
+        limit = time.monotonic() + deadline
+        while True:
+            if (result := found()) is not None:
+                return result
+            if (
+                self.process is not None
+                and self.process.poll() is not None
+                and (result := found()) is not None
+            ):
+                return result
+            if time.monotonic() > limit or (self.process is not None and self.process.poll() is not None):
+                raise AssertionError(f"it did not come to pass:\n{self.output}\n{self.facts()}")
+            time.sleep(0.02)
+
+    def until_fact(
+        self, kind: type[F], where: Callable[[F], bool] = lambda fact: True, deadline: float = DEADLINE
+    ) -> F:
+        """Wait for a fact in the journal."""
+        return self.until(
+            lambda: next((f for f in self.facts() if isinstance(f, kind) and where(f)), None), deadline
+        )
+
+    def signal(self, signum: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(signum)
+
+    def facts(self, kind: type[F] | None = None) -> list[F]:
+        """The journal so far."""
+        facts = journal.read(self.folder / "journal", lambda problem: None)
+        return [fact for fact in facts if kind is None or isinstance(fact, kind)]  # type: ignore[misc]
+
+    @property
+    def record(self) -> JobRecord:
+        """The job that the journal tells of; every fact must be possible where it stands."""
+        return lifecycle.fold(self.facts())
+
+    def status(self) -> dict[str, object]:
+        """``everstep status --json``."""
+        result = subprocess.run(
+            [sys.executable, "-m", "launch.cli", "status", "--json", "--dir", str(self.folder)],
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+    @property
+    def output_path(self) -> Path:
+        return self.folder.with_suffix(".out")
+
+    @property
+    def output(self) -> str:
+        return self.output_path.read_text(errors="replace") if self.output_path.exists() else ""
+
+    @property
+    def runtime(self) -> Path:
+        return Path(json.loads((self.folder / "job.json").read_text())["runtime"])
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that bears this job's run id in its environment."""
+        run_id = json.loads((self.folder / "job.json").read_text())["run_id"]
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if (
+                    process.environ().get("EVERSTEP_RUN_ID") == run_id
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
+                    found.append(process)
+        return found
+
+    def until_no_processes(self, deadline: float = 20.0) -> None:
+        limit = time.monotonic() + deadline
+        while left := self.processes():
+            assert time.monotonic() < limit, f"left over: {left}"
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever the test did."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if (self.folder / "job.json").exists():
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            import shutil
+
+            shutil.rmtree(self.runtime, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def job(folder: Path) -> Iterator[Job]:
+    one = Job(folder)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def digests(out: Path) -> dict[str, str]:
+    """What each rank wrote of its final weights."""
+    return {path.name: path.read_text() for path in sorted(out.glob("digest-*"))}

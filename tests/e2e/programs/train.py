@@ -1,0 +1,146 @@
+"""A small training that dies on schedule: the script under test in tests/e2e.
+
+``FAULTS`` (environment, JSON): a list of {"attempt", "rank", "step", "kind", …}. A fault strikes in the middle of its
+step (after backward, before the optimizer step) on its rank and in its attempt only. Kinds: a signal name with
+"target" (self, torchrun, supervisor, tree), "raise", "exit" (code 0), "kill-in-save".
+Writes ``<out>/digest-<rank>`` at the end: a digest of the final weights, exact to the bit.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+WIDTH = 24
+
+
+def build(dropout: float = 0.1) -> torch.nn.Module:
+    torch.manual_seed(7)
+    return torch.nn.Sequential(
+        torch.nn.Linear(WIDTH, WIDTH),
+        torch.nn.BatchNorm1d(WIDTH),
+        torch.nn.GELU(),
+        torch.nn.Dropout(dropout),
+        torch.nn.Linear(WIDTH, 1),
+    )
+
+
+def batch(step: int, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randn(8, WIDTH, generator=generator)
+
+
+def supervisor_pid() -> int:
+    process = psutil.Process()
+    while "everstep" not in " ".join(process.cmdline()) or "agent.py" in " ".join(process.cmdline()):
+        process = process.parent()
+    return process.pid
+
+
+def strike(fault: dict) -> None:
+    kind = fault["kind"]
+    if kind == "raise":
+        raise RuntimeError(fault.get("message", "scripted failure"))
+    if kind == "exit":
+        sys.exit(0)
+    if kind == "kill-in-save":
+        threading.Thread(target=kill_in_save, daemon=True).start()
+        return
+    signum = getattr(signal, kind)
+    target = fault.get("target", "self")
+    if target == "self":
+        os.kill(os.getpid(), signum)
+    elif target == "torchrun":
+        os.kill(os.getppid(), signum)
+    elif target == "supervisor":
+        os.kill(supervisor_pid(), signum)
+    elif target == "tree":
+        root = psutil.Process(supervisor_pid())
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signum)
+    if signum == signal.SIGKILL:
+        time.sleep(60)  # it must be the signal that ends this step
+
+
+def kill_in_save() -> None:
+    """Die in the middle of the next save: when this rank's page says that one is under way."""
+    from supervisor.edge import link
+    from supervisor.edge.control import Phase, Word
+
+    current = link.current()
+    assert current is not None
+    while current.page[Word.PHASE] != Phase.SAVE:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--no-session", action="store_true")
+    parser.add_argument(
+        "--pause", type=float, default=0.0, help="seconds of sleep a step, to be slow on purpose"
+    )
+    options = parser.parse_args()
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    attempt = int(os.environ.get("EVERSTEP_ATTEMPT", "0"))
+    faults = [
+        f for f in json.loads(os.environ.get("FAULTS", "[]")) if f["attempt"] == attempt and f["rank"] == rank
+    ]
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo")
+    model = build()
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.5)
+    torch.manual_seed(100 + rank)
+
+    def train_step(step: int) -> torch.Tensor:
+        loss = (wrapped(batch(step, rank)) - 1).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for fault in faults:
+            if fault["step"] == step:
+                strike(fault)
+        optimizer.step()
+        scheduler.step()
+        if options.pause:
+            time.sleep(options.pause)
+        return loss
+
+    if options.no_session:
+        for step in range(options.steps):
+            train_step(step)
+    else:
+        from supervisor.training import Session
+
+        with Session(model=wrapped, optimizer=optimizer, scheduler=scheduler) as session:
+            print(f"rank {rank} attempt {attempt} begins at step {session.step}", flush=True)
+            for step in session.steps(options.steps):
+                session.log(loss=train_step(step))
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    os.makedirs(options.out, exist_ok=True)
+    with open(os.path.join(options.out, f"digest-{rank}"), "w") as file:
+        file.write(digest.hexdigest())
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
