@@ -15,7 +15,9 @@ import hashlib
 import math
 import os
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +91,7 @@ def batch_of(text: Tensor, step: int, size: int, seed: int) -> tuple[Tensor, Ten
     return windows[:, :-1], windows[:, 1:]
 
 
-def digest(weights: dict[str, Tensor]) -> str:
+def digest(weights: Mapping[str, Any]) -> str:
     """One line that two runs share only if every bit of their weights is the same."""
     total = hashlib.sha256()
     for name in sorted(weights):
@@ -158,7 +160,7 @@ def main() -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:  # plain python: a group of one
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     train(arguments, device)
     dist.barrier()  # leave together: torch's gloo threads may abort a process that ends while they still hold work
     dist.destroy_process_group()
