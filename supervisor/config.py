@@ -1,0 +1,342 @@
+"""The options of ``everstep run``: what each means, which values are allowed, and where they come from.
+
+Flags win over the file (``--config``, else ``everstep.yaml`` in the current directory if there), the file wins over the
+defaults. The file knows every option by its flag's name, with dashes or underscores. Whatever is wrong is a ConfigError
+of one line that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from supervisor.decide.retention import KeepBest, RetentionPolicy
+from supervisor.errors import ConfigError
+
+DEFAULT_FILE: Final = "everstep.yaml"
+_INTERVALS: Final = "1step, 50steps, 10s, 5m, 1h or never"
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
+_STEPS: Final = re.compile(r"(\d+)\s*steps?")
+
+
+class Unit(enum.StrEnum):
+    """What an interval is counted in."""
+
+    STEPS = "steps"
+    SECONDS = "seconds"
+    NEVER = "never"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """How often something happens. ``value`` is in steps or seconds, and 0 for ``never`` and ``auto``."""
+
+    unit: Unit
+    value: float = 0
+
+    @property
+    def steps(self) -> int | None:
+        """The interval in steps, None when it is not counted in steps."""
+        return int(self.value) if self.unit is Unit.STEPS else None
+
+    @property
+    def seconds(self) -> float | None:
+        """The interval in seconds, None when it is not counted in seconds."""
+        return self.value if self.unit is Unit.SECONDS else None
+
+    @property
+    def is_never(self) -> bool:
+        """Whether it never happens."""
+        return self.unit is Unit.NEVER
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether it is to be worked out from measurements."""
+        return self.unit is Unit.AUTO
+
+    def __str__(self) -> str:
+        """As it would be written on the command line."""
+        if self.unit is Unit.STEPS:
+            return "1step" if self.value == 1 else f"{int(self.value)}steps"
+        return f"{self.value:g}s" if self.unit is Unit.SECONDS else self.unit.value
+
+    @classmethod
+    def parse(cls, text: str, *, auto: bool = False) -> Interval:
+        """From ``1step``, ``50steps``, ``10s``, ``5m``, ``1h``, ``never``, and where it is allowed ``auto``.
+
+        Raises ConfigError.
+        """
+        word = text.strip().lower()
+        if word == "never":
+            return cls(unit=Unit.NEVER)
+        if word == "auto" and auto:
+            return cls(unit=Unit.AUTO)
+        if found := _STEPS.fullmatch(word):
+            interval = cls(unit=Unit.STEPS, value=int(found[1]))
+        elif _DURATION.fullmatch(word):
+            interval = cls(unit=Unit.SECONDS, value=parse_duration(word))
+        else:
+            allowed = f"auto, {_INTERVALS}" if auto else _INTERVALS
+            raise ConfigError(f"{text!r} is no interval; allowed: {allowed}")
+        if interval.value == 0:
+            raise ConfigError(f"{text!r}: an interval must be longer than 0 (never switches it off)")
+        return interval
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in ``60s``, ``5m``, ``1.5h``, ``1d``. Raises ConfigError."""
+    found = _DURATION.fullmatch(text.strip().lower())
+    if not found:
+        raise ConfigError(f"{text!r} is no duration; allowed: 60s, 5m, 1h")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+SNAPSHOT_EVERY: Final = Interval(unit=Unit.SECONDS, value=30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options of one ``everstep run``. Contradictions raise ConfigError."""
+
+    dir: Path | None = None
+    """The job directory. None: ``everstep-runs/<name>``, filled in by the command line."""
+    name: str | None = None
+    """The job's name. None: the script's."""
+    checkpoints: Path | None = None
+    """Where checkpoints go. None: ``checkpoints`` in the job directory."""
+    snapshot_every: Interval = SNAPSHOT_EVERY
+    """How often the state is copied to host RAM."""
+    checkpoint_every: Interval = Interval(unit=Unit.AUTO)
+    """How often a snapshot is made durable. ``auto`` weighs the measured cost against the measured failure rate."""
+    keep_last: int = 3
+    """Keep this many of the newest checkpoints, at least 1."""
+    keep_every: int | None = None
+    """Also keep those at a multiple of this many steps."""
+    keep_best: KeepBest | None = None
+    """Also keep the best by a metric that the Session logs: ``METRIC:min|max:M``."""
+    max_failures: int = 5
+    """Give up after this many failures without progress (newly committed steps) in between; 0: at the first."""
+    max_preemptions: int = 100
+    """Give up after this many preemptions over the job's life."""
+    grace: float = 60.0
+    """Seconds that a stop may take to save the state, before everything is killed."""
+    quiet: bool = False
+    """Print everstep's own messages only, not the workers' output (which is in the logs)."""
+    continue_: bool = False
+    """Run a finished job on."""
+    config: Path | None = None
+    """The file that options were read from."""
+
+    def __post_init__(self) -> None:
+        # what the retention policy refuses, it refuses in its own words
+        _ = self.retention
+        for name in ("max_failures", "max_preemptions"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{_flag(name)} {getattr(self, name)}: at least 0")
+        if not 0 < self.grace < math.inf:
+            raise ConfigError(f"--grace {self.grace:g}s: longer than 0")
+        if self.name is not None and (not self.name or self.name in (".", "..") or "/" in self.name):
+            raise ConfigError(f"--name {self.name!r}: a plain name without slashes is required")
+        if self.snapshot_every.is_auto:
+            raise ConfigError("--snapshot-every auto: only --checkpoint-every can be auto")
+        if self.checkpoint_every.is_never:
+            for rule in ("keep_every", "keep_best"):
+                if getattr(self, rule) is not None:
+                    raise ConfigError(f"{_flag(rule)} has nothing to keep with --checkpoint-every never")
+        if self.snapshot_every != SNAPSHOT_EVERY and _is_shorter(self.checkpoint_every, self.snapshot_every):
+            raise ConfigError(
+                f"--checkpoint-every {self.checkpoint_every} contradicts --snapshot-every {self.snapshot_every}: "
+                "a checkpoint is a snapshot made durable, so there cannot be more of them"
+            )
+        if (
+            self.dir is not None
+            and self.checkpoints is not None
+            and self.dir.absolute() == self.checkpoints.absolute()
+        ):
+            raise ConfigError(
+                f"--checkpoints {self.checkpoints} is the job directory itself: give a directory of its own"
+            )
+
+    @property
+    def retention(self) -> RetentionPolicy:
+        """Which checkpoints to keep."""
+        return RetentionPolicy(keep_last=self.keep_last, keep_every=self.keep_every, keep_best=self.keep_best)
+
+    @property
+    def checkpoints_directory(self) -> Path:
+        """Where checkpoints go, once ``dir`` is known."""
+        if self.checkpoints is not None:
+            return self.checkpoints
+        if self.dir is None:
+            raise ConfigError("neither the job directory nor the checkpoints' is known")
+        return self.dir / "checkpoints"
+
+
+def _is_shorter(one: Interval, other: Interval) -> bool:
+    """Whether ``one`` comes more often; intervals of different units cannot be compared."""
+    return one.unit is other.unit and one.unit in (Unit.STEPS, Unit.SECONDS) and one.value < other.value
+
+
+def _flag(name: str) -> str:
+    return "--" + name.strip("_").replace("_", "-")
+
+
+# --------------------------------------------------------------------------- from text and YAML to values
+
+
+def _path(value: object) -> Path:
+    text = _text(value)
+    if not text:
+        raise ConfigError("a path is required, not an empty text")
+    return Path(text).expanduser()
+
+
+def _checkpoints(value: object) -> Path:
+    text = _text(value)
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text):
+        raise ConfigError(f"{text}: {found[1]}:// is not supported so far; a path is")
+    return _path(text)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str | Path):
+        raise ConfigError(f"{_shown(value)} is no text")
+    return str(value)
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip()):
+        return int(value)
+    raise ConfigError(f"{_shown(value)} is no whole number")
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{_shown(value)} is neither true nor false")
+    return value
+
+
+def _snapshot_interval(value: object) -> Interval:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ConfigError(f"{value} has no unit; allowed: {_INTERVALS}")
+    return Interval.parse(_text(value))
+
+
+def _checkpoint_interval(value: object) -> Interval:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ConfigError(f"{value} has no unit; allowed: auto, {_INTERVALS}")
+    return Interval.parse(_text(value), auto=True)
+
+
+def _duration(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ConfigError(f"{value} has no unit; allowed: 60s, 5m, 1h")
+    return parse_duration(_text(value))
+
+
+def _keep_best(value: object) -> KeepBest:
+    return KeepBest.parse(_text(value))
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else f"{value!r} (a {type(value).__name__})"
+
+
+#: how each option is read, by its field
+READERS: Final[Mapping[str, Callable[[object], object]]] = {
+    "dir": _path,
+    "name": _text,
+    "checkpoints": _checkpoints,
+    "snapshot_every": _snapshot_interval,
+    "checkpoint_every": _checkpoint_interval,
+    "keep_last": _whole,
+    "keep_every": _whole,
+    "keep_best": _keep_best,
+    "max_failures": _whole,
+    "max_preemptions": _whole,
+    "grace": _duration,
+    "quiet": _switch,
+    "continue_": _switch,
+}
+
+
+def load(flags: Mapping[str, object], directory: Path | None = None) -> Options:
+    """Options from ``flags`` (field → text, absent where not given) and the configuration file.
+
+    ``directory`` is where ``everstep.yaml`` is looked for (default: the current one). Raises ConfigError.
+    """
+    given = dict(flags)
+    named = given.pop("config", None)
+    file = _path(named) if named is not None else (directory or Path()) / DEFAULT_FILE
+    values: dict[str, Any] = {}
+    if named is not None or file.is_file():
+        values = read_file(file)
+        values["config"] = file
+    for name, value in given.items():
+        values[name] = _read(name, value, _flag(name))
+    try:
+        return Options(**values)
+    except ConfigError as error:
+        where = f"{file}: " if "config" in values and not given else ""
+        raise ConfigError(f"{where}{error}") from None
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """The options in a YAML file, by field. Raises ConfigError naming the file and the key."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: {_yaml_problem(error)}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{file}: a mapping of options is required, not a {type(document).__name__}")
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        name = _field(key, file)
+        if name in values:
+            raise ConfigError(f"{file}: {_flag(name)[2:]} is given twice")
+        values[name] = _read(name, value, f"{file}: {key}")
+    return values
+
+
+def _read(name: str, value: object, where: str) -> object:
+    try:
+        return READERS[name](value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _field(key: object, file: Path) -> str:
+    """The field of a key. ``continue`` is a keyword of Python, hence its underscore here."""
+    name = str(key).replace("-", "_")
+    if name == "continue":
+        name = "continue_"
+    elif name == "continue_" or name not in READERS:
+        allowed = sorted(_flag(known)[2:] for known in READERS)
+        close = difflib.get_close_matches(str(key).replace("_", "-"), allowed, n=1)
+        guess = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f"{file}: unknown key {key!r}{guess}; allowed: {', '.join(allowed)}")
+    return name
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+    return f"line {mark.line + 1}: {problem}" if mark is not None else f"not YAML: {problem}"
