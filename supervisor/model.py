@@ -104,6 +104,7 @@ class RankEnd:
     monotonic: float  # when its end (or, if earlier, its exception) was noticed
     exit_code: int | None = None
     signal: int | None = None
+    told_exit_code: int | None = None  # what it said it would exit with; it may have died of a signal instead
     raised: Raised | None = None
     step: int | None = None  # completed steps; None before the first report
     closed: bool = False  # its Session left the loop in order
@@ -122,6 +123,7 @@ class AttemptEvidence:
     launcher_exit_code: int | None = None  # of torchrun (or of the plain program); None: we killed it
     launcher_signal: int | None = None
     launcher_monotonic: float | None = None  # when its end was noticed
+    launcher_pid: int | None = None  # a rank's own pid where the program is started without torchrun
     launcher_lines: tuple[str, ...] = ()
     has_session: bool = False
 
@@ -143,7 +145,8 @@ class Failure:
     @property
     def fingerprint(self) -> str:
         """Equal for two failures that are the same deterministic error at the same step."""
-        exception = re.sub(r"0x[0-9a-fA-F]+", "0x", self.exception or "")  # object addresses differ every time
+        # object addresses differ every time
+        exception = re.sub(r"0x[0-9a-fA-F]+", "0x", self.exception or "")
         return f"{self.kind}|{self.step}|{self.exit_code}|{self.signal}|{exception}"
 
 
@@ -361,7 +364,8 @@ class JobRecord:
     committed_step: int = -1  # newest step ever held whole (snapshot or checkpoint)
     failure_committed_step: int = -1  # committed_step at the time of the last failure
     last_failure: Failure | None = None
-    previous_fingerprint: str | None = None  # of the failure before the last one, if nothing was committed between
+    #: of the failure before the last one, if nothing was committed between
+    previous_fingerprint: str | None = None
     snapshot: Point | None = None
     checkpoint: Point | None = None
     stop: StopRequested | None = None

@@ -61,45 +61,54 @@ def _stay(state: State, *events: Event) -> dict[Event, State]:
     return dict.fromkeys(events, state)
 
 
-_STORED: tuple[Event, ...] = (CheckpointCommitted, CheckpointFailed, CheckpointRejected, CheckpointsPruned)
-_VERDICTS: dict[Event, State] = {
+#: facts about stored state
+_STORED: tuple[Event, ...] = (
+    SnapshotCompleted,
+    CheckpointCommitted,
+    CheckpointFailed,
+    CheckpointRejected,
+    CheckpointsPruned,
+)
+#: what changes no state as long as there is work
+_COURSE: tuple[Event, ...] = (WorkersReady, Resumed, AttemptEnded, RunEnded, *_STORED)
+
+_ENDS: dict[Event, State] = {
     Action.COMPLETE: State.COMPLETED,
     Action.STOP: State.PREEMPTED,
     Action.GIVE_UP: State.FAILED,
 }
-_ALIVE: tuple[Event, ...] = (WorkersReady, Resumed, SnapshotCompleted, AttemptEnded, RunEnded, *_STORED)
 _LAUNCHING: dict[Event, State] = {
     RunStarted: State.STARTING,
     FirstStep: State.RUNNING,
     StopRequested: State.STOPPING,
     Action.RESTART: State.RESTARTING,
-    **_VERDICTS,
+    **_ENDS,
 }
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
     State.NEW: {
         RunStarted: State.STARTING,
-        **_stay(State.NEW, CheckpointsPruned),
+        CheckpointsPruned: State.NEW,
     },
     State.STARTING: {
         **_LAUNCHING,
-        **_stay(State.STARTING, AttemptStarted, *_ALIVE),
+        **_stay(State.STARTING, AttemptStarted, *_COURSE),
     },
     State.RESTARTING: {
         **_LAUNCHING,
-        **_stay(State.RESTARTING, AttemptStarted, *_ALIVE),
+        **_stay(State.RESTARTING, AttemptStarted, *_COURSE),
     },
     State.RUNNING: {
         RunStarted: State.STARTING,
         StopRequested: State.STOPPING,
         Action.RESTART: State.RESTARTING,
-        **_VERDICTS,
-        **_stay(State.RUNNING, Progress, *_ALIVE),
+        **_ENDS,
+        **_stay(State.RUNNING, Progress, *_COURSE),
     },
-    State.STOPPING: {
+    State.STOPPING: {  # the request may meet an attempt that is just being launched
         RunStarted: State.STARTING,
-        **_VERDICTS,
-        **_stay(State.STOPPING, StopRequested, FirstStep, Progress, *_ALIVE),
+        **_ENDS,
+        **_stay(State.STOPPING, StopRequested, AttemptStarted, FirstStep, Progress, *_COURSE),
     },
     **{
         end: {RunStarted: State.STARTING, **_stay(end, StopRequested, RunEnded, *_STORED)}
