@@ -21,6 +21,7 @@ help:
 
 $(STAMP): pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"everstep needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
+	@echo 'preparing $(VENV) (a minute or so, once)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(LOCK) --editable '.[dev]'
 	@touch $@
@@ -53,7 +54,7 @@ lock:
 	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check '.[dev]'
 	printf '%s\n' '# Exact versions for development, used with pip --constraint. Written by: make lock' > $(LOCK)
-	$(VENV)-lock/bin/python -m pip freeze --exclude everstep | sed 's/+[a-z0-9.]*$$//' >> $(LOCK)
+	$(VENV)-lock/bin/python -m pip freeze --all --exclude everstep --exclude pip | sed 's/+[a-z0-9.]*$$//' >> $(LOCK)
 	rm -rf $(VENV)-lock
 
 clean:

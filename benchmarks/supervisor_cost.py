@@ -59,7 +59,7 @@ def training(*options: str) -> Iterator[subprocess.Popen[bytes]]:
     """A run in a directory of its own, stopped and cleared away afterwards."""
     with tempfile.TemporaryDirectory(prefix="everstep-cost-") as folder:
         log = Path(folder) / "output"
-        command = [
+        command: list[str | Path] = [
             EVERSTEP,
             "run",
             "--dir",
