@@ -1,0 +1,65 @@
+"""Looking at a live job from outside, without disturbing it: is its lock held, and what do its control pages say."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from supervisor.edge.control import ControlPage, Word
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """What the control pages say: the slowest rank counts."""
+
+    step: int
+    total_steps: int | None = None
+    saved_step: int | None = None  # newest snapshot of every rank
+    loss: float | None = None
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a supervisor holds the job; looks for microseconds, which who takes the lock must bear with."""
+    try:
+        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+def read_live(runtime: Path) -> Live | None:
+    """What this host's control pages say; None when they cannot be read (an attempt ends, another user's job)."""
+    pages: list[ControlPage] = []
+    try:
+        for path in sorted((runtime / "control").glob("rank-*")):
+            pages.append(ControlPage(path))  # noqa: PERF401 (those opened are closed whatever happens)
+        return _read_pages(pages)
+    except (OSError, ValueError):
+        return None
+    finally:
+        for page in pages:
+            page.close()
+
+
+def _read_pages(pages: list[ControlPage]) -> Live | None:
+    if not pages:
+        return None
+    saved = min(page[Word.SAVED_STEP] for page in pages)
+    loss = pages[0].loss
+    return Live(
+        step=min(page[Word.STEP] for page in pages),
+        total_steps=max(page[Word.TOTAL_STEPS] for page in pages) or None,
+        saved_step=saved - 1 if saved else None,
+        loss=None if math.isnan(loss) else loss,
+    )

@@ -1,0 +1,263 @@
+"""How a job stands, for people and for programs: its journal, and what its live workers' control pages say beyond it.
+
+The journal alone describes a job that is over. While a supervisor holds the job's lock on this host, steps, loss and the
+newest snapshot come from the control pages, which are never more than a step old. A journal that ends in the middle of
+the work while nobody holds the lock tells of a supervisor that was killed: such a job can be resumed, so it is shown
+as preempted.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from supervisor.decide import goodput, lifecycle
+from supervisor.edge import journal
+from supervisor.edge.jobdir import JobDirectory
+from supervisor.edge.live import Live, is_held, read_live
+from supervisor.errors import JobError
+from supervisor.model import JobRecord, Point, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A job at ``now``. ``record`` is the journal's; the other fields are what is true beyond it."""
+
+    path: Path
+    now: float
+    record: JobRecord
+    state: State
+    reason: str | None
+    alive: bool  # a supervisor holds the job
+    step: int
+    total_steps: int | None
+    rate: float | None
+    goodput: float
+    snapshot: Point | None
+    metrics: dict[str, float]
+    run_id: str | None = None
+    problems: tuple[str, ...] = ()  # lines of the journal that could not be used
+
+
+def read_status(job_dir: Path, now: float) -> Status:
+    """The status of the job in ``job_dir``. Raises JobError when there is none or it cannot be read."""
+    job = JobDirectory(job_dir)
+    file = job.read()
+    if file is None and not job.journal.is_dir():
+        raise JobError(f"no job in {job.path}: `everstep run --dir {job_dir} …` starts one")
+    alive = is_held(job.path / "lock")
+    problems: list[str] = []
+    record, impossible = lifecycle.replay(journal.read(job.journal, problems.append))
+    if not alive:  # it may have been taken while the journal was read
+        alive = is_held(job.path / "lock")
+    live = None
+    # before an attempt's first step, the pages may still be those of the one before
+    if (
+        alive
+        and file is not None
+        and record.attempt_first_time is not None
+        and record.host == socket.gethostname()
+    ):
+        live = read_live(Path(file.runtime))
+    return describe(
+        job.path,
+        record,
+        now,
+        alive=alive,
+        live=live,
+        run_id=file.run_id if file is not None else None,
+        problems=(*problems, *impossible),
+    )
+
+
+def describe(
+    path: Path,
+    record: JobRecord,
+    now: float,
+    *,
+    alive: bool,
+    live: Live | None = None,
+    run_id: str | None = None,
+    problems: tuple[str, ...] = (),
+) -> Status:
+    """The journal's record and what is known beyond it, put together."""
+    state, reason = _state(record, alive=alive)
+    step = max(record.step, live.step) if live else record.step
+    productive, supervised = record.productive_seconds, record.supervised_seconds
+    if alive and not lifecycle.is_over(record.state):
+        productive, supervised = goodput.at(record, step, now)
+    total = live.total_steps if live and live.total_steps else record.total_steps
+    metrics = {**record.metrics, "loss": live.loss} if live and live.loss is not None else record.metrics
+    snapshot = record.snapshot
+    if live and live.saved_step is not None and (snapshot is None or live.saved_step > snapshot.step):
+        snapshot = Point(step=live.saved_step, time=now)
+    return Status(
+        path=path,
+        now=now,
+        record=record,
+        state=state,
+        reason=reason,
+        alive=alive,
+        step=step,
+        total_steps=total,
+        rate=_rate(record, step, now) if alive else None,
+        goodput=goodput.ratio(productive, supervised),
+        snapshot=snapshot,
+        metrics=metrics,
+        run_id=run_id,
+        problems=problems,
+    )
+
+
+def to_json(status: Status) -> dict[str, Any]:
+    """The status as ``everstep status --json`` prints it; ages and times in seconds, goodput as a fraction."""
+    record, failure = status.record, status.record.last_failure
+    return {
+        "dir": str(status.path),
+        "run_id": status.run_id,
+        "state": status.state.value,
+        "reason": status.reason,
+        "attempt": record.attempt,
+        "world_size": record.world_size,
+        "step": status.step,
+        "total_steps": status.total_steps,
+        "rate": _number(status.rate),
+        "metrics": {name: _number(value) for name, value in status.metrics.items()},
+        "restarts": record.restarts,
+        "preemptions": record.preemptions,
+        "last_failure": None
+        if failure is None
+        else {
+            "kind": failure.kind.value,
+            "rank": failure.rank,
+            "reason": failure.reason,
+            "attempt": failure.attempt,
+            "time": failure.time,
+        },
+        "snapshot": _point(status.snapshot, status.now),
+        "checkpoint": _point(record.checkpoint, status.now),
+        "goodput": round(status.goodput, 6),
+        "lost_steps": record.lost_steps,
+        "limits": {
+            "failures_left": _left(record.limits.max_failures, record.failures_since_progress),
+            "preemptions_left": _left(record.limits.max_preemptions, record.preemptions_since_progress),
+        },
+        "supervisor": {"alive": status.alive, "host": record.host, "pid": record.pid, "epoch": record.epoch},
+        "command": list(record.command),
+        "exit_code": record.exit_code,
+        "problems": list(status.problems),
+    }
+
+
+def to_text(status: Status) -> str:
+    """The status as ``everstep status`` prints it, without a final newline."""
+    record, failure = status.record, status.record.last_failure
+    rows = [
+        ("job", str(status.path)),
+        ("state", status.state.value + (f": {status.reason}" if status.reason else "")),
+        ("progress", _progress(status)),
+        ("snapshot", _point_text(status.snapshot, status.now)),
+        ("checkpoint", _point_text(record.checkpoint, status.now)),
+        ("goodput", _goodput(status)),
+    ]
+    if failure is not None:
+        age = duration(status.now - failure.time)
+        rows.append(
+            (
+                "last failure",
+                f"{failure.kind.value} in attempt {failure.attempt}, {age} ago: {failure.reason}",
+            )
+        )
+    if record.pid is not None:
+        alive = "at work" if status.alive else "gone"
+        rows.append(("supervisor", f"pid {record.pid} on {record.host}, {alive}"))
+    rows += [("problem", problem) for problem in status.problems]
+    return "\n".join(f"{name:<13} {text}" for name, text in rows)
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``42 s``, ``3 min``, ``5 h 20 min``, ``2 d 3 h``."""
+    seconds = max(0.0, seconds)
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _state(record: JobRecord, *, alive: bool) -> tuple[State, str | None]:
+    if alive or record.state is State.NEW or lifecycle.is_over(record.state):
+        return record.state, record.reason if lifecycle.is_over(record.state) else None
+    if not record.supervised:  # it left in order, but before a verdict
+        return State.PREEMPTED, record.reason
+    who = f"its supervisor (pid {record.pid} on {record.host})"
+    return State.PREEMPTED, f"{who} died while the job was {record.state.value}; the same command carries on"
+
+
+def _rate(record: JobRecord, step: int, now: float) -> float | None:
+    first_time, first_step = record.attempt_first_time, record.attempt_first_step
+    if record.rate is not None or first_time is None or first_step is None:
+        return record.rate
+    return (step - first_step) / (now - first_time) if step > first_step and now > first_time else None
+
+
+def _progress(status: Status) -> str:
+    record = status.record
+    step = f"step {status.step}" + (f" of {status.total_steps}" if status.total_steps else "")
+    parts = [step]
+    if record.attempt is not None:
+        parts.append(f"attempt {record.attempt}")
+    if record.world_size is not None:
+        parts.append(_count(record.world_size, "rank"))
+    if status.rate:
+        parts.append(f"{status.rate:.3g} steps/s")
+        if status.total_steps and status.total_steps > status.step:
+            parts.append(f"{duration((status.total_steps - status.step) / status.rate)} to go")
+    parts += [f"{name} {value:.4g}" for name, value in status.metrics.items()]
+    return ", ".join(parts)
+
+
+def _goodput(status: Status) -> str:
+    record = status.record
+    parts = [
+        f"{status.goodput:.1%}",
+        f"{_count(record.lost_steps, 'step')} done again",
+        _count(record.restarts, "restart"),
+        _count(record.preemptions, "preemption"),
+    ]
+    return ", ".join(parts)
+
+
+def _point(point: Point | None, now: float) -> dict[str, Any] | None:
+    return None if point is None else {"step": point.step, "age_s": round(max(0.0, now - point.time), 3)}
+
+
+def _point_text(point: Point | None, now: float) -> str:
+    if point is None:
+        return "none"
+    where = f", {point.path}" if point.path else ""
+    return f"step {point.step}, {duration(now - point.time)} ago{where}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _left(allowed: int, used: int) -> int:
+    return max(0, allowed - used)
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN and no infinities."""
+    return value if value is not None and math.isfinite(value) else None
