@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ class Seat:
     page: ControlPage
     session: bool = False
     completed: bool | None = None  # what its Session said when its loop was left
+    closed: bool = False  # … and whether that was in order, not by an exception
     raised: Raised | None = None
     raised_at: float = 0.0
     raised_step: int | None = None
@@ -71,6 +73,7 @@ class Attempt:
         self._launcher: int | None = None
         self._launcher_fd: int | None = None
         self._launcher_exit: processes.Exit | None = None
+        self._launcher_end: float | None = None
         self._killed = False
         self._decision: asyncio.TimerHandle | None = None
         self._oom_before = forensics.oom_kills()
@@ -144,6 +147,10 @@ class Attempt:
             self._decide_in(RAISED_GRACE)
 
     def _worker_ended(self, seat: Seat) -> None:
+        if self._launcher_fd is not None and select.select([self._launcher_fd], [], [], 0)[0]:
+            self._launcher_ended()  # both at once: a worker dies with torchrun, never the other way round
+        if seat.end is not None:
+            return
         how = None
         if seat.pidfd is not None:
             asyncio.get_running_loop().remove_reader(seat.pidfd)
@@ -161,7 +168,8 @@ class Attempt:
             signal=how.signal if how else None,
             raised=seat.raised,
             step=seat.step if seat.page[Word.FIRST_STEP_NS] or seat.step else None,
-            closed=seat.completed is not None,
+            told_exit_code=seat.told_code,
+            closed=seat.closed,
         )
         if self._on_end is not None:
             self._on_end(seat)
@@ -173,7 +181,7 @@ class Attempt:
             self._decide_in(UNKNOWN_GRACE)
         elif code != 0:
             self._decide_in(ECHO_GRACE)
-        elif seat.session and seat.completed is None and not self.stopping:
+        elif seat.session and not seat.closed and not self.stopping:
             self._decide_in(ECHO_GRACE)  # it left its training with code 0: the others cannot go on
         elif self.is_full and all(other.end and other.end.exit_code == 0 for other in self.seats.values()):
             self.finished = True
@@ -186,7 +194,8 @@ class Attempt:
             how = processes.exit_of(self._launcher_fd, self._launcher)
             os.close(self._launcher_fd)
             self._launcher_fd = None
-            self._launcher_exit = how if not self._killed else None
+            if not self._killed:
+                self._launcher_exit, self._launcher_end = how, clock.monotonic()
         if self._killed or self.ended.is_set():
             return
         by_signal = self._launcher_exit is not None and self._launcher_exit.signal is not None
@@ -262,16 +271,15 @@ class Attempt:
             ends=tuple(
                 self._complete(seat, reported, oom_killed)
                 for seat in self.seats.values()
-                if self._counts(seat)
+                if seat.end or seat.raised
             ),
             launcher_exit_code=launcher.code if launcher else None,
             launcher_signal=launcher.signal if launcher else None,
+            launcher_monotonic=self._launcher_end,
+            launcher_pid=self._launcher,
             launcher_lines=forensics.last_lines(self.logs / "torchrun.log"),
             has_session=self.has_session,
         )
-
-    def _counts(self, seat: Seat) -> bool:
-        return seat.end is not None or seat.raised is not None
 
     def _complete(self, seat: Seat, reported: Mapping[int, int], oom_killed: bool) -> RankEnd:
         end = seat.end or RankEnd(  # None: it raised and had not managed to die yet

@@ -40,7 +40,6 @@ from supervisor.model import (
     Decided,
     Failure,
     JobRecord,
-    Resumed,
     RunEnded,
     RunStarted,
     State,
@@ -161,6 +160,7 @@ class Node:
         self._stop: StopRequested | None = None
         self._stop_seen = asyncio.Event()
         self._cut_short: str | None = None  # why a stop was not waited for
+        self._launched = False
         self._pulse: Pulse | None = None
         self._reception: Reception | None = None
 
@@ -217,7 +217,7 @@ class Node:
         number = -1 if self._ledger.record.attempt is None else self._ledger.record.attempt
         attempt = Attempt(number + 1, self._job.attempt(number + 1), self._runtime)
         self._ledger.add(AttemptStarted(time=clock.now(), attempt=attempt.number))
-        resume = asyncio.create_task(self._choose_resume(attempt.number))
+        resume = asyncio.create_task(self._choose_resume())
         savepoints = SavePoints(attempt)
         self._pulse = Pulse(
             attempt, self._options, self._ledger, self._snapshots, savepoints, self._console, self._drive_stop
@@ -245,7 +245,11 @@ class Node:
 
     async def _live(self, attempt: Attempt) -> None:
         port = ReservedPort()
-        self._console.follow(attempt.logs / "torchrun.log", "[torchrun] " if self._program.has_ranks else "")
+        if not self._launched:  # torchrun greets the same way each time
+            self._console.follow(
+                attempt.logs / "torchrun.log", "[torchrun] " if self._program.has_ranks else ""
+            )
+        self._launched = True
         try:
             argv = self._program.attempt_argv(port.number)
             try:
@@ -276,7 +280,7 @@ class Node:
             **self._program.environment,
         }
 
-    async def _choose_resume(self, number: int) -> Resume:
+    async def _choose_resume(self) -> Resume:
         resume = await asyncio.to_thread(
             choose, self._snapshots.newest(), self._checkpoints, self._key, frozenset(self._unloadable)
         )
@@ -287,10 +291,6 @@ class Node:
             self._console.say(f"{path} is damaged: {reason}; skipping it")
         if resume.tier is Tier.CHECKPOINT:
             self._snapshots.known_good(resume.step)
-        path_text = str(resume.path) if resume.path else None
-        self._ledger.add(
-            Resumed(time=now, attempt=number, step=resume.step, tier=resume.tier, path=path_text)
-        )
         return resume
 
     # ------------------------------------------------------------------ the end of an attempt
@@ -320,7 +320,6 @@ class Node:
         )
         self._ledger.add(ended)
         if failure is not None:
-            self._console.say(f"attempt {attempt.number} failed: {failure.reason}")
             self._write_evidence(attempt, failure, evidence)
             return self._decided(restart.decide(self._ledger.record, failure))
         if stopped and self._stop is not None:
@@ -342,7 +341,7 @@ class Node:
             )
         )
         if verdict.action is Action.RESTART:
-            self._console.say(verdict.reason)
+            self._console.say(f"attempt {number}: {verdict.reason}")
         return verdict
 
     def _write_evidence(self, attempt: Attempt, failure: Failure, evidence: AttemptEvidence) -> None:

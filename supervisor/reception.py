@@ -1,7 +1,5 @@
 """What workers say, and what is done about it: one method per kind of message (kinds in ``edge/channel.py``)."""
 
-# ruff: noqa: ARG002 (the methods share one signature)
-
 from __future__ import annotations
 
 import asyncio
@@ -15,7 +13,7 @@ from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
 from supervisor.edge.control import Word
 from supervisor.ledger import Ledger
-from supervisor.model import CheckpointRejected, ProposalFlag, Raised, WorkersReady
+from supervisor.model import CheckpointRejected, ProposalFlag, Raised, Resumed, WorkersReady
 from supervisor.resume import Resume
 from supervisor.savepoints import SavePoints
 from supervisor.snapshots import Snapshots
@@ -49,7 +47,7 @@ class Reception:
         self.metrics: dict[str, float] = {}
         #: states that a rank could not load although their digests were right
         self.unloadable: set[Path] = set()
-        self.resumed_at: float | None = None
+        self._resume_said = False
 
     async def handle(self, peer: Peer, message: Message) -> Message | None:
         """Answer one message; ValueError, KeyError and TypeError refuse it."""
@@ -91,6 +89,17 @@ class Reception:
     async def _on_resume(self, seat: Seat, message: Message) -> Message:
         seat.session = True
         resume = await asyncio.shield(self._resume)
+        if not self._resume_said:
+            self._resume_said = True
+            self._ledger.add(
+                Resumed(
+                    time=clock.now(),
+                    attempt=self._attempt.number,
+                    step=resume.step,
+                    tier=resume.tier,
+                    path=str(resume.path) if resume.path else None,
+                )
+            )
         return {
             "path": str(resume.path) if resume.path else None,
             "step": resume.step,
@@ -98,7 +107,8 @@ class Reception:
         }
 
     def _on_resumed(self, seat: Seat, message: Message) -> None:
-        self.resumed_at = clock.now()
+        if seat.rank == 0 and int(message["step"]):
+            self._console.say(f"resumed at step {message['step']} in {float(message['seconds']):.2f} s")
 
     def _on_rejected(self, seat: Seat, message: Message) -> None:
         path, reason = Path(str(message["path"])), str(message["reason"])
@@ -140,7 +150,7 @@ class Reception:
         self.metrics |= _numbers(message["values"])
 
     def _on_closed(self, seat: Seat, message: Message) -> None:
-        seat.completed = bool(message["completed"])
+        seat.completed, seat.closed = bool(message["completed"]), bool(message["in_order"])
 
     def _on_raised(self, seat: Seat, message: Message) -> None:
         raised = Raised(
