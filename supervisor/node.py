@@ -23,7 +23,6 @@ from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Key
 from supervisor.config import Options
 from supervisor.decide import classify, lifecycle, restart
-from supervisor.decide.retention import RetentionPolicy
 from supervisor.edge import clock, jobdir, journal, processes
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
@@ -94,6 +93,8 @@ class Program(Protocol):
 
 def run(options: Options, program: Program) -> int:
     """Run the job to its end; returns the exit code of ``everstep run``. Raises EverstepError before it starts."""
+    if options.dir is None:
+        raise UsageError("the job needs a directory: --dir D")
     job = jobdir.JobDirectory(options.dir)
     with job.claim():
         console = Console(quiet=options.quiet)
@@ -141,7 +142,7 @@ class Node:
         self._options, self._program, self._job, self._file = options, program, job, file
         self._ledger, self._console = ledger, console
         self._runtime = Path(file.runtime)
-        self._checkpoints = options.checkpoints or job.path / "checkpoints"
+        self._checkpoints = options.checkpoints_directory
         self._key = Key.from_environment()
         self._snapshots = Snapshots(
             self._runtime,
@@ -150,9 +151,7 @@ class Node:
                 file.run_id, file.epoch, {"everstep": version(), "python": platform.python_version()}
             ),
             key=self._key,
-            policy=RetentionPolicy(
-                keep_last=options.keep_last, keep_every=options.keep_every, keep_best=options.keep_best
-            ),
+            policy=options.retention,
             fence=lambda: job.fence(file.epoch),
             fact=ledger.add,
         )
