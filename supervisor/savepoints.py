@@ -88,7 +88,7 @@ class SavePoints:
         if request is None:
             step = savepoint.propose(self._attempt.steps, lead)
         else:
-            step = savepoint.propose_request(request, self._attempt.steps, lead, self._standing_at(request))
+            step = savepoint.propose_request(request, self._attempt.steps, lead)
         if not savepoint.in_reach(step, self._attempt.total_steps):
             return False  # the last step is a save point by itself
         self._serial, self._step = self._serial + 1, step

@@ -22,9 +22,10 @@ the STEP of every rank whose W2 was too early to see them. SETTLE_SECONDS is a t
 ranks do: it reads memory and asks nobody. After an abort all go on, and the next proposal is made with twice the margin.
 
 *A rank that waits stands still*, so STEP == S is no obstacle when the supervisor knows that it waits (message
-``waiting``): it cannot move until the verdict. STEP == S without that word is ambiguous (waiting with the message under way,
-or past W2 before S2) and counts as passed. It must not be waited out: the rank may be in the collectives of step S + 1, which
-the ranks that stand at S will never join.
+``waiting``): it cannot move until the verdict. The message needs no serial: S is ahead of all STEP when it is proposed, so
+nobody can have waited at S before, for another proposal. STEP == S without that word is ambiguous (waiting with the
+message under way, or past W2 before S2) and counts as passed. It must not be waited out: the rank may be in the collectives
+of step S + 1, which the ranks that stand at S will never join.
 
 *One word at a time.* S1 overwrites what the previous proposal said, so it may only begin when nobody can still be
 reading that: after an abort (a rank that waited for it re-reads everything when the serial changes), or when every
@@ -64,12 +65,9 @@ def propose(steps: Sequence[int], margin: int) -> int:
     return max(steps) + max(1, margin)
 
 
-def propose_request(step: int, steps: Sequence[int], margin: int, standing: Collection[int] = ()) -> int:
-    """The step for a rank's request to save ``step``: that one if all can still make it, else as ``propose``.
-
-    ``standing``: indexes into ``steps`` of the ranks known to wait at ``step``.
-    """
-    return step if _none_passed(step, steps, standing) else propose(steps, margin)
+def propose_request(step: int, steps: Sequence[int], margin: int) -> int:
+    """The step for a rank's request to save ``step``: that one if it is ahead of every rank, else as ``propose``."""
+    return step if steps and max(steps) < step else propose(steps, margin)
 
 
 def judge(step: int, steps_after: Sequence[int], standing: Collection[int] = ()) -> ProposalState:
