@@ -217,6 +217,7 @@ class Node:
         attempt = Attempt(number + 1, self._job.attempt(number + 1), self._runtime)
         self._ledger.add(AttemptStarted(time=clock.now(), attempt=attempt.number))
         resume = asyncio.create_task(self._choose_resume())
+        resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         savepoints = SavePoints(attempt)
         self._pulse = Pulse(
             attempt, self._options, self._ledger, self._snapshots, savepoints, self._console, self._drive_stop
@@ -240,6 +241,8 @@ class Node:
             beat.cancel()
             resume.cancel()
             await asyncio.gather(beat, resume, return_exceptions=True)
+        if not _is_fine(resume):
+            resume.result()  # storage that cannot even be listed: the user's to mend
         return self._post_mortem(attempt)
 
     async def _live(self, attempt: Attempt) -> None:
@@ -405,3 +408,7 @@ class Node:
             self._snapshots.cancel()
         if self._pulse is not None:
             self._pulse.end_attempt()
+
+
+def _is_fine(task: asyncio.Task[Resume]) -> bool:
+    return task.cancelled() or task.exception() is None

@@ -88,7 +88,10 @@ class Reception:
 
     async def _on_resume(self, seat: Seat, message: Message) -> Message:
         seat.session = True
-        resume = await asyncio.shield(self._resume)
+        await asyncio.wait({self._resume})
+        if self._resume.cancelled() or self._resume.exception() is not None:
+            raise ValueError("the attempt is over")
+        resume = self._resume.result()
         if not self._resume_said:
             self._resume_said = True
             self._ledger.add(

@@ -32,7 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LINE_LIMIT = 4 << 20  # a traceback can be long
+LINE_LIMIT = 4 << 20  # bytes; a traceback can be long
+CLOSE_PATIENCE = 1.0  # seconds for answers under way
 
 Message = dict[str, Any]
 
@@ -56,7 +57,7 @@ class Channel:
         self.path = path
         self._handler = handler
         self._server: asyncio.Server | None = None
-        self._peers: set[asyncio.StreamWriter] = set()
+        self._peers: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
 
     async def open(self) -> None:
         """Listen; a stale socket file of a dead supervisor is replaced (the job's lock makes that safe)."""
@@ -68,8 +69,11 @@ class Channel:
         """Stop listening and drop every connection."""
         if self._server is not None:
             self._server.close()
+        tasks = list(self._peers.values())
         for writer in list(self._peers):
             writer.close()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_PATIENCE)
         self.path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -79,7 +83,9 @@ class Channel:
             writer.close()
             return
         peer = Peer(pid)
-        self._peers.add(writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._peers[writer] = task
         try:
             while line := await reader.readline():
                 answer = await self._handle(peer, line)
@@ -88,7 +94,7 @@ class Channel:
         except (ConnectionError, ValueError):  # ValueError: a line over the limit
             return
         finally:
-            self._peers.discard(writer)
+            del self._peers[writer]
             writer.close()
 
     async def _handle(self, peer: Peer, line: bytes) -> Message | None:
