@@ -50,7 +50,7 @@ def list_checkpoints(checkpoints: Path, key: Key | None = None) -> list[Checkpoi
     except OSError as error:
         raise translated(error, "listing", checkpoints) from error
     candidates = [checkpoints / name for name in names if name.startswith(_PREFIX)]
-    records = [inspect(path, key) for path in candidates if not is_leftover(path)]
+    records = [inspect(path, key) for path in candidates if not _is_swept(path)]
     return sorted(records, key=lambda record: (-record.step, record.path.name))
 
 
@@ -140,7 +140,7 @@ def sweep(checkpoints: Path, *, owned: Collection[Path] = (), files: Files = LOC
     try:
         for name in sorted(os.listdir(checkpoints)):
             path = checkpoints / name
-            if _NAME.fullmatch(name) and not path.is_symlink() and path not in owned and is_leftover(path):
+            if path not in owned and _is_swept(path):
                 discard(path, files=files)
                 removed.append(path)
     except FileNotFoundError:
@@ -148,3 +148,7 @@ def sweep(checkpoints: Path, *, owned: Collection[Path] = (), files: Files = LOC
     except OSError as error:
         raise translated(error, "sweeping", checkpoints) from error
     return removed
+
+
+def _is_swept(path: Path) -> bool:
+    return _NAME.fullmatch(path.name) is not None and not path.is_symlink() and is_leftover(path)

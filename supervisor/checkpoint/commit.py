@@ -12,6 +12,7 @@ partial files are removed at once, for the journal is likely to lie on the same 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -91,8 +92,9 @@ def seal(
     """Make a checkpoint of the DCP files in ``directory`` (all of them, or ``names``).
 
     Raises StorageError when storage fails or ``fence`` refuses, CheckpointError when the files are no DCP checkpoint.
-    A manifest that is already there is replaced.
+    A manifest that is already there is replaced. After a failure the files are as they were.
     """
+    marked = os.path.lexists(directory / PARTIAL_NAME)
     try:
         sizes = _selected(directory, names)
 
@@ -104,8 +106,13 @@ def seal(
             sync_directory(parent, files=files)
         manifest = Manifest(origin=origin, files=entries)
         _commit(directory, manifest, key=key, fence=fence, files=files, retries=Retries())
-    except OSError as error:
-        raise translated(error, "sealing", directory) from error
+    except BaseException as error:
+        if not marked:  # what was not marked as ours must not be swept as ours
+            with contextlib.suppress(OSError):
+                files.remove(directory / PARTIAL_NAME)
+        if isinstance(error, OSError):
+            raise translated(error, "sealing", directory) from error
+        raise
     return manifest
 
 
@@ -132,10 +139,11 @@ def drain(
     """
     if bandwidth is not None:
         files = ThrottledFiles(files, bandwidth)
-    sizes = _selected(source, names)
-    needed = sum(sizes.values())
-    fence()
+    needed = 0
     try:
+        sizes = _selected(source, names)
+        needed = sum(sizes.values())
+        fence()
         if (existing := good_checkpoint(destination, origin.step, key)) is not None:
             return existing
         _check_space(destination, needed)

@@ -198,7 +198,10 @@ def sign(document: Mapping[str, Any], key: Key | None) -> bytes:
 def authenticate(
     data: bytes, key: Key | None, *, kind: str, newest: int, name: str = MANIFEST_NAME
 ) -> dict[str, Any]:
-    """The document that ``sign`` made with this key, of the format ``kind`` and at most version ``newest``."""
+    """The document of which ``sign`` made ``data`` with this key, byte for byte.
+
+    It is of the format ``kind`` and at most of version ``newest``. Raises as ``decode`` does, calling it ``name``.
+    """
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
@@ -213,10 +216,8 @@ def authenticate(
             f"{name} is of version {version}, this everstep reads up to version {newest}: upgrade everstep"
         )
     _check_key(document.get("key"), key, name)
-    digest = document.pop("digest", None)
-    if not isinstance(digest, str) or not digest.isascii():
-        raise CheckpointError(f"{name} is damaged: it has no digest")
-    if not hmac.compare_digest(digest, _digest(document, key)):
+    document.pop("digest", None)
+    if not hmac.compare_digest(data, sign(document, key)):
         how = f"it does not authenticate with {KEY_VARIABLE}" if key else "its digest does not match"
         raise CheckpointError(f"{name} is damaged or was changed: {how}")
     return document

@@ -16,7 +16,7 @@ from supervisor.edge.files import LOCAL, Files
 from supervisor.errors import CheckpointError
 
 _UNREADABLE: Final = "cannot be read"
-CHUNK: Final = 2 << 20  # bytes; per thread, so that the supervisor stays small
+CHUNK: Final = 1 << 20  # bytes, per thread: stays in the cache between read, hash and write
 
 
 class UnreadableError(CheckpointError):
