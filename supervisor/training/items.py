@@ -1,0 +1,72 @@
+"""What is saved, as flat keys: which rank writes an item, and under which key.
+
+An item's *logical* key is that of a stock DCP state dict (``model.net.weight``, ``optimizer.state.net.weight.exp_avg``).
+DCP stores each key once. What may differ between ranks therefore bears the rank that owns it in its key: rank 0's
+items keep the plain key, so that stock tools find them, and those of rank r are called ``__rank_<r>__.<logical key>``.
+
+- *Sharded* items (DTensors) are written by all ranks that hold a part, and DCP joins the parts.
+- *Replicated* items have one owner, the lowest rank of their group, and nobody else writes them. (Stock DCP lets the
+  least loaded rank write: with BatchNorm buffers, which differ between ranks, that restores another rank's.)
+- Everything else is owned by the rank it is on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch.distributed.tensor import DTensor
+
+#: the path to an item in the nested state dict, as DCP keeps it: strings for dicts, integers for lists
+Path = tuple[str | int, ...]
+
+OWN: Final = "session"  # the Session's own item
+STATE: Final = "session.state"  # the dict of plain values that a script keeps in ``session.state``
+
+_OWNED: Final = re.compile(r"__rank_([0-9]+)__")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who writes an item: rank ``rank`` alone, or with ``everyone`` each rank that holds a part, under ``rank``'s key."""
+
+    rank: int
+    everyone: bool = False
+
+
+@dataclass
+class Items:
+    """What one rank contributes to a snapshot: values by flat key, and each key's path in the nested state dict."""
+
+    rank: int
+    values: dict[str, Any] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, path: Path, value: object, owner: Owner) -> None:
+        """Contribute ``value`` if this rank is to write it."""
+        if owner.rank != self.rank and not owner.everyone:
+            return
+        if owner.rank:
+            path = (f"__rank_{owner.rank}__", *path)
+        key = flat(path)
+        if key in self.values:
+            raise ValueError(f"two items are called {key!r}")
+        self.values[key] = value
+        self.paths[key] = path
+
+
+def flat(path: Path) -> str:
+    """The flat key of a path, as DCP forms it."""
+    return ".".join(map(str, path))
+
+
+def owner_of(path: Path) -> tuple[int, Path]:
+    """The owning rank and the logical path of a stored path."""
+    match = _OWNED.fullmatch(str(path[0]))
+    return (int(match[1]), path[1:]) if match else (0, path)
+
+
+def mesh_owner(tensor: DTensor) -> Owner:
+    """The owner of a DTensor. A mesh without rank 0 (another pipeline stage's) gets keys of its own."""
+    return Owner(int(tensor.device_mesh.mesh.min()), everyone=True)

@@ -1,0 +1,139 @@
+"""Who decides when and where a Session saves: one Protocol, and the keeper of a Session that nobody keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from supervisor.edge.control import SIZE
+from supervisor.model import ProposalFlag
+
+NEVER: Final = 1 << 62  # a step that does not come
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A state to resume from, verified."""
+
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a snapshot goes: ``code`` is what the ranks agree on, never 0."""
+
+    code: int
+    directory: Path
+
+
+class Keeper(Protocol):
+    """One rank's view of the authority over saves.
+
+    ``words`` is the control page (or a stand-in of the same layout). In an ordinary step the Session only writes STEP and
+    HEARTBEAT_NS and compares PROPOSAL with ``settled``; it asks ``wants`` when that differs or when step ``due`` has come.
+    """
+
+    words: memoryview
+    attempt: int
+    due: int
+    settled: int
+
+    def candidate(self) -> Candidate | None:
+        """Where to resume, alike on all ranks; asked again after a rejection. Collective."""
+        ...
+
+    def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:
+        """This or another rank could not load it; whether there may be another candidate."""
+        ...
+
+    def wants(self, completed: int) -> ProposalFlag | None:
+        """Whether ``completed`` may be a save point, and what for. The same answer on all ranks."""
+        ...
+
+    def offer(self, completed: int, flags: ProposalFlag) -> tuple[int, int]:
+        """Asked of rank 0 at a save point: the code of the target (0: skip it), and the next step to come together."""
+        ...
+
+    def target(self, code: int, completed: int) -> Target:
+        """The target that rank 0 chose."""
+        ...
+
+    def prepare(self, target: Target) -> None:
+        """Make the target ready to be written, where the writer's own clearing is not enough. May raise OSError."""
+        ...
+
+    def agreed(self, completed: int, due: int) -> None:
+        """The save point at ``completed`` is over; ``due`` is what rank 0 said comes next."""
+        ...
+
+    def saved(
+        self, target: Target, completed: int, seconds: float, size: int, metrics: dict[str, float]
+    ) -> None:
+        """This rank's part is whole, and so is every other's."""
+        ...
+
+    def failed(self, target: Target, completed: int, reason: str) -> None:
+        """The save failed on all ranks alike."""
+        ...
+
+    def request(self, step: int) -> None:
+        """``session.save()``: save when ``step`` steps are complete."""
+        ...
+
+    def tell(self, kind: str, **values: object) -> None:
+        """News for the supervisor, if there is one."""
+        ...
+
+
+class Unkept:
+    """Nobody keeps the state: nothing is resumed, nothing saved."""
+
+    def __init__(self) -> None:
+        self.words = memoryview(bytearray(SIZE)).cast("Q")
+        self.attempt = 0
+        self.due = NEVER
+        self.settled = 0
+
+    def candidate(self) -> Candidate | None:
+        """None."""
+        return None
+
+    def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:
+        """Never asked."""
+        raise AssertionError("there was no candidate")
+
+    def wants(self, completed: int) -> ProposalFlag | None:
+        """Nothing, ever."""
+        self.due = NEVER
+        return None
+
+    def offer(self, completed: int, flags: ProposalFlag) -> tuple[int, int]:
+        """No place to save to."""
+        return 0, NEVER
+
+    def target(self, code: int, completed: int) -> Target:
+        """Never asked."""
+        raise AssertionError("there was no offer")
+
+    def prepare(self, target: Target) -> None:
+        """Never called."""
+
+    def agreed(self, completed: int, due: int) -> None:
+        """Nothing comes next."""
+        self.due = NEVER
+
+    def saved(
+        self, target: Target, completed: int, seconds: float, size: int, metrics: dict[str, float]
+    ) -> None:
+        """Never called."""
+
+    def failed(self, target: Target, completed: int, reason: str) -> None:
+        """Never called."""
+
+    def request(self, step: int) -> None:
+        """Ignored."""
+
+    def tell(self, kind: str, **values: object) -> None:
+        """Ignored."""

@@ -1,0 +1,46 @@
+"""What ``session.log`` is given: kept as it is, turned into numbers about once a second and at save points.
+
+Reading a number out of a tensor on an accelerator waits for all work queued on it, so that is not done at every step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+
+from supervisor.errors import UsageError
+
+PERIOD: Final = 1.0  # seconds
+
+
+class Metrics:
+    """The last value of each metric. ``publish`` is called with all of them, at most once a PERIOD."""
+
+    def __init__(self, publish: Callable[[dict[str, float]], None]) -> None:
+        self._publish = publish
+        self._values: dict[str, Any] = {}
+        self._next = 0.0
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Take the newest values: numbers, or tensors of one element (kept without their graph)."""
+        for name, value in values.items():
+            self._values[name] = value.detach() if isinstance(value, torch.Tensor) else value
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + PERIOD
+            self._publish(self.numbers())
+
+    def numbers(self) -> dict[str, float]:
+        """Every metric as a number. Raises UsageError for what is none."""
+        for name, value in self._values.items():
+            if type(value) is not float:
+                try:
+                    self._values[name] = float(value)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise UsageError(
+                        f"log({name}=…) takes a number or a tensor of one element: {error}"
+                    ) from None
+        return dict(self._values)

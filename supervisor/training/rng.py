@@ -1,0 +1,70 @@
+"""The state of every random number generator a rank draws from: Python's, numpy's, torch's, the accelerator's.
+
+It is restored last, when the Session yields its first step: everything before may draw (``iter(loader)`` does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+
+def capture(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
+    """The state of the CPU's generators and of those of ``devices``. Draws nothing."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if (numpy := sys.modules.get("numpy")) is not None:
+        state["numpy"] = numpy.random.get_state()
+    for device in devices:
+        state.setdefault("devices", {})[str(device)] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Set every generator that ``capture`` recorded; devices that this process lacks are passed over."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if (recorded := state.get("numpy")) is not None:
+        import numpy as np
+
+        np.random.set_state(recorded)
+    for name, device_state in state.get("devices", {}).items():
+        module = torch.get_device_module(torch.device(name))
+        if module.is_available() and (torch.device(name).index or 0) < module.device_count():
+            module.set_rng_state(device_state, torch.device(name))
+
+
+def derive(state: dict[str, Any], rank: int) -> None:
+    """Seed the generators of a rank that the checkpoint does not know, from rank 0's: repeatable, and its own stream."""
+    digest = hashlib.blake2b(
+        state["torch"].numpy().tobytes() + rank.to_bytes(8, "little"), digest_size=8
+    ).digest()
+    seed = int.from_bytes(digest, "little") >> 1
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Whatever the block draws from the CPU's generators is put back."""
+    state = capture()
+    try:
+        yield
+    finally:
+        restore(state)
+
+
+def devices_of(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
+    """The accelerators a rank draws on: its current one, if it has begun to use it, and those its parameters are on."""
+    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+    cuda: Any = torch.cuda
+    if cuda.is_available() and cuda.is_initialized():
+        devices.add(torch.device("cuda", cuda.current_device()))
+    return sorted(devices, key=str)

@@ -1,0 +1,295 @@
+"""``Session``: the three lines that make a training resumable.
+
+    with Session(model=model, optimizer=optimizer, scheduler=scheduler, loader=loader) as session:
+        for step in session.steps(10_000):
+            loss = train_step(...)
+            session.log(loss=loss)
+
+*It changes no bit of the training.* It draws no random number, steps no optimizer, touches no gradient, and talks to the
+other ranks over a group of its own. *A run that was killed and resumed ends bit for bit where an undisturbed one does*,
+given the same world size and deterministic kernels; what that takes is said in ``ddp``, ``gradients``, ``items``, ``loaders``,
+``optimizers`` and ``rng``. Another world size reshards.
+
+A step ends when the loop asks for the next one. There the Session publishes its progress and looks whether this is a *save
+point*: two stores, one load and a comparison when it is none. At a save point the ranks agree in one small collective
+whether all of them are clean (no pending gradients, DDP's buckets settled) and where to write; if one is not, the save moves
+to the next step. A save that fails is reported and the training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from supervisor.decide.retention import KeepBest, RetentionPolicy
+from supervisor.edge.control import Phase, ProposalFlag, ProposalState, SessionFlag, Word
+from supervisor.edge.link import current
+from supervisor.errors import CheckpointError, EverstepError, StateMismatchError, UsageError
+from supervisor.training.gradients import Gradients
+from supervisor.training.keeper import NEVER, Keeper, Unkept
+from supervisor.training.metrics import Metrics
+from supervisor.training.saving import Saver
+from supervisor.training.standalone import Every, Standalone
+from supervisor.training.state import TrainingState, check_objects
+from supervisor.training.supervised import Supervised, set_phase
+from supervisor.training.world import World, say
+
+_PHASES: Final = {"setup": Phase.SETUP, "evaluate": Phase.EVALUATE}
+
+
+class Stopped(SystemExit):
+    """Raised out of ``steps`` when the job was asked to stop, after its state was saved: the worker exits with code 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class Session:
+    """Keeps the state of the objects given by keyword; enter it once, on every rank, before the training loop.
+
+    An object is a module (plain, compiled, DistributedDataParallel, ``fully_shard``ed, tensor-parallel), an optimizer over
+    the modules given, a ``torch.Generator``, or anything with ``state_dict()`` and ``load_state_dict()``; its keyword is its
+    name in the checkpoint. Plain picklable values live in ``state``, a dict. Random state is always kept.
+
+    Under ``everstep run`` the supervisor decides when to save. Without one, the keywords that follow make it a library;
+    they cannot name objects, and a supervisor overrides them:
+
+    Args:
+        dir: Where checkpoints go (``dir/checkpoints``) and where to resume from. None: nothing is saved.
+        checkpoint_every: ``50steps``, ``10s``, ``5m``, ``1h`` or ``never`` (then only ``save()`` and the last step).
+        keep_last: How many of the newest checkpoints to keep.
+        keep_every: Also keep every one at a multiple of that many steps.
+        keep_best: ``METRIC:min|max:M``: also keep the M best by a metric that ``log`` was given.
+        objects: What to keep.
+
+    Raises:
+        UsageError: an object that cannot be kept, one given twice, a parameter that is in no module given.
+        ConfigError: an option that is not understood.
+        CheckpointError: (entering) nothing could be loaded although a checkpoint is there.
+        StateMismatchError: (entering) the checkpoint has other keys, shapes or dtypes than the training.
+    """
+
+    def __init__(
+        self,
+        *,
+        dir: str | os.PathLike[str] | None = None,  # noqa: A002 (the word users know)
+        checkpoint_every: str = "10m",
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        keep_best: str | None = None,
+        **objects: Any,
+    ) -> None:
+        check_objects(objects)
+        self._objects = objects
+        self._root = None if dir is None else Path(dir)
+        self._every = Every.parse(checkpoint_every)
+        best = None if keep_best is None else KeepBest.parse(keep_best)
+        self._policy = RetentionPolicy(keep_last=keep_last, keep_every=keep_every, keep_best=best)
+        #: plain picklable values, saved and restored with the rest
+        self.state: dict[str, Any] = {}
+        self._step = 0
+        self._total: int | None = None
+        self._resumed = False
+        self._entered = self._open = self._looping = self._stopping = False
+        self._due = 0
+        self._keeper: Keeper = Unkept()
+        self._metrics = Metrics(self._publish)
+
+    # ------------------------------------------------------------------ what a script may ask
+
+    @property
+    def step(self) -> int:
+        """The step that is running, or else the next to run; also the number of steps completed before it."""
+        return self._step
+
+    @property
+    def resumed(self) -> bool:
+        """Whether this run goes on from a saved state."""
+        return self._resumed
+
+    @property
+    def attempt(self) -> int:
+        """Which launch of the job this is, from 0."""
+        return self._keeper.attempt
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the job will stop at the next save point or has stopped: cut short what can be."""
+        words = self._keeper.words
+        if self._stopping or not self._open:
+            return self._stopping
+        committed = (
+            words[Word.PROPOSAL] & 3 == ProposalState.COMMITTED and words[Word.PROPOSAL_STEP] > self._step
+        )
+        return committed and bool(words[Word.PROPOSAL_FLAGS] & ProposalFlag.STOP)
+
+    def log(self, **metrics: Any) -> None:
+        """Note the newest values of metrics: numbers, or tensors of one element. Never waits for the device at every step.
+
+        They show in the status, and go with the checkpoints (``keep_best``).
+        """
+        self._metrics.log(metrics)
+
+    def save(self) -> None:
+        """Save at the end of the step that is running, and make the snapshot a checkpoint.
+
+        Call it on all ranks. Under a supervisor one rank is enough: it saves at the end of this step if no rank is past it,
+        else a few steps later.
+        """
+        self._check_open("save()")
+        self._keeper.request(self._step + 1)
+        self._due = min(self._due, self._keeper.due)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """While in the block the worker does something else than training (``evaluate``, ``setup``): other hang limits."""
+        if name not in _PHASES:
+            raise UsageError(f"phase({name!r}): one of {', '.join(_PHASES)} is required")
+        self._check_open("phase()")
+        before = set_phase(self._keeper.words, _PHASES[name])
+        try:
+            yield
+        finally:
+            set_phase(self._keeper.words, before)
+
+    # ------------------------------------------------------------------ entering and leaving
+
+    def __enter__(self) -> Self:
+        """Resume, if there is something to resume from. Collective over all ranks."""
+        if self._entered:
+            raise UsageError("a Session is entered once: make another")
+        self._entered = True
+        started = time.monotonic()
+        link = current()
+        if link is not None:
+            self._keeper = Supervised(link)
+            set_phase(self._keeper.words, Phase.RESTORE)
+            self._keeper.words[Word.SESSION] |= SessionFlag.OPEN
+            self._keeper.tell("session")
+        world = World()
+        if link is None and self._root is not None:
+            self._keeper = Standalone(self._root, self._every, self._policy, world)
+        elif world.rank == 0 and link is None:
+            say("there is neither a supervisor nor dir=: nothing is saved")
+        elif world.rank == 0 and self._root is not None:
+            say("dir= is ignored: the supervisor keeps the checkpoints")
+        self._world = world
+        self._training = TrainingState(self._objects, self.state, world)
+        self._resume(started)
+        self._gradients = Gradients(self._training.optimizers)
+        self._saver = Saver(self._keeper, self._training, self._gradients, world, self._metrics)
+        self._keeper.words[Word.STEP] = self._step
+        set_phase(self._keeper.words, Phase.SETUP)
+        self._open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave. An exception goes on its way, and nothing is saved."""
+        self._open = False
+        in_order = kind is None or issubclass(kind, Stopped)
+        if in_order:
+            self._saver.flush()
+        self._gradients.close()
+        words = self._keeper.words
+        set_phase(words, Phase.CLOSED)
+        if in_order:
+            words[Word.SESSION] |= SessionFlag.CLOSED
+        completed = kind is None and self._total is not None and self._step >= self._total
+        self._keeper.tell("closed", step=self._step, completed=completed)
+
+    def _resume(self, started: float) -> None:
+        while (candidate := self._keeper.candidate()) is not None:
+            failure: EverstepError | None = None
+            try:
+                self._step = self._training.load(candidate.path)
+            except (CheckpointError, StateMismatchError) as error:
+                failure = error
+            failures = self._world.gather(None if failure is None else (str(failure), type(failure)))
+            reasons = [reason for reason in failures if reason is not None]
+            if not reasons:
+                self._resumed = True
+                self._keeper.tell("resumed", step=self._step, seconds=time.monotonic() - started)
+                return
+            text, fault = failures[self._world.rank] or reasons[0]
+            damaged = fault is CheckpointError
+            self._step = 0
+            if not self._keeper.rejected(candidate, text, damaged=damaged):
+                raise fault(text)
+
+    # ------------------------------------------------------------------ the loop
+
+    def steps(self, total: int | None = None) -> Iterator[int]:
+        """The steps to run: from the one resumed at, up to ``total`` (None: until the loop is left).
+
+        A job that has completed ``total`` steps yields nothing. The last step is always saved. Fetch a step's data in its
+        body: what is fetched before the previous step ends (``zip(loader, session.steps(n))``) is lost on resume.
+
+        Raises Stopped after the save when the job was asked to stop, UsageError outside the ``with`` block and for a second
+        loop inside a loop.
+        """
+        self._check_open("steps()")
+        if self._looping:
+            raise UsageError("a loop over steps() is running already")
+        if total is not None and total < 0:
+            raise UsageError(f"steps({total}): a number of steps, 0 or more, is required")
+        self._total = total
+        self._keeper.words[Word.TOTAL_STEPS] = total or 0
+        self._keeper.tell("session", total_steps=total)
+        return self._loop(NEVER if total is None else total)
+
+    def _loop(self, total: int) -> Iterator[int]:
+        self._check_open("steps()")
+        self._looping = True
+        keeper, words, now = self._keeper, self._keeper.words, time.monotonic_ns
+        stepped, none_stepped = self._gradients.stepped, self._gradients.none_stepped
+        at_step, at_heartbeat, at_proposal = int(Word.STEP), int(Word.HEARTBEAT_NS), int(Word.PROPOSAL)
+        self._training.restore_rng()
+        completed = self._step
+        self._due = completed + 1  # the first step is looked at in any case
+        set_phase(words, Phase.STEP)
+        try:
+            while completed < total:
+                stepped[:] = none_stepped
+                yield completed
+                completed += 1
+                self._step = completed
+                words[at_step] = completed
+                words[at_heartbeat] = now()
+                if completed >= self._due or words[at_proposal] != keeper.settled or completed == total:
+                    self._end_of_step(completed, is_last=completed == total)
+        finally:
+            self._looping = False
+
+    def _end_of_step(self, completed: int, *, is_last: bool) -> None:
+        words = self._keeper.words
+        if not words[Word.FIRST_STEP_NS]:
+            words[Word.FIRST_STEP_NS] = time.monotonic_ns()
+        stop = self._saver.end_of_step(completed, is_last=is_last)
+        self._due = self._saver.due
+        if stop and not is_last:
+            self._stopping = True
+            raise Stopped
+
+    def _check_open(self, what: str) -> None:
+        if not self._open:
+            raise UsageError(f"{what} is for the inside of `with Session(…) as session:`")
+
+    def _publish(self, values: dict[str, float]) -> None:
+        if (loss := values.get("loss")) is not None:
+            self._keeper.words[Word.LOSS] = loss_bits(loss)
+        if self._open and self._world.rank == 0:
+            self._keeper.tell("metrics", step=self._step, values=values)
+
+
+def loss_bits(loss: float) -> int:
+    """A double as the word that holds it."""
+    import struct
+
+    return int(struct.unpack("Q", struct.pack("d", loss))[0])

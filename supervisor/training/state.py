@@ -1,0 +1,158 @@
+"""The whole state of a training on one rank: its parts, gathered into items and loaded from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from supervisor.errors import CheckpointError, UsageError
+from supervisor.training import rng
+from supervisor.training.ddp import Buckets
+from supervisor.training.items import OWN, STATE, Items, Owner
+from supervisor.training.loaders import LoaderState, is_stateful_loader
+from supervisor.training.modules import ModulePart
+from supervisor.training.optimizers import OptimizerPart
+from supervisor.training.reader import Mismatch, Stored
+from supervisor.training.stateful import TreePart, differing
+from supervisor.training.world import World, say
+
+
+class Part(Protocol):
+    """One object's share of the state."""
+
+    name: str
+
+    def gather(self, items: Items) -> None:
+        """Contribute what is to be saved."""
+        ...
+
+    def prepare(self, stored: Stored, mismatch: Mismatch) -> dict[str, torch.Tensor]:
+        """Compare, noting what does not fit, and return the tensors to load into by stored key. Changes nothing."""
+        ...
+
+    def apply(self, stored: Stored) -> None:
+        """The tensors are loaded: take the state over."""
+        ...
+
+
+def check_objects(objects: Mapping[str, object]) -> None:
+    """Refuse what a Session cannot keep. Raises UsageError."""
+    seen: dict[int, str] = {}
+    for name, value in objects.items():
+        if not name.isidentifier() or name == OWN or name.startswith("__"):
+            raise UsageError(
+                f"{name!r} cannot be the name of an object: an identifier other than {OWN!r} can"
+            )
+        if id(value) in seen:
+            raise UsageError(f"{seen[id(value)]!r} and {name!r} are the same object: give it once")
+        seen[id(value)] = name
+        if isinstance(value, torch.Generator):
+            continue
+        if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+            raise UsageError(
+                f"{name!r} ({type(value).__name__}) has no state_dict() and load_state_dict(): for a DataLoader use "
+                "torchdata's StatefulDataLoader, for plain values session.state"
+            )
+
+
+class TrainingState:
+    """The objects given to a Session. Raises UsageError for those that cannot be kept."""
+
+    def __init__(self, objects: Mapping[str, Any], values: dict[str, Any], world: World) -> None:
+        self._world = world
+        self._values = values
+        self.modules: dict[str, nn.Module] = {n: o for n, o in objects.items() if isinstance(o, nn.Module)}
+        self.optimizers: dict[str, Optimizer] = {n: o for n, o in objects.items() if isinstance(o, Optimizer)}
+        self.buckets = Buckets(self.modules)
+        self._rng: dict[str, Any] | None = None
+        self._derive_rng = False
+        rank = world.rank
+        trees: list[Part] = []
+        for name, value in objects.items():
+            if name in self.modules or name in self.optimizers:
+                continue
+            if isinstance(value, torch.Generator):
+                trees.append(TreePart(name, value.get_state, value.set_state, rank))
+            elif is_stateful_loader(value):
+                loader = LoaderState(name, value)
+                trees.append(TreePart(name, loader.get, loader.put, rank))
+            else:
+                trees.append(TreePart(name, value.state_dict, value.load_state_dict, rank))
+        trees.append(TreePart(STATE, lambda: self._values, self._put_values, rank))
+        self._trees = [part.name for part in trees]
+        self._parts: list[Part] = [
+            *(ModulePart(name, module, rank) for name, module in self.modules.items()),
+            *(
+                OptimizerPart(name, optimizer, self.modules, rank)
+                for name, optimizer in self.optimizers.items()
+            ),
+            *trees,
+        ]
+
+    def gather(self, step: int) -> Items:
+        """Everything of this rank, after ``step`` completed steps. Tensors are those in use, not copies."""
+        items = Items(self._world.rank)
+        for part in self._parts:
+            part.gather(items)
+        devices = rng.devices_of(p for module in self.modules.values() for p in module.parameters())
+        own = {
+            "step": step,
+            "world_size": self._world.size,
+            "rng": rng.capture(devices),
+            "buckets": self.buckets.capture(),
+        }
+        items.add((OWN,), own, Owner(self._world.rank))
+        return items
+
+    def load(self, directory: Path) -> int:
+        """Take over the state in ``directory``; returns its step. The random state follows with ``restore_rng``.
+
+        Raises CheckpointError for damage and StateMismatchError, before anything is changed, for what does not fit.
+        """
+        stored = Stored(directory, self._world.rank)
+        key = stored.find((OWN,), self._world.rank)
+        if key is None:
+            raise CheckpointError(f"{directory} was not written by a Session: it has no {OWN!r} item")
+        own = stored.objects([key])[key]
+        mismatch = Mismatch()
+        targets: dict[str, torch.Tensor] = {}
+        for part in self._parts:
+            targets |= part.prepare(stored, mismatch)
+        mismatch.unexpected += stored.names() - _names(self._parts) - {OWN}
+        mismatch.check(directory)
+        stored.load(targets)
+        for part in self._parts:
+            part.apply(stored)
+        if own["world_size"] == self._world.size:
+            self.buckets.restore(own["buckets"])
+        elif self._world.rank == 0 and (names := differing(stored, self._trees)):
+            say(
+                f"resuming {own['world_size']} ranks on {self._world.size}: the state of {', '.join(names)} differs between "
+                "ranks, and ranks that are new get rank 0's; check the data position"
+            )
+        self._rng = own["rng"]
+        self._derive_rng = stored.owned((OWN,), self._world.rank) is None
+        return int(own["step"])
+
+    def restore_rng(self) -> None:
+        """Set the random state that was loaded, once."""
+        state, self._rng = self._rng, None
+        if state is None:
+            return
+        if self._derive_rng:
+            rng.derive(state, self._world.rank)
+        else:
+            rng.restore(state)
+
+    def _put_values(self, values: dict[str, Any]) -> None:
+        self._values.clear()
+        self._values.update(values)
+
+
+def _names(parts: list[Part]) -> set[str]:
+    return {part.name for part in parts}

@@ -1,0 +1,150 @@
+"""The keeper of a Session under ``everstep run``: save points by the control page, the rest over the link.
+
+The worker's half of the save protocol; its theory is in ``decide/savepoint.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+from supervisor.decide.savepoint import Move, judge_word
+from supervisor.edge.control import Phase, ProposalFlag, ProposalState, Word
+from supervisor.edge.link import Link
+from supervisor.errors import ProtocolError
+from supervisor.training.keeper import NEVER, Candidate, Target
+
+_NAP: Final = 0.0002  # seconds between two looks at the page
+_ANSWER: Final = 5.0  # seconds that a request may take to become a proposal before training goes on
+_UNSETTLED: Final = 1 << 63  # no PROPOSAL word looks like this
+
+
+class Supervised:
+    """Saves to the slots of the runtime directory when the supervisor says so."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.words = link.page.words
+        self.attempt = link.attempt
+        every = link.welcome.get("save_every_steps", link.welcome.get("snapshot_every_steps")) or ()
+        self._every = (every,) if isinstance(every, int) else tuple(int(steps) for steps in every)
+        self.due = 0
+        self.settled = _UNSETTLED
+        self._served = 0
+        self._requested: int | None = None
+        self._last_slot = 0  # plus one
+
+    def candidate(self) -> Candidate | None:
+        """What the supervisor has verified and chosen for all ranks."""
+        answer = self._link.ask("resume")
+        return Candidate(Path(answer["path"]), int(answer["step"])) if answer.get("path") else None
+
+    def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:
+        """The supervisor decides in the next attempt."""
+        self._link.tell("rejected", path=str(candidate.path), reason=reason, damaged=damaged)
+        return False
+
+    def wants(self, completed: int) -> ProposalFlag | None:
+        """A multiple of an agreed interval, or a proposal for this step."""
+        words = self.words
+        flags: ProposalFlag | None = None
+        if any(completed % every == 0 for every in self._every):
+            flags = ProposalFlag(0)
+        told = False
+        patience = time.monotonic() + _ANSWER
+        while True:
+            word = words[Word.PROPOSAL]
+            step = words[Word.PROPOSAL_STEP]
+            move = judge_word(word, step, completed, self._served)
+            if move is Move.SAVE:
+                self._served = word >> 2
+                self._requested = None
+                flags = (flags or ProposalFlag(0)) | ProposalFlag(words[Word.PROPOSAL_FLAGS])
+            elif move is Move.VIOLATION:
+                raise ProtocolError(f"a save at step {step} was committed, but this rank is at {completed}")
+            elif move is Move.WAIT or self._awaits_proposal(word, step, completed, patience):
+                if not told:
+                    told = True
+                    self._link.tell("waiting", step=completed)
+                self._nap()
+                continue
+            break
+        lies_ahead = step > completed and word & 3 in (ProposalState.PROPOSED, ProposalState.COMMITTED)
+        self.settled = _UNSETTLED if lies_ahead else word
+        self._plan(completed)
+        return flags
+
+    def offer(self, completed: int, flags: ProposalFlag) -> tuple[int, int]:
+        """The free slot; a save that was asked for waits for one, a periodic one is skipped."""
+        while True:
+            slot = self.words[Word.FREE_SLOT]
+            if slot not in (0, self._last_slot):
+                return slot, 0
+            if not flags:
+                return 0, 0
+            self._nap()
+
+    def target(self, code: int, completed: int) -> Target:
+        """The slot's directory."""
+        return Target(code, self._link.runtime / "slots" / str(code - 1))
+
+    def prepare(self, target: Target) -> None:
+        """The writer clears a slot; the supervisor has declared it void before it offered it."""
+
+    def agreed(self, completed: int, due: int) -> None:
+        """Every rank knows by itself what comes next."""
+        self._plan(completed)
+
+    def saved(
+        self, target: Target, completed: int, seconds: float, size: int, metrics: dict[str, float]
+    ) -> None:
+        """Tell it; the supervisor declares the snapshot whole when every rank has."""
+        self._last_slot = target.code
+        self.words[Word.SAVED_STEP] = completed + 1
+        self._link.tell(
+            "saved", step=completed, slot=target.code - 1, seconds=seconds, bytes=size, metrics=metrics
+        )
+
+    def failed(self, target: Target, completed: int, reason: str) -> None:
+        """Tell it; the slot may be offered again."""
+        self._last_slot = 0
+        self._link.tell("save_failed", step=completed, slot=target.code - 1, reason=reason)
+
+    def request(self, step: int) -> None:
+        """Have the supervisor propose that step."""
+        if self._requested != step:
+            self._requested = step
+            self._link.tell("request", step=step)
+        self.due = min(self.due, step)
+
+    def tell(self, kind: str, **values: object) -> None:
+        """Send it."""
+        self._link.tell(kind, **values)
+
+    def _awaits_proposal(self, word: int, step: int, completed: int, patience: float) -> bool:
+        """Whether a request for this step was made and not yet answered by a proposal for it or a later one."""
+        if self._requested is None or self._requested > completed:
+            return False
+        answered = word & 3 in (ProposalState.PROPOSED, ProposalState.COMMITTED) and step > completed
+        if answered or time.monotonic() > patience:
+            self._requested = None
+            return False
+        return True
+
+    def _nap(self) -> None:
+        self.words[Word.HEARTBEAT_NS] = time.monotonic_ns()
+        time.sleep(_NAP)
+
+    def _plan(self, completed: int) -> None:
+        self.due = min(((completed // every + 1) * every for every in self._every), default=NEVER)
+        if self._requested is not None:
+            self.due = min(self.due, self._requested)
+
+
+def set_phase(words: memoryview, phase: Phase) -> Phase:
+    """Publish what this worker does now, with a heartbeat; returns what it did before."""
+    before = Phase(words[Word.PHASE])
+    words[Word.HEARTBEAT_NS] = time.monotonic_ns()
+    words[Word.PHASE] = phase
+    return before

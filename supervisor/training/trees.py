@@ -1,0 +1,108 @@
+"""A state of any shape, parted into its tensors and a skeleton that says where they were.
+
+The skeleton is the same tree of dicts, lists and tuples with a *marker* (a small dict) in each tensor's place. It is built
+of plain Python, so that it loads in a process without everstep. A tree without tensors is its own skeleton.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+MARK: Final = "__everstep_tensor__"
+
+
+def split(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The skeleton of ``tree``, and its tensors by name (the path to each, joined with dots).
+
+    Parts without tensors are shared with ``tree``, not copied. Tensors that DCP cannot store as such (sparse, quantized,
+    subclasses) and those inside objects of other classes stay where they are and are pickled with the skeleton.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def name_of(path: tuple[str, ...]) -> str:
+        name, number = ".".join(path) or "tensor", 1
+        while name in tensors:  # {1: a, "1": b}
+            number += 1
+            name = f"{'.'.join(path)}~{number}"
+        return name
+
+    def walk(value: Any, path: tuple[str, ...]) -> Any:
+        if is_storable(value):
+            name = name_of(path)
+            tensors[name] = value
+            return _marker(name, value)
+        if type(value) in (dict, OrderedDict):
+            parts = {key: walk(part, (*path, str(key))) for key, part in value.items()}
+            return value if all(parts[key] is value[key] for key in value) else type(value)(parts)
+        if type(value) is list or isinstance(value, tuple):
+            members = [walk(part, (*path, str(index))) for index, part in enumerate(value)]
+            if all(new is old for new, old in zip(members, value, strict=True)):
+                return value
+            if hasattr(value, "_fields"):  # a namedtuple
+                return type(value)(*members)
+            return type(value)(members)
+        return value
+
+    return walk(tree, ()), tensors
+
+
+def join(skeleton: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The tree again."""
+    return _replace(skeleton, lambda marker: tensors[marker[MARK]])
+
+
+def markers(skeleton: Any) -> list[dict[str, Any]]:
+    """Every marker in a skeleton."""
+    found: list[dict[str, Any]] = []
+    _replace(skeleton, found.append)
+    return found
+
+
+def is_storable(value: object) -> bool:
+    """Whether ``value`` is a tensor that DCP stores and loads as it is."""
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter, DTensor)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+    )
+
+
+def placements_of(marker: Mapping[str, Any]) -> list[Placement] | None:
+    """Those of a DTensor's marker; None for a plain tensor's, and when they are more than shards and replicas."""
+    recorded = marker.get("placements")
+    if not recorded:
+        return None
+    return [Shard(dim) if kind == "shard" else Replicate() for kind, dim in recorded]
+
+
+def _marker(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    marker: dict[str, Any] = {MARK: name}
+    if tensor.device.type != "cpu":
+        marker["device"] = tensor.device.type
+    if isinstance(tensor, DTensor):
+        kinds = [
+            ("shard", p.dim) if type(p) is Shard else ("replicate", 0) if p.is_replicate() else None
+            for p in tensor.placements
+        ]
+        marker["placements"] = None if None in kinds else kinds
+    return marker
+
+
+def _replace(value: Any, of_marker: Callable[[dict[str, Any]], Any]) -> Any:
+    if type(value) is dict and MARK in value:
+        return of_marker(value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _replace(part, of_marker)) for key, part in value.items())
+    if type(value) is list:
+        return [_replace(part, of_marker) for part in value]
+    if isinstance(value, tuple):
+        members = [_replace(part, of_marker) for part in value]
+        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
+    return value

@@ -1,0 +1,182 @@
+"""Writing a snapshot: the seam where engines differ, and the engine that is stock DCP.
+
+Whatever writes, the files are a stock DCP checkpoint: one file per rank, and ``.metadata`` in the form that torch 2.11 to
+2.15 all read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
+
+from supervisor.checkpoint.directory import SLOT_NAME
+from supervisor.errors import StorageError
+from supervisor.training.items import Items
+from supervisor.training.world import World
+
+Gather = Callable[[], Items]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one rank wrote: in bytes."""
+
+    bytes: int
+
+
+class SnapshotWriter(Protocol):
+    """Writes snapshots, all ranks together.
+
+    ``write`` is called by every rank at the same step. It reports the outcome through ``finished``: at once, or later from
+    ``poll`` or ``flush`` (an engine that copies behind the next step), but always on the thread of the training and before
+    the next ``write`` returns. An outcome is alike on all ranks: StorageError everywhere if any rank failed.
+    """
+
+    def write(
+        self, directory: Path, gather: Gather, finished: Callable[[Written | StorageError], None]
+    ) -> None:
+        """Write what ``gather`` returns into ``directory``, whose former contents are removed first."""
+        ...
+
+    def poll(self) -> None:
+        """Report what has finished meanwhile; never blocks."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until nothing is under way."""
+        ...
+
+
+class DcpWriter:
+    """``torch.distributed.checkpoint.save``, synchronously, without fsync (who makes it durable syncs)."""
+
+    def __init__(self, world: World, *, cleans: bool) -> None:
+        """``cleans``: whether this rank removes the directory's former contents (one rank per directory does)."""
+        self._world = world
+        self._cleans = cleans
+
+    def write(
+        self, directory: Path, gather: Gather, finished: Callable[[Written | StorageError], None]
+    ) -> None:
+        """As the protocol says; the outcome is there when it returns."""
+        planner = _Planner(gather, directory, cleans=self._cleans)
+        storage = _Storage(directory)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
+                dcp_save(
+                    {},
+                    storage_writer=storage,
+                    planner=planner,
+                    process_group=self._world.group,
+                    no_dist=self._world.group is None,
+                )
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            with contextlib.suppress(OSError):
+                for name in _files_of(directory, self._world.rank):
+                    (directory / name).unlink()
+                if self._world.rank == 0:
+                    (directory / ".metadata").unlink(missing_ok=True)
+                    (directory / ".metadata.tmp").unlink(missing_ok=True)
+            finished(StorageError(f"rank {rank}: {type(cause).__name__}: {cause}"))
+            return
+        size = sum((directory / name).stat().st_size for name in _files_of(directory, self._world.rank))
+        finished(Written(size))
+
+    def poll(self) -> None:
+        """Nothing is ever under way."""
+
+    def flush(self) -> None:
+        """Nothing is ever under way."""
+
+
+class _Planner(DefaultSavePlanner):
+    """Stock planning of items that are flat already.
+
+    Gathering them happens here, where DCP turns one rank's exception into a failure on all ranks. So does the clearing of
+    the directory: every rank writes only after the plans of all, and so all clearing, are through.
+    """
+
+    def __init__(self, gather: Gather, directory: Path, *, cleans: bool) -> None:
+        super().__init__(dedup_save_to_lowest_rank=True)
+        self._gather = gather
+        self._directory = directory
+        self._cleans = cleans
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        items = self._gather()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if self._cleans:
+            _clear(self._directory)
+        self.state_dict = items.values
+        self.mappings = items.paths
+        self.is_coordinator = is_coordinator
+
+
+class _Storage(FileSystemWriter):
+    """Stock files; the index without what differs between versions of torch or Python, or tells where it was written."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, single_file_per_rank=True, sync_files=False, thread_count=1)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)  # completes ``metadata``, too
+        path = Path(self.path) / ".metadata"
+        temporary = path.with_name(".metadata.tmp")
+        temporary.write_bytes(portable(metadata))
+        temporary.rename(path)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is TensorProperties:
+            # five fields everywhere up to 2.14; those that a newer torch adds have defaults
+            properties: Any = obj
+            fields = properties.__getstate__()
+            return copyreg.__newobj__, (TensorProperties,), fields[:5]  # type: ignore[attr-defined]
+        return NotImplemented
+
+
+def portable(metadata: Metadata) -> bytes:
+    """``metadata`` pickled so that torch 2.11 to 2.15 read it."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=4).dump(metadata)
+    return buffer.getvalue()
+
+
+def _files_of(directory: Path, rank: int) -> list[str]:
+    return [
+        name for name in os.listdir(directory) if name.startswith(f"__{rank}_") and name.endswith(".distcp")
+    ]
+
+
+def _clear(directory: Path) -> None:
+    """Remove a former snapshot, what declares it whole first."""
+    for name in (SLOT_NAME, ".metadata", *os.listdir(directory)):
+        if name in (SLOT_NAME, ".metadata", ".metadata.tmp") or name.endswith(".distcp"):
+            (directory / name).unlink(missing_ok=True)
