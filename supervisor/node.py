@@ -181,6 +181,8 @@ class Node:
                 max_preemptions=limits.max_preemptions,
             )
         )
+        if not jobdir.is_in_memory(self._runtime):
+            self._console.say(f"/dev/shm is too small: snapshots go to {self._runtime}")
         for notice in self._program.notices:
             self._console.say(notice)
         self._console.say(

@@ -2,7 +2,8 @@
 
 A snapshot in this node's RAM wins when it is at least as new as the newest checkpoint; its files were whole when
 ``slot.json`` was written, and their sizes are checked. A checkpoint is verified by all of its digests before any rank is
-told of it, so all ranks alike skip a damaged one for the newest good one.
+told of it, so all ranks alike skip a damaged one for the newest good one. Where there are checkpoints and none is good, the
+job is not begun anew behind its user's back: that is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ def choose(
     key: Key | None,
     skip: Collection[Path],
 ) -> Resume:
-    """Pick the state to resume from. Reads whole checkpoints: call it in a thread."""
+    """Pick the state to resume from. Reads whole checkpoints: call it in a thread.
+
+    Raises CheckpointError when there are checkpoints and none of them is good, StorageError when they cannot be listed.
+    """
     rejected: list[tuple[Path, str]] = []
     if snapshot is not None and snapshot[0] not in skip:
         folder, record = snapshot
@@ -50,5 +54,11 @@ def choose(
     good, refused = catalog.newest_good(checkpoints, key, skip=skip)
     rejected += [(bad.path, bad.problem or "damaged") for bad in refused]
     if good is None:
+        if refused or any(path.parent == checkpoints for path in skip):
+            what = f"{rejected[0][0].name}: {rejected[0][1]}" if rejected else "they could not be loaded"
+            raise CheckpointError(
+                f"{checkpoints} holds checkpoints, but none that is whole ({what}): "
+                "bring a good one back, or start anew in another --dir"
+            )
         return Resume(rejected=tuple(rejected))
     return Resume(good.step, Tier.CHECKPOINT, good.path, tuple(rejected))

@@ -145,6 +145,11 @@ def make_runtime(run_id: str) -> Path:
     return runtime
 
 
+def is_in_memory(runtime: Path) -> bool:
+    """Whether the runtime directory lies in tmpfs, not in the fallback on disk."""
+    return runtime.is_relative_to("/dev/shm")
+
+
 def lay_out_runtime(runtime: Path) -> None:
     """Make the control and slot folders; what an earlier supervisor left there stays (its snapshots are wanted)."""
     for name in ("control", "slots/0", "slots/1", "slots/2"):

@@ -24,14 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 WIDTH = 24
 
 
-def build(dropout: float = 0.1) -> torch.nn.Module:
+def build(hidden: int) -> torch.nn.Module:
     torch.manual_seed(7)
     return torch.nn.Sequential(
-        torch.nn.Linear(WIDTH, WIDTH),
-        torch.nn.BatchNorm1d(WIDTH),
+        torch.nn.Linear(WIDTH, hidden),
+        torch.nn.BatchNorm1d(hidden),
         torch.nn.GELU(),
-        torch.nn.Dropout(dropout),
-        torch.nn.Linear(WIDTH, 1),
+        torch.nn.Dropout(0.1),
+        torch.nn.Linear(hidden, 1),
     )
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo")
-    model = build()
+    model = build(options.hidden)
     wrapped = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.5)
@@ -129,6 +129,7 @@ def main() -> None:
         from supervisor.training import Session
 
         with Session(model=wrapped, optimizer=optimizer, scheduler=scheduler) as session:
+            session.state["ballast"] = bytes(options.ballast)
             print(f"rank {rank} attempt {attempt} begins at step {session.step}", flush=True)
             for step in session.steps(options.steps):
                 session.log(loss=train_step(step))
