@@ -41,12 +41,16 @@ class Seat:
     page: ControlPage
     session: bool = False
     completed: bool | None = None  # what its Session said when its loop was left
-    closed: bool = False  # … and whether that was in order, not by an exception
     raised: Raised | None = None
     raised_at: float = 0.0
     raised_step: int | None = None
     told_code: int | None = None
     end: RankEnd | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether its Session's loop was left in order, not by an exception."""
+        return bool(self.page[Word.SESSION] & SessionFlag.CLOSED)
 
     @property
     def step(self) -> int:
@@ -66,6 +70,7 @@ class Attempt:
         self.runtime = runtime
         self.world_size: int | None = None
         self.seats: dict[int, Seat] = {}
+        self.metrics: dict[str, float] = {}  # the newest logged values
         self.ended = asyncio.Event()
         self.finished = False  # every rank left with code 0
         self.stopping = False  # a stop was asked for: leaving early is what we want
@@ -137,6 +142,11 @@ class Attempt:
     def total_steps(self) -> int | None:
         """How many steps the training is to take, once a Session has said so."""
         return max((seat.page[Word.TOTAL_STEPS] for seat in self.seats.values()), default=0) or None
+
+    def offer_slot(self, slot: int | None) -> None:
+        """Write the slot that may be written next on every rank's page; None: no slot is free."""
+        for seat in self.seats.values():
+            seat.page[Word.FREE_SLOT] = 0 if slot is None else slot + 1
 
     # ------------------------------------------------------------------ ends
 

@@ -235,7 +235,6 @@ class Node:
             on_saved=self._pulse.saved,
             prefix_lines=self._program.has_ranks,
         )
-        self._pulse.publish_slot = self._reception.publish_slot
         beat = asyncio.create_task(self._pulse.beat())
         try:
             await self._live(attempt)

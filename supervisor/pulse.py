@@ -29,8 +29,6 @@ LONGEST_AUTO = 3600.0
 class Pulse:
     """The clockwork of one attempt."""
 
-    publish_slot: Callable[[], None]
-
     def __init__(
         self,
         attempt: Attempt,
@@ -65,7 +63,7 @@ class Pulse:
             self._note_progress()
             self._want_due_saves()
             self._savepoints.pump()
-            self.publish_slot()
+            self._attempt.offer_slot(self._snapshots.offer())
             self._wants_stop()
             self._console.progress(self._line())
 
@@ -148,12 +146,9 @@ class Pulse:
                     attempt=self._attempt.number,
                     step=step,
                     total_steps=self._attempt.total_steps,
-                    metrics=dict(self.metrics()),
+                    metrics=dict(self._attempt.metrics),
                 )
             )
-
-    #: the newest logged values, set by whoever hears them
-    metrics: Callable[[], dict[str, float]] = staticmethod(dict)
 
     def _line(self) -> str:
         record, steps = self._ledger.record, self._attempt.steps

@@ -11,7 +11,6 @@ from supervisor.attempt import Attempt, Seat
 from supervisor.edge import clock
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
-from supervisor.edge.control import Word
 from supervisor.ledger import Ledger
 from supervisor.model import CheckpointRejected, ProposalFlag, Raised, Resumed, WorkersReady
 from supervisor.resume import Resume
@@ -44,7 +43,6 @@ class Reception:
         self._save_every = save_every
         self._saved = on_saved
         self._prefix_lines = prefix_lines
-        self.metrics: dict[str, float] = {}
         #: states that a rank could not load although their digests were right
         self.unloadable: set[Path] = set()
         self._resume_said = False
@@ -69,19 +67,13 @@ class Reception:
         seat = peer.seat = self._attempt.welcome(peer.pid, message)
         prefix = f"[rank{seat.rank}] " if self._prefix_lines else ""
         self._console.follow(self._attempt.logs / f"rank-{seat.rank}.log", prefix)
-        self.publish_slot()
+        self._attempt.offer_slot(self._snapshots.offer())
         if self._attempt.is_full:
             world_size = self._attempt.world_size or 0
             self._ledger.add(
                 WorkersReady(time=clock.now(), attempt=self._attempt.number, world_size=world_size)
             )
         return {"save_every_steps": list(self._save_every)}
-
-    def publish_slot(self) -> None:
-        """Write the slot that may be written next on every rank's page."""
-        offered = self._snapshots.offer()
-        for seat in self._attempt.seats.values():
-            seat.page[Word.FREE_SLOT] = 0 if offered is None else offered + 1
 
     def _on_session(self, seat: Seat, message: Message) -> None:
         seat.session = True
@@ -133,7 +125,7 @@ class Reception:
             metrics=_numbers(message["metrics"]),
         )
         if whole:
-            self.publish_slot()
+            self._attempt.offer_slot(self._snapshots.offer())
             self._saved(step, self._savepoints.served(step))
 
     def _on_save_failed(self, seat: Seat, message: Message) -> None:
@@ -150,10 +142,10 @@ class Reception:
         self._savepoints.standing(seat.rank, int(message["step"]))
 
     def _on_metrics(self, seat: Seat, message: Message) -> None:
-        self.metrics |= _numbers(message["values"])
+        self._attempt.metrics |= _numbers(message["values"])
 
     def _on_closed(self, seat: Seat, message: Message) -> None:
-        seat.completed, seat.closed = bool(message["completed"]), bool(message["in_order"])
+        seat.completed = bool(message["completed"])
 
     def _on_raised(self, seat: Seat, message: Message) -> None:
         raised = Raised(
