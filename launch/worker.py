@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
 
 
 class _BesideUs:
@@ -28,36 +27,6 @@ class _BesideUs:
         return PathFinder.find_spec(fullname, [self.root]) if fullname in ("supervisor", "launch") else None
 
 
-class _Handback:
-    """Gives back the modules of ``supervisor`` that the boot has loaded, to whoever imports that very package."""
-
-    def __init__(self, root: str, modules: dict[str, ModuleType]) -> None:
-        self.package = os.path.realpath(os.path.join(root, "supervisor"))
-        self.modules = modules
-        self.specs = {name: module.__spec__ for name, module in modules.items()}
-
-    def find_spec(
-        self, fullname: str, _path: Sequence[str] | None, _target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in self.modules:
-            return None
-        ours = getattr(sys.modules.get("supervisor"), "__path__", ())
-        if self.package not in (os.path.realpath(entry) for entry in ours):
-            return None
-        original = self.specs[fullname]
-        places = original.submodule_search_locations if original else None
-        loader: Any = self
-        spec = ModuleSpec(fullname, loader, origin=original.origin if original else None)
-        spec.submodule_search_locations = places
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self.modules[spec.name]
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.specs[module.__name__]  # loaded long ago
-
-
 def main() -> None:
     """Boot this worker and run the user's program in the real ``__main__``."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -65,12 +34,13 @@ def main() -> None:
     sys.meta_path.insert(0, finder)
     try:
         from launch import boot
+        from launch.handback import Handback
     finally:
         sys.meta_path.remove(finder)
     ours = [name for name in sys.modules if name.partition(".")[0] in ("supervisor", "launch")]
     modules = {name: sys.modules.pop(name) for name in ours}
     kept = {name: module for name, module in modules.items() if name.startswith("supervisor.")}
-    sys.meta_path.insert(0, _Handback(root, kept))
+    sys.meta_path.insert(0, Handback(root, kept))
     boot.run(sys.argv[1:])
 
 
