@@ -20,10 +20,10 @@ from supervisor.edge.files import Files
 from supervisor.errors import CheckpointError, StorageError
 
 
-def good_checkpoint(directory: Path, step: int, key: Key | None) -> Manifest | None:
+def good_checkpoint(directory: Path, step: int, key: Key | None, files: Files) -> Manifest | None:
     """The manifest of ``directory`` if it is a checkpoint of ``step`` of which every byte was checked."""
     try:
-        manifest = verify_directory(directory, key)
+        manifest = verify_directory(directory, key, files=files)
     except CheckpointError:
         return None
     return manifest if manifest.step == step else None
@@ -46,7 +46,7 @@ class Displaced:
         if is_leftover(self._destination):
             discard(self._destination, files=self._files)
             return
-        self._expendable = _is_damaged(self._destination, self._key)
+        self._expendable = _is_damaged(self._destination, self._key, self._files)
         self._aside = _free_name(self._destination)
         self._rename(self._destination, self._aside)
 
@@ -72,10 +72,10 @@ class Displaced:
         sync_directory(target.parent, files=self._files)
 
 
-def _is_damaged(directory: Path, key: Key | None) -> bool:
+def _is_damaged(directory: Path, key: Key | None, files: Files) -> bool:
     """Damaged for certain: it has a manifest, which is ours to judge, and is not what that says."""
     try:
-        verify_directory(directory, key)
+        verify_directory(directory, key, files=files)
     except (ForeignError, UnreadableError):
         return False
     except CheckpointError:

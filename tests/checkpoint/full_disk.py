@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from supervisor.checkpoint.catalog import list_checkpoints, step_directory, verify
-from supervisor.checkpoint.commit import Retries, drain
+from supervisor.checkpoint.commit import drain
+from supervisor.checkpoint.copying import Retries
 from supervisor.edge.files import LOCAL, WatchedFiles
 from supervisor.errors import StorageError
 from tests.checkpoint.tools import origin, write_source

@@ -7,13 +7,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from supervisor.checkpoint.catalog import list_checkpoints, newest_good, step_directory, sweep, verify
-from supervisor.checkpoint.commit import TRANSIENT, CancelledError, drain, seal
+from supervisor.checkpoint.commit import drain, seal
+from supervisor.checkpoint.copying import TRANSIENT, CancelledError
 from supervisor.checkpoint.directory import begin
 from supervisor.checkpoint.manifest import Key, read_manifest
+from supervisor.checkpoint.verify import verify_directory
 from supervisor.edge.files import LOCAL, WatchedFiles
 from supervisor.errors import CheckpointError, StorageError
 from tests.checkpoint.tools import at_once, flip_bit, origin, write_source
@@ -369,6 +372,57 @@ def test_an_error_in_one_file_stops_the_others_and_is_the_one_told(tmp_path: Pat
     with pytest.raises(StorageError, match=r"__5_0\.distcp failed: Read-only"):
         drain(source, step_directory(checkpoints, 200), origin(200), files=files, threads=4)
     assert steps(checkpoints) == [100]
+
+
+def test_after_an_error_no_other_file_is_copied_to_its_end(tmp_path: Path, checkpoints: Path) -> None:
+    """The first file fails while the second is at its first chunk; the second asks for a few more at most."""
+    chunks = 64
+    source = write_source(tmp_path / "slot", size=1000)
+    os.truncate(source / "__0_0.distcp", chunks << 20)
+    os.truncate(source / "__1_0.distcp", chunks << 20)
+    failing = Event()
+    written = []
+
+    def before(operation: str, path: Path) -> None:
+        if operation == "write" and path.name == "__0_0.distcp":
+            assert failing.wait(30)
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if operation == "write" and path.name == "__1_0.distcp":
+            written.append(path)
+            failing.set()
+
+    files = WatchedFiles(LOCAL, before)
+    with pytest.raises(StorageError, match=r"__0_0\.distcp failed: Read-only"):
+        drain(source, step_directory(checkpoints, 200), origin(200), files=files, threads=2, bandwidth=2e7)
+    assert len(written) < chunks
+    assert steps(checkpoints) == [100]
+
+
+def test_a_rivals_file_is_not_written_over(source: Path, checkpoints: Path) -> None:
+    rival: list[int] = []
+
+    def before(operation: str, path: Path) -> None:
+        if operation == "open" and path == step_directory(checkpoints, 200) / "__0_0.distcp" and not rival:
+            path.write_text("the rival's")
+            rival.append(os.open(path, os.O_RDONLY))
+
+    with pytest.raises(StorageError, match=r"__0_0\.distcp failed: File exists"):
+        drain(source, step_directory(checkpoints, 200), origin(200), files=WatchedFiles(LOCAL, before))
+    assert os.read(rival[0], 100) == b"the rival's"
+    os.close(rival[0])
+
+
+def test_what_cannot_be_read_now_is_set_aside_and_not_lost(source: Path, checkpoints: Path) -> None:
+    target = step_directory(checkpoints, 100)
+
+    def before(operation: str, path: Path) -> None:
+        if operation == "read" and path == target / "__0_0.distcp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    drain(source, target, origin(100, attempt=9), files=WatchedFiles(LOCAL, before))
+    assert read_manifest(target, None).origin.attempt == 9
+    (checkpoints / "step-000000100.aside-1").rename(step_directory(checkpoints, 99))
+    assert verify_directory(step_directory(checkpoints, 99), None).origin.attempt == 2
 
 
 def test_a_limited_drain_is_whole(source: Path, checkpoints: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from supervisor.checkpoint.commit import Retries
+from supervisor.checkpoint.copying import Retries
 from supervisor.checkpoint.manifest import Origin
 
 
