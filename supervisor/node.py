@@ -14,16 +14,15 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
+from supervisor.about import version
 from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Key
 from supervisor.config import Options
-from supervisor.decide import classify, lifecycle, restart
-from supervisor.edge import clock, jobdir, journal, processes
+from supervisor.decide import classify, restart
+from supervisor.edge import clock, jobdir, processes
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.edge.link import ATTEMPT, RUNTIME
@@ -38,93 +37,22 @@ from supervisor.model import (
     CheckpointRejected,
     Decided,
     Failure,
-    JobRecord,
     RunEnded,
     RunStarted,
-    State,
     StopCause,
     StopRequested,
     Tier,
     Verdict,
 )
+from supervisor.program import Program
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
 from supervisor.resume import Resume, choose
 from supervisor.savepoints import SavePoints
 from supervisor.snapshots import Snapshots, Stamp
-from supervisor.version import version
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 EXIT_FINISHED, EXIT_GAVE_UP, EXIT_AGAIN, EXIT_USER = 0, 1, 75, 130
-
-
-class Program(Protocol):
-    """What the user wants run, as the command line understood it."""
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """As it was given."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """What may not change between two runs of one job: the script or module."""
-        ...
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """What was taken over from the command, to be said once."""
-        ...
-
-    @property
-    def has_ranks(self) -> bool:
-        """Whether torchrun starts it, so that lines are told apart by rank."""
-        ...
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """What its workers need beside what every worker gets."""
-        ...
-
-    def attempt_argv(self, port: int) -> Sequence[str]:
-        """The command line of one attempt, whose rendezvous is at ``port`` on this host."""
-        ...
-
-
-def run(options: Options, program: Program) -> int:
-    """Run the job to its end; returns the exit code of ``everstep run``. Raises EverstepError before it starts."""
-    if options.dir is None:
-        raise UsageError("the job needs a directory: --dir D")
-    job = jobdir.JobDirectory(options.dir)
-    with job.claim():
-        console = Console(quiet=options.quiet)
-        try:
-            record, problems = lifecycle.replay(journal.read(job.journal, console.say))
-            for problem in problems:
-                console.say(f"journal: {problem}")
-            if record.state is State.COMPLETED and not options.continue_:
-                console.say(f"{job.path} is finished (step {record.step}); --continue runs it on")
-                return EXIT_FINISHED
-            return _own(options, program, job, record, console)
-        finally:
-            console.close()
-
-
-def _own(
-    options: Options, program: Program, job: jobdir.JobDirectory, record: JobRecord, console: Console
-) -> int:
-    file = job.open_epoch(program.identity, list(program.command))
-    if record.command and record.command != program.command:
-        console.say(f"the command line has changed; it was: {' '.join(record.command)}")
-    runtime = Path(file.runtime)
-    jobdir.lay_out_runtime(runtime)
-    jobdir.sweep_runtimes(runtime)
-    (runtime / "job").write_text(str(job.path))
-    ledger = Ledger(journal.Journal(job.journal / f"{socket.gethostname()}.jsonl", console.say), record)
-    try:
-        return asyncio.run(Node(options, program, job, file, ledger, console).run())
-    finally:
-        ledger.close()
 
 
 class Node:

@@ -1,0 +1,53 @@
+"""``everstep run``: take the job, replay its journal, and supervise it to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+from supervisor.config import Options
+from supervisor.decide import lifecycle
+from supervisor.edge import jobdir, journal
+from supervisor.edge.console import Console
+from supervisor.errors import UsageError
+from supervisor.ledger import Ledger
+from supervisor.model import JobRecord, State
+from supervisor.node import EXIT_FINISHED, Node
+from supervisor.program import Program
+
+
+def run(options: Options, program: Program) -> int:
+    """Run the job to its end; returns the exit code of ``everstep run``. Raises EverstepError before it starts."""
+    if options.dir is None:
+        raise UsageError("the job needs a directory: --dir D")
+    job = jobdir.JobDirectory(options.dir)
+    with job.claim():
+        console = Console(quiet=options.quiet)
+        try:
+            record, problems = lifecycle.replay(journal.read(job.journal, console.say))
+            for problem in problems:
+                console.say(f"journal: {problem}")
+            if record.state is State.COMPLETED and not options.continue_:
+                console.say(f"{job.path} is finished (step {record.step}); --continue runs it on")
+                return EXIT_FINISHED
+            return _own(options, program, job, record, console)
+        finally:
+            console.close()
+
+
+def _own(
+    options: Options, program: Program, job: jobdir.JobDirectory, record: JobRecord, console: Console
+) -> int:
+    file = job.open_epoch(program.identity, list(program.command))
+    if record.command and record.command != program.command:
+        console.say(f"the command line has changed; it was: {' '.join(record.command)}")
+    runtime = Path(file.runtime)
+    jobdir.lay_out_runtime(runtime)
+    jobdir.sweep_runtimes(runtime)
+    (runtime / "job").write_text(str(job.path))
+    ledger = Ledger(journal.Journal(job.journal / f"{socket.gethostname()}.jsonl", console.say), record)
+    try:
+        return asyncio.run(Node(options, program, job, file, ledger, console).run())
+    finally:
+        ledger.close()
