@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from supervisor.decide.symptoms import LATE_SIGNALS
 from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, SessionFlag, Word
 from supervisor.edge.link import page_path
@@ -170,6 +171,8 @@ class Attempt:
         if self._killed:
             return  # our own doing is no evidence
         code = how.code if how else seat.told_code
+        if seat.told_code == 0 and how is not None and how.signal in LATE_SIGNALS:
+            code, how = 0, None
         seat.end = RankEnd(
             rank=seat.rank,
             pid=seat.pid,

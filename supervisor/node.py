@@ -19,6 +19,7 @@ from pathlib import Path
 
 from supervisor.about import version
 from supervisor.attempt import Attempt
+from supervisor.checkpoint import catalog
 from supervisor.checkpoint.manifest import Key
 from supervisor.config import Options
 from supervisor.decide import classify, restart
@@ -123,6 +124,9 @@ class Node:
                 loop.add_signal_handler(signum, self._on_signal, signum)
         channel = Channel(self._runtime / "socket", self._on_message)
         await channel.open()
+        swept = await asyncio.to_thread(catalog.sweep, self._checkpoints)
+        if swept:
+            self._console.say(f"unfinished checkpoints removed: {', '.join(path.name for path in swept)}")
         try:
             verdict = await self._supervise()
         finally:

@@ -148,12 +148,17 @@ def _aborted_over(lines: Sequence[str]) -> FailureKind:
 # --------------------------------------------------------------------------- programs that do not tell us
 
 
+#: what may end a rank that has run its script to the end
+LATE_SIGNALS = (signals.SIGABRT, signals.SIGSEGV, signals.SIGTERM)
+
+
 def complete(end: RankEnd) -> RankEnd:
     """The end as it was meant: shells' codes for signals, exceptions found in the log, a clean exit that crashed late.
 
-    A rank that said it exits with 0 ran its script to the end; gloo's threads may still abort it in its destructors.
+    A rank that said it exits with 0 ran its script to the end; gloo's threads may still abort it in its destructors, and
+    torchrun then terminates the others where they are.
     """
-    if end.told_exit_code == 0 and end.signal in (signals.SIGABRT, signals.SIGSEGV):
+    if end.told_exit_code == 0 and end.signal in LATE_SIGNALS:
         return replace(end, exit_code=0, signal=None)
     code = end.exit_code
     if end.raised is not None or end.signal is not None or not code:
