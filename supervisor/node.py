@@ -23,7 +23,7 @@ from supervisor.checkpoint import catalog
 from supervisor.checkpoint.manifest import Key
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.edge import clock, jobdir, processes
+from supervisor.edge import clock, forensics, jobdir, processes
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.edge.link import ATTEMPT, RUNTIME
@@ -280,7 +280,7 @@ class Node:
         return verdict
 
     def _write_evidence(self, attempt: Attempt, failure: Failure, evidence: AttemptEvidence) -> None:
-        document = {"failure": asdict(failure), "evidence": asdict(evidence)}
+        document = {"failure": asdict(failure), "evidence": asdict(evidence), "host": forensics.host_now()}
         try:
             (attempt.folder / "failure.json").write_text(json.dumps(document, indent=1) + "\n")
         except OSError as error:
