@@ -4,7 +4,7 @@ In this order, each for the reason given at its function: die with the parent, w
 supervisor, take the signals, watch for torch's optimizer. Standard library and ``supervisor.edge`` only, because
 every worker of every attempt waits for this.
 
-All our imports stand at the top: by the time the script runs, ``worker.py`` has put our packages aside.
+All our imports stand at the top: by the time the script runs, ``launch/worker`` has put our packages aside.
 """
 
 from __future__ import annotations

@@ -17,18 +17,13 @@ import runpy
 import sys
 import traceback
 import zipimport
-from importlib.machinery import SourceFileLoader, SourcelessFileLoader
+from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
 from types import CodeType, TracebackType
 from typing import Any
 
 from supervisor.edge.control import Word
 from supervisor.edge.link import Link
 
-_OURS = frozenset(
-    os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
-    for name in ("mainmodule.py", "boot.py", "worker.py")
-)
-_BORN_WITH = ("__name__", "__doc__", "__package__", "__loader__", "__spec__", "__builtins__")
 _LONGEST = 256 << 10  # characters of a traceback or a message that are reported
 
 
@@ -61,32 +56,33 @@ def _run(form: str, words: list[str]) -> None:
         _set_path(os.getcwd())
         runpy._run_module_as_main(target)  # type: ignore[attr-defined]
     elif _is_container(target):
-        place = os.path.abspath(target)
-        if sys.flags.safe_path:
-            sys.path.insert(0, place)
-        else:
-            sys.path[0] = place
+        sys.path.insert(0, os.path.abspath(target))
         runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
     else:
         _set_path(path or os.path.dirname(os.path.realpath(target)))
         exec(_code(target, namespace), namespace)
+        for name in ("__file__", "__cached__"):  # the interpreter does so too
+            namespace.pop(name, None)
 
 
 def _fresh_namespace() -> dict[str, Any]:
     """The dict of ``__main__`` as the interpreter makes it, with nothing of ours left."""
     namespace = sys.modules["__main__"].__dict__
-    born = {name: namespace[name] for name in _BORN_WITH}
     annotated = "__annotations__" in namespace
+    builtins = namespace["__builtins__"]
     namespace.clear()
-    namespace.update(born, __doc__=None)
+    namespace.update(
+        __name__="__main__", __doc__=None, __package__=None, __loader__=BuiltinImporter, __spec__=None
+    )
     if annotated:
         namespace["__annotations__"] = {}
+    namespace["__builtins__"] = builtins
     return namespace
 
 
 def _set_path(first: str) -> None:
     if not sys.flags.safe_path:
-        sys.path[0] = first
+        sys.path.insert(0, first)
 
 
 def _is_container(target: str) -> bool:
@@ -149,9 +145,13 @@ def _name(kind: type[BaseException] | type) -> str:
 
 
 def _without_us(trace: TracebackType | None) -> TracebackType | None:
-    while trace is not None and trace.tb_frame.f_code.co_filename in _OURS:
+    """The traceback from the frame after the last one of this module, which is what has called the script."""
+    rest = trace
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == __file__:
+            rest = trace.tb_next
         trace = trace.tb_next
-    return trace
+    return rest
 
 
 def _cut_our_frames() -> None:

@@ -2,7 +2,7 @@
 
 ``everstep run [options] COMMAND`` where COMMAND is one of ``ALLOWED``. An attempt is the same command with two small files
 of ours in it, both named by absolute path so that nothing in the user's directory can take their place:
-``launch/agent.py`` in front of torchrun and ``launch/worker.py`` in front of the user's script.
+``launch/agent.py`` in front of torchrun and ``launch/worker`` in front of the user's script.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launch.torchrun import Form, Torchrun
 from supervisor.errors import UsageError
 
 AGENT = str(Path(__file__).with_name("agent.py").absolute())
-WORKER = str(Path(__file__).with_name("worker.py").absolute())
+WORKER = str(Path(__file__).with_name("worker").absolute())
 ALLOWED = (
     "torchrun [options] SCRIPT | python -m torch.distributed.run [options] SCRIPT | "
     "python [options] script.py | python [options] -m module"
@@ -26,7 +26,6 @@ ALLOWED = (
 
 #: Python's one-letter options that take no value and change nothing in how a script is found
 _SWITCHES = frozenset("bBdEIOPqRsSuv")
-_WITH_VALUE = frozenset("WX")
 _LONG_WITH_VALUE = "--check-hash-based-pycs"
 
 
@@ -62,6 +61,11 @@ class Program:
         return os.path.abspath(self.target) if relative.startswith(os.pardir) else relative
 
     @property
+    def launcher_folder(self) -> str:
+        """What ``sys.path`` begins with in torchrun itself."""
+        return os.path.dirname(os.path.realpath(self.launcher_path)) if self.launcher_path else os.getcwd()
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What everstep does otherwise than the command says, each one line."""
         return self.launcher.notices if self.launcher else ()
@@ -87,6 +91,8 @@ def attempt_argv(program: Program, port: int) -> list[str]:
     ``port`` is where a fresh static rendezvous will listen on 127.0.0.1.
     """
     worker = [WORKER, program.form.value, program.target, *program.arguments]
+    if program.form is Form.RUN_PATH:  # the first entry of sys.path stays torchrun's
+        worker.insert(2, program.launcher_folder)
     if program.launcher is None:
         unbuffered = (
             [] if any(_has_switch(flag, "u") for flag in program.flags) else ["-u"]
@@ -169,33 +175,28 @@ def _split_python(words: Sequence[str]) -> tuple[list[str], str | None, list[str
             flags += [word, *words[index : index + 1]]
             index += 1
             continue
-        kept = ""
         for at, letter in enumerate(word[1:], start=1):
             if letter in _SWITCHES:
-                kept += letter
-            elif letter in _WITH_VALUE or letter == "m":
-                value = word[at + 1 :]
-                if not value:
-                    if index == len(words):
-                        raise UsageError(
-                            f"python: -{letter} needs {'a module' if letter == 'm' else 'a value'}"
-                        )
-                    value = words[index]
-                    index += 1
-                flags += [f"-{kept}"] * bool(kept)
-                kept = ""
-                if letter == "m":
-                    return flags, _module_name(value), list(words[index:])
-                flags += [f"-{letter}", value]
-                break
-            elif letter == "c":
-                raise UsageError(
-                    "python -c: code on the command line cannot be supervised; put it in a script"
-                )
-            else:
-                raise UsageError(f"python: option {word} is not supported under everstep; allowed: {ALLOWED}")
-        flags += [f"-{kept}"] * bool(kept)
+                continue
+            if letter not in "WXm":
+                raise UsageError(_refusal(word, letter))
+            value = [word[at + 1 :]] if word[at + 1 :] else list(words[index : index + 1])
+            if not value:
+                raise UsageError(f"python: -{letter} needs {'a module' if letter == 'm' else 'a value'}")
+            index += not word[at + 1 :]
+            if letter == "m":
+                return flags + [word[:at]] * (at > 1), _module_name(value[0]), list(words[index:])
+            flags += [word] if word[at + 1 :] else [word, *value]
+            break
+        else:
+            flags.append(word)
     return flags, None, list(words[index:])
+
+
+def _refusal(word: str, letter: str) -> str:
+    if letter == "c":
+        return "python -c: code on the command line cannot be supervised; put it in a script"
+    return f"python: option {word} is not supported under everstep; allowed: {ALLOWED}"
 
 
 def _module_name(name: str) -> str:

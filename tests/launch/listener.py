@@ -7,7 +7,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from launch import program as programs
 from supervisor.edge import processes
 from supervisor.edge.control import ControlPage
 from supervisor.edge.link import page_path, socket_path
+from supervisor.edge.ports import ReservedPort
 
 DEADLINE = 60.0
 CLOSED = "closed connection"
@@ -33,6 +34,7 @@ class Listener:
         (self.runtime / "control").mkdir(parents=True)
         self.messages: queue.Queue[dict[str, Any]] = queue.Queue()
         self.seen: list[dict[str, Any]] = []
+        self._port = ReservedPort()
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(os.fspath(socket_path(self.runtime)))
         self._server.listen()
@@ -45,6 +47,7 @@ class Listener:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._server.close()
+        self._port.release()
 
     def environment(self, **more: str) -> dict[str, str]:
         """What the supervisor would set, on top of this process's own environment."""
@@ -57,11 +60,12 @@ class Listener:
             **more,
         }
 
-    def start(self, command: Sequence[str], port: int = 0, **more: str) -> int:
+    def start(self, command: Sequence[str], **more: str) -> int:
         """Start an attempt of the user's ``command`` as the supervisor would; returns the launcher's pid."""
         program = programs.parse(command)
         environment = self.environment(**programs.attempt_environment(program), **more)
-        return processes.spawn(programs.attempt_argv(program, port), environment, self.logs / "torchrun.log")
+        argv = programs.attempt_argv(program, self._port.number)
+        return processes.spawn(argv, environment, self.logs / "torchrun.log")
 
     def page(self, local_rank: int = 0) -> ControlPage:
         return ControlPage(page_path(self.runtime, local_rank))

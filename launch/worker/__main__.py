@@ -1,17 +1,16 @@
-"""The file that a worker's Python is started with, in front of the user's script: ``worker.py FORM TARGET ARGS…``.
+"""Fetches the boot (``launch/boot.py``) and hands over, in front of the user's script.
 
-It only fetches the boot (``launch/boot.py``) and hands over. ``supervisor`` and ``launch`` are imported from beside this
-file, whatever the user's directory or ``PYTHONPATH`` holds under those names, and are then put aside: the script's own
-``import supervisor`` finds what it would find without us. If that is our package, its modules that the boot has
-already loaded are handed back as they are (one link to the supervisor per process, not two).
+``supervisor`` and ``launch`` are imported from beside this directory, whatever the user's directory or ``PYTHONPATH``
+holds under those names, and are then put aside (``launch/handback.py``): the script's own ``import supervisor`` finds
+what it would find without us.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 
 
@@ -29,7 +28,8 @@ class _BesideUs:
 
 def main() -> None:
     """Boot this worker and run the user's program in the real ``__main__``."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(Path(__file__).absolute().parents[2])
+    del sys.path[0]  # this directory; the script's own takes its place
     finder = _BesideUs(root)
     sys.meta_path.insert(0, finder)
     try:
