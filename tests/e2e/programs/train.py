@@ -91,7 +91,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--no-session", action="store_true")
     parser.add_argument("--hidden", type=int, default=WIDTH)
-    parser.add_argument("--ballast", type=int, default=0, help="bytes of plain state, to make snapshots large")
+    parser.add_argument(
+        "--ballast", type=int, default=0, help="bytes of plain state, to make snapshots large"
+    )
     parser.add_argument(
         "--pause", type=float, default=0.0, help="seconds of sleep a step, to be slow on purpose"
     )
