@@ -17,6 +17,7 @@ from typing import Final
 
 import torch
 
+from supervisor.about import version
 from supervisor.checkpoint import catalog, directory
 from supervisor.checkpoint.commit import seal
 from supervisor.checkpoint.manifest import Key, Origin
@@ -26,7 +27,6 @@ from supervisor.errors import ConfigError, EverstepError
 from supervisor.model import ProposalFlag
 from supervisor.training.keeper import NEVER, Candidate, Target
 from supervisor.training.world import World, say
-from supervisor.version import version
 
 _INTERVAL: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(steps?|s|m|h)")
 _SECONDS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
