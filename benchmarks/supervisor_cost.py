@@ -150,6 +150,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="how long to watch, twice")
     parser.add_argument("--starts", type=int, default=5, help="how many starts to time")
     arguments = parser.parse_args()
+    os.environ["PATH"] = f"{EVERSTEP.parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
     starts = [start_up() for _ in range(arguments.starts)]
     watching, agent = measure(arguments.seconds, *WATCHING)

@@ -68,7 +68,7 @@ def status(job: Path) -> Fact:
     return answer
 
 
-def wait_for(what: str, look: Callable[[], T | None], run: subprocess.Popen[str]) -> T:
+def wait_for(what: str, look: Callable[[], T | None], run: subprocess.Popen[bytes]) -> T:
     """Look until there is something to see; fails when the run ends first or the deadline passes."""
     deadline = time.monotonic() + DEADLINE
     while (seen := look()) is None:
@@ -80,7 +80,7 @@ def wait_for(what: str, look: Callable[[], T | None], run: subprocess.Popen[str]
     return seen
 
 
-def worker(run: subprocess.Popen[str], rank: int) -> psutil.Process:
+def worker(run: subprocess.Popen[bytes], rank: int) -> psutil.Process:
     """The process of one rank: the first below the supervisor whose environment says so."""
     for process in psutil.Process(run.pid).children(recursive=True):
         try:
@@ -112,7 +112,8 @@ def kill_and_watch(job: Path, training: list[str], steps: int) -> tuple[str, lis
         *training,
     ]
     tell("$ " + shown(command))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    output = job.with_name("output")
+    with output.open("wb") as sink, subprocess.Popen(command, stdout=sink, stderr=sink) as run:
         try:
 
             def past_a_snapshot() -> Fact | None:
@@ -128,15 +129,15 @@ def kill_and_watch(job: Path, training: list[str], steps: int) -> tuple[str, lis
             tell(
                 f"SIGKILL to rank 1 (pid {victim.pid}); the newest snapshot is of step {before['snapshot']['step']}"
             )
-            output, _ = run.communicate(timeout=DEADLINE)
-        except BaseException:
-            run.terminate()  # its workers die with it
-            raise
-    for line in output.splitlines():
-        print(f"      | {line}", flush=True)
+            run.wait(DEADLINE)
+        finally:
+            if run.poll() is None:
+                run.kill()  # its workers die with it
+            for line in output.read_text().splitlines():
+                print(f"      | {line}", flush=True)
     if run.returncode != 0:
         fail(f"everstep run ended with code {run.returncode}")
-    return final_weights(output, steps), recovery(job, killed)
+    return final_weights(output.read_text(), steps), recovery(job, killed)
 
 
 def recovery(job: Path, killed: float) -> list[str]:
@@ -155,7 +156,7 @@ def recovery(job: Path, killed: float) -> list[str]:
         fail("the job should have completed with its second attempt")
     return [
         f"rank 1 died          at {clock(killed)}, after step {ended['step']} of the furthest rank",
-        f"verdict              {ended['failure']['reason']}",
+        f"cause                {ended['failure']['reason']}",
         f"resumed              from step {resumed['step']} ({resumed['tier']}): {lost} steps were done again",
         f"first step after it  at {clock(first['time'])}, {(first['time'] - killed) * 1000:.0f} ms after the kill",
     ]
@@ -185,6 +186,10 @@ def clock(moment: float) -> str:
 
 def main() -> int:
     """Tell the story; 0 when all of it was true."""
+    os.environ["PATH"] = (
+        f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"  # torchrun as in an activated environment
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    )
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
