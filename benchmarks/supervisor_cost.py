@@ -118,8 +118,8 @@ def cost(process: psutil.Process, cpu_before: float, seconds: float) -> Cost:
     assert peak is not None
     return Cost(
         torch="libtorch" in (proc / "maps").read_text(),
-        anonymous=int(anonymous[1]) / 1000,
-        peak=int(peak[1]) / 1000,
+        anonymous=int(anonymous[1]) * 1024 / 1e6,
+        peak=int(peak[1]) * 1024 / 1e6,
         cpu=100 * (busy(process) - cpu_before) / seconds,
     )
 

@@ -186,10 +186,9 @@ def clock(moment: float) -> str:
 
 def main() -> int:
     """Tell the story; 0 when all of it was true."""
-    os.environ["PATH"] = (
-        f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"  # torchrun as in an activated environment
+    # as in an activated environment, and without torchrun's warning about it
+    os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    )
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
