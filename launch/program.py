@@ -70,6 +70,49 @@ class Program:
         """What everstep does otherwise than the command says, each one line."""
         return self.launcher.notices if self.launcher else ()
 
+    @property
+    def has_ranks(self) -> bool:
+        """Whether torchrun starts it, so that lines are told apart by rank."""
+        return self.launcher is not None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the worker boot must be told of this program, beside what every worker gets."""
+        launcher = self.launcher
+        return {
+            "EVERSTEP_REDIRECT": "0" if launcher and launcher.redirects else "1",
+            "EVERSTEP_VIRTUAL_LOCAL_RANK": "1" if launcher and launcher.virtual_local_rank else "0",
+        }
+
+    def attempt_argv(self, port: int) -> list[str]:
+        """The command line of one attempt, to be started by this very process (the agent checks its parent).
+
+        ``port`` is where a fresh static rendezvous will listen on 127.0.0.1.
+        """
+        worker = [WORKER, self.form.value, self.target, *self.arguments]
+        if self.form is Form.RUN_PATH:  # the first entry of sys.path stays torchrun's
+            worker.insert(2, self.launcher_folder)
+        if self.launcher is None:
+            unbuffered = (
+                [] if any(_has_switch(flag, "u") for flag in self.flags) else ["-u"]
+            )  # as torchrun does
+            return [self.interpreter, *unbuffered, *self.flags, *worker]
+        return [
+            self.interpreter,
+            *self.flags,
+            AGENT,
+            str(os.getpid()),
+            self.launcher_path or "",
+            "--nnodes=1",
+            "--node-rank=0",
+            "--rdzv-backend=static",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+            "--max-restarts=0",
+            *self.launcher.options,
+            *worker,
+        ]
+
 
 def parse(command: Sequence[str], environ: Mapping[str, str] = os.environ) -> Program:
     """Understand the user's command. Raises UsageError with one line that says what is allowed."""
@@ -83,45 +126,6 @@ def parse(command: Sequence[str], environ: Mapping[str, str] = os.environ) -> Pr
     if head.endswith(".py"):
         raise UsageError(f"{head} is a script, not a program: write `python {head}` or `torchrun {head}`")
     raise UsageError(f"cannot run {head!r}; allowed: {ALLOWED}")
-
-
-def attempt_argv(program: Program, port: int) -> list[str]:
-    """The command line of one attempt, to be started by this very process (the agent checks its parent).
-
-    ``port`` is where a fresh static rendezvous will listen on 127.0.0.1.
-    """
-    worker = [WORKER, program.form.value, program.target, *program.arguments]
-    if program.form is Form.RUN_PATH:  # the first entry of sys.path stays torchrun's
-        worker.insert(2, program.launcher_folder)
-    if program.launcher is None:
-        unbuffered = (
-            [] if any(_has_switch(flag, "u") for flag in program.flags) else ["-u"]
-        )  # as torchrun does
-        return [program.interpreter, *unbuffered, *program.flags, *worker]
-    return [
-        program.interpreter,
-        *program.flags,
-        AGENT,
-        str(os.getpid()),
-        program.launcher_path or "",
-        "--nnodes=1",
-        "--node-rank=0",
-        "--rdzv-backend=static",
-        "--master-addr=127.0.0.1",
-        f"--master-port={port}",
-        "--max-restarts=0",
-        *program.launcher.options,
-        *worker,
-    ]
-
-
-def attempt_environment(program: Program) -> dict[str, str]:
-    """What the worker boot must be told about this program, beside the job's own ``EVERSTEP_*`` variables."""
-    launcher = program.launcher
-    return {
-        "EVERSTEP_REDIRECT": "0" if launcher and launcher.redirects else "1",
-        "EVERSTEP_VIRTUAL_LOCAL_RANK": "1" if launcher and launcher.virtual_local_rank else "0",
-    }
 
 
 # --------------------------------------------------------------------------- python …

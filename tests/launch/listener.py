@@ -63,8 +63,8 @@ class Listener:
     def start(self, command: Sequence[str], **more: str) -> int:
         """Start an attempt of the user's ``command`` as the supervisor would; returns the launcher's pid."""
         program = programs.parse(command)
-        environment = self.environment(**programs.attempt_environment(program), **more)
-        argv = programs.attempt_argv(program, self._port.number)
+        environment = self.environment(**program.environment, **more)
+        argv = program.attempt_argv(self._port.number)
         return processes.spawn(argv, environment, self.logs / "torchrun.log")
 
     def page(self, local_rank: int = 0) -> ControlPage:

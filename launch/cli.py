@@ -1,0 +1,293 @@
+"""The command ``everstep``: words in, exit code out. Here, and only here, the parts are put together.
+
+Everything is imported where it is used: ``everstep status`` need not wait for what ``everstep run`` needs, and nothing
+here waits for torch. Errors meant for the user are one line on standard error and an exit code (README, exit codes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from supervisor.errors import EverstepError, UsageError
+
+if TYPE_CHECKING:
+    from launch.program import Program
+    from supervisor.config import Options
+
+DEBUG = "EVERSTEP_DEBUG"
+EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141
+RUNS = Path("everstep-runs")
+
+RUN_USAGE = "everstep run [options] torchrun [torchrun's options] script.py …\n       everstep run [options] python script.py …"
+RUN_TEXT = """\
+Keeps a PyTorch training run going: starts it, snapshots its state, notices every way it can stop, and puts it back on
+its feet. Run the same command again to carry on where the job stopped. Every option can also stand in everstep.yaml.
+"""
+RUN_END = """\
+intervals: 1step, 50steps, 10s, 5m, 1h, never
+exit codes: 0 finished, 75 state saved and to be run again, 130 stopped by the user (saved), 1 gave up (the last lines
+say why), 64 wrong usage, 78 wrong configuration or job directory, 70 a bug of everstep
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong word is an exception with one line that says what was meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=True,
+            **settings,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+    def reject(self, unknown: Sequence[str]) -> None:
+        """Raise UsageError for the first word that no option claimed."""
+        if unknown:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            word = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(word, known, n=1)
+            guess = f" (did you mean {close[0]}?)" if close else ""
+            raise UsageError(f"unknown option {word}{guess}; allowed: {', '.join(sorted(known))}")
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: object) -> NoReturn:
+        from supervisor.about import version
+
+        print(f"everstep {version()}")
+        sys.exit(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script; exits with the command's code."""
+    sys.exit(call(sys.argv[1:] if arguments is None else arguments))
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Carry out one command line; returns its exit code."""
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except EverstepError as error:
+        print(f"everstep: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output has gone; Python's own flush at exit must not complain about it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        if os.environ.get(DEBUG) == "1":
+            raise
+        text = f"{type(error).__name__}: {error}".replace("\n", " ")
+        print(f"everstep: unexpected {text} ({DEBUG}=1 shows where)", file=sys.stderr)
+        return EXIT_BUG
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    parser = _Parser(prog="everstep", description="Keeps a distributed PyTorch training run going.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    parsers = {"run": _run_parser(commands), "status": _status_parser(commands)}
+    checkpoints = commands.add_parser("checkpoints", help="list, verify or prune a job's checkpoints")
+    parsers |= _checkpoints_parsers(checkpoints)
+    parsed, unknown = parser.parse_known_args(list(arguments))
+    command = parsed.command
+    if command is None:
+        parser.reject(unknown)
+        parser.error("no command given: run, status or checkpoints")
+    if command == "checkpoints":
+        command = parsed.action
+    parsers[command].reject(unknown)
+    given = vars(parsed)
+    if command == "run":
+        return _run(given)
+    if command == "status":
+        from launch import show
+
+        return show.status(find_job(parsed.dir), json=parsed.json, watch=parsed.watch)
+    return _checkpoints(given)
+
+
+# --------------------------------------------------------------------------- run
+
+
+def _run_parser(commands: Any) -> _Parser:
+    parser: _Parser = commands.add_parser(
+        "run", help="run or resume a job", usage=RUN_USAGE, description=RUN_TEXT, epilog=RUN_END
+    )
+    job = parser.add_argument_group("the job")
+    job.add_argument("--dir", metavar="D", help="job directory (default: everstep-runs/<script name>)")
+    job.add_argument("--name", metavar="NAME", help="the job's name (default: the script's)")
+    job.add_argument("--config", metavar="FILE", help="file of options (default: everstep.yaml, if there)")
+    job.add_argument(
+        "--continue", dest="continue_", action=argparse.BooleanOptionalAction, help="run a finished job on"
+    )
+    saving = parser.add_argument_group("saving")
+    saving.add_argument(
+        "--snapshot-every", metavar="INTERVAL", help="copy the state to host RAM (default: 30s)"
+    )
+    saving.add_argument(
+        "--checkpoint-every",
+        metavar="INTERVAL",
+        help="make a snapshot durable (default: auto, from the measured cost and failure rate)",
+    )
+    saving.add_argument(
+        "--checkpoints", metavar="PATH", help="where to (default: checkpoints in the job directory)"
+    )
+    _add_retention(saving)
+    stopping = parser.add_argument_group("failing and stopping")
+    stopping.add_argument(
+        "--max-failures", metavar="N", help="failures without progress before it gives up (default: 5)"
+    )
+    stopping.add_argument(
+        "--max-preemptions", metavar="N", help="preemptions before it gives up (default: 100)"
+    )
+    stopping.add_argument(
+        "--grace", metavar="TIME", help="time a stop may take to save the state (default: 60s)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--quiet",
+        action=argparse.BooleanOptionalAction,
+        help="everstep's own messages only; the logs have all",
+    )
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    for action in parser._actions:  # what is not given is not there: the file and the defaults come next
+        if action.dest != "words":
+            action.default = argparse.SUPPRESS
+    return parser
+
+
+def _run(given: Mapping[str, Any]) -> int:
+    from launch import program as programs
+    from supervisor import config
+
+    words = list(given["words"])
+    if words[:1] == ["--"]:
+        del words[0]
+    options = config.load(_flags(given))
+    program = programs.parse(words)
+    return run_job(_with_directory(options, program), program)
+
+
+def _with_directory(options: Options, program: Program) -> Options:
+    from dataclasses import replace
+
+    if options.dir is not None:
+        return options
+    return replace(options, dir=RUNS / (options.name or program.name))
+
+
+def run_job(options: Options, program: Program) -> int:
+    """Supervise the job to its end; returns the exit code of ``everstep run``."""
+    from supervisor.run import run
+
+    return run(options, program)
+
+
+def _flags(given: Mapping[str, Any]) -> dict[str, object]:
+    """The options among the parsed words that the configuration knows."""
+    from supervisor.config import READERS
+
+    return {name: value for name, value in given.items() if name in READERS or name == "config"}
+
+
+# --------------------------------------------------------------------------- status, checkpoints
+
+
+def _status_parser(commands: Any) -> _Parser:
+    parser: _Parser = commands.add_parser("status", help="how a job stands", description="How a job stands.")
+    _add_job(parser)
+    parser.add_argument(
+        "--watch", action="store_true", help="show it again every second, until the job has ended"
+    )
+    return parser
+
+
+def _checkpoints_parsers(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
+    actions = parser.add_subparsers(
+        dest="action", metavar="list | verify | prune", required=True, parser_class=_Parser
+    )
+    listing: _Parser = actions.add_parser("list", help="every checkpoint, newest first")
+    listing.add_argument("--verify", action="store_true", help="read every byte and compare digests")
+    verifying: _Parser = actions.add_parser(
+        "verify", help="read every byte and compare digests; exit code 1 if any is bad"
+    )
+    verifying.add_argument("steps", nargs="*", type=int, metavar="STEP", help="only these (default: all)")
+    pruning: _Parser = actions.add_parser("prune", help="remove what the retention rules do not keep")
+    pruning.add_argument("--dry-run", action="store_true", help="only say which")
+    _add_retention(pruning)
+    pruning.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="file of options")
+    for one in (listing, verifying, pruning):
+        _add_job(one)
+        one.add_argument(
+            "--checkpoints", metavar="PATH", default=argparse.SUPPRESS, help="where they are, if elsewhere"
+        )
+    return {"list": listing, "verify": verifying, "prune": pruning}
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dir", metavar="D", help="job directory (default: the newest in everstep-runs)")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _add_retention(parser: Any) -> None:
+    suppress = argparse.SUPPRESS
+    parser.add_argument(
+        "--keep-last", metavar="N", default=suppress, help="keep the newest N checkpoints (default: 3)"
+    )
+    parser.add_argument(
+        "--keep-every", metavar="K", default=suppress, help="and those at a multiple of K steps"
+    )
+    parser.add_argument(
+        "--keep-best", metavar="METRIC:min|max:M", default=suppress, help="and the M best by a logged metric"
+    )
+
+
+def _checkpoints(given: Mapping[str, Any]) -> int:
+    from launch import stored
+    from supervisor import config
+
+    job = find_job(given["dir"])
+    options = config.load({**_flags(given), "dir": str(job)})
+    place = options.checkpoints or stored.checkpoints_of(job)
+    if given["action"] == "list":
+        return stored.show_list(job, place, json=given["json"], verify=given["verify"])
+    if given["action"] == "verify":
+        return stored.verify(place, given["steps"], json=given["json"])
+    return stored.prune(job, place, options.retention, json=given["json"], dry_run=given["dry_run"])
+
+
+def find_job(given: str | None) -> Path:
+    """The job directory meant: ``--dir``, else the one that was active last below ``everstep-runs``."""
+    if given is not None:
+        return Path(given).expanduser().absolute()
+    jobs = [path.parent for path in RUNS.absolute().glob("*/job.json")]
+    if not jobs:
+        raise UsageError(f"no job in {RUNS.absolute()}: give --dir D")
+    newest = max(jobs, key=_last_active)
+    if len(jobs) > 1:
+        print(f"everstep: {newest}, the newest of {len(jobs)} jobs; --dir chooses", file=sys.stderr)
+    return newest
+
+
+def _last_active(job: Path) -> float:
+    files = [job / "job.json", *(job / "journal").glob("*.jsonl")]
+    return max(file.stat().st_mtime for file in files if file.exists())
+
+
+if __name__ == "__main__":
+    main()
