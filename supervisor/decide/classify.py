@@ -164,10 +164,10 @@ def _launcher(evidence: AttemptEvidence, time: float) -> Failure:
     )
 
 
-def signal_name(number: int | None) -> str:
+def signal_name(number: int) -> str:
     """``SIGKILL`` for 9; ``signal 99`` for one without a name."""
     try:
-        return signals.Signals(number or 0).name
+        return signals.Signals(number).name
     except ValueError:
         return f"signal {number}"
 
