@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -54,15 +55,15 @@ def raised(name: str, message: str = "") -> Raised:
     return Raised(type=name, message=message, traceback="", bases=bases)
 
 
-def end(rank: int, at: float = 1.0, *, step: int | None = 41, **fields: object) -> RankEnd:
-    return replace(RankEnd(rank=rank, pid=1000 + rank, monotonic=at, step=step), **fields)  # type: ignore[arg-type]
+def end(rank: int, at: float = 1.0, *, step: int | None = 41, **fields: Any) -> RankEnd:
+    return replace(RankEnd(rank=rank, pid=1000 + rank, monotonic=at, step=step), **fields)
 
 
-def died(rank: int, number: int, at: float = 1.0, **fields: object) -> RankEnd:
+def died(rank: int, number: int, at: float = 1.0, **fields: Any) -> RankEnd:
     return end(rank, at, signal=number, **fields)
 
 
-def threw(rank: int, what: Raised, at: float = 1.0, **fields: object) -> RankEnd:
+def threw(rank: int, what: Raised, at: float = 1.0, **fields: Any) -> RankEnd:
     return end(rank, at, exit_code=1, raised=what, **fields)
 
 
@@ -71,10 +72,10 @@ def lost_peer(rank: int, at: float = 1.0) -> RankEnd:
 
 
 def evidence(
-    *ends: RankEnd, world_size: int | None = 2, step: int | None = 41, **fields: object
+    *ends: RankEnd, world_size: int | None = 2, step: int | None = 41, **fields: Any
 ) -> AttemptEvidence:
     made = AttemptEvidence(attempt=3, world_size=world_size, step=step, ends=ends, has_session=True)
-    return replace(made, **fields)  # type: ignore[arg-type]
+    return replace(made, **fields)
 
 
 def failure(given: AttemptEvidence) -> Failure:

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.edge import journal
 from supervisor.edge.journal import Journal, decode, encode, read
 from supervisor.edge.plain import from_plain, to_plain
 from supervisor.errors import JobError
@@ -32,7 +31,7 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(arguments[0]), max_size=3).map(tuple)
     if origin is dict:
         return st.dictionaries(TEXT, values(arguments[1]), max_size=3)
-    if dataclasses.is_dataclass(annotation):
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         hints = typing.get_type_hints(annotation)
         return st.builds(
             annotation, **{f.name: values(hints[f.name]) for f in dataclasses.fields(annotation)}
@@ -250,7 +249,7 @@ class TestWriting:
             room[0] -= taken
             return taken
 
-        monkeypatch.setattr(journal.os, "write", short_write)
+        monkeypatch.setattr(os, "write", short_write)
         written = Journal(tmp_path / "node.jsonl", told)
         facts = [started(float(n), n) for n in range(4)]
         for fact in facts[:3]:
