@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class State(enum.StrEnum):
@@ -387,3 +388,15 @@ class JobRecord:
     furthest_step: int = 0  # completed steps of the furthest rank since the last resume
     exit_code: int | None = None
     reason: str | None = None
+
+    def with_(self, **changes: Any) -> JobRecord:
+        """A copy with other values in some fields: what ``dataclasses.replace`` does, ten times as fast.
+
+        A journal can hold 100 000 facts, and each makes a few records.
+        """
+        if not changes.keys() <= self.__dict__.keys():
+            raise TypeError(f"a JobRecord has no {sorted(changes.keys() - self.__dict__.keys())}")
+        record = object.__new__(JobRecord)
+        record.__dict__.update(self.__dict__)
+        record.__dict__.update(changes)
+        return record

@@ -19,8 +19,6 @@ Without a Session nobody says where an attempt resumed, and no loss is counted: 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from supervisor.model import JobRecord
 
 
@@ -34,10 +32,10 @@ def ratio(productive_seconds: float, supervised_seconds: float) -> float:
 def advance(record: JobRecord, time: float) -> JobRecord:
     """Let the clock run to ``time``; a wall clock that was set back stands still instead."""
     if record.last_time is None:
-        return replace(record, first_time=time, last_time=time)
+        return record.with_(first_time=time, last_time=time)
     elapsed = max(0.0, time - record.last_time)
     supervised = record.supervised_seconds + (elapsed if record.supervised else 0.0)
-    return replace(record, last_time=record.last_time + elapsed, supervised_seconds=supervised)
+    return record.with_(last_time=record.last_time + elapsed, supervised_seconds=supervised)
 
 
 def worked(record: JobRecord, step: int) -> JobRecord:
@@ -47,9 +45,8 @@ def worked(record: JobRecord, step: int) -> JobRecord:
         return record
     if record.attempt_first_time is None or record.attempt_last_time is None:  # the attempt's first step
         if record.resumed_step is None:  # no Session: where it began is known only now
-            record = replace(record, stretch_step=max(0, step - 1), stretch_seconds=0.0, furthest_step=step)
-        return replace(
-            record,
+            record = record.with_(stretch_step=max(0, step - 1), stretch_seconds=0.0, furthest_step=step)
+        return record.with_(
             step=step,
             attempt_first_time=now,
             attempt_last_time=now,
@@ -59,8 +56,7 @@ def worked(record: JobRecord, step: int) -> JobRecord:
     if step <= record.step:
         return record
     seconds = now - record.attempt_last_time
-    return replace(
-        record,
+    return record.with_(
         rate=_smooth(record.rate, step - record.step, seconds),
         step=step,
         attempt_last_time=now,
@@ -81,8 +77,7 @@ def ended(record: JobRecord, step: int | None) -> JobRecord:
     counted = record.step - (record.attempt_first_step or 0)
     if counted > 0:
         seconds = min(seconds, extra * record.stretch_seconds / counted)
-    return replace(
-        record,
+    return record.with_(
         step=step,
         furthest_step=max(record.furthest_step, step),
         productive_seconds=record.productive_seconds + seconds,
@@ -102,8 +97,7 @@ def resumed(record: JobRecord, step: int) -> JobRecord:
         if lost > from_stretch and record.stretch_step > 0:
             before *= max(0.0, 1 - (lost - from_stretch) / record.stretch_step)
         productive = max(0.0, before + kept)
-    return replace(
-        record,
+    return record.with_(
         step=step,
         resumed_step=step,
         lost_steps=record.lost_steps + lost,

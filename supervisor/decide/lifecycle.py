@@ -20,7 +20,6 @@ often it is saved before it. A job that gave up and is started again by its user
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Final
 
 from supervisor.decide import goodput
@@ -122,9 +121,9 @@ def apply(record: JobRecord, fact: Fact) -> JobRecord:
     state = _next_state(record, fact)
     _check_attempt(record, fact)
     if isinstance(fact, RunStarted):  # the time since a killed run's last fact was under nobody's supervision
-        record = replace(record, supervised=False)
+        record = record.with_(supervised=False)
     record = goodput.advance(record, fact.time)
-    return replace(_absorb(record, fact), state=state)
+    return _absorb(record, fact).with_(state=state)
 
 
 def fold(facts: Iterable[Fact], record: JobRecord = NEW_JOB) -> JobRecord:
@@ -191,47 +190,46 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
         case RunStarted():
             return _run_started(record, fact)
         case AttemptStarted():
-            return replace(_between(record), attempt=fact.attempt, world_size=None, resumed_step=None)
+            return _between(record).with_(attempt=fact.attempt, world_size=None, resumed_step=None)
         case WorkersReady():
-            return replace(record, world_size=fact.world_size)
+            return record.with_(world_size=fact.world_size)
         case Resumed():
             return _resumed(record, fact)
         case FirstStep() | Progress():
             metrics = {**record.metrics, **fact.metrics} if isinstance(fact, Progress) else record.metrics
             total = fact.total_steps if fact.total_steps is not None else record.total_steps
-            return replace(goodput.worked(record, fact.step), metrics=metrics, total_steps=total)
+            return goodput.worked(record, fact.step).with_(metrics=metrics, total_steps=total)
         case SnapshotCompleted():
             point = Point(step=fact.step, time=fact.time, bytes=fact.bytes, seconds=fact.seconds)
-            record = _progressed(replace(record, snapshot=point), fact.step)
+            record = _progressed(record.with_(snapshot=point), fact.step)
             began = record.attempt_first_time is not None and fact.attempt == record.attempt
             return goodput.worked(record, fact.step) if began else record
         case CheckpointCommitted():
-            return _progressed(replace(record, checkpoint=_newest(record.checkpoint, fact)), fact.step)
+            return _progressed(record.with_(checkpoint=_newest(record.checkpoint, fact)), fact.step)
         case CheckpointRejected():
             gone = record.checkpoint is not None and record.checkpoint.path == fact.path
-            return replace(record, checkpoint=None) if gone else record
+            return record.with_(checkpoint=None) if gone else record
         case CheckpointsPruned():
             gone = record.checkpoint is not None and record.checkpoint.step in fact.steps
-            return replace(record, checkpoint=None) if gone else record
+            return record.with_(checkpoint=None) if gone else record
         case StopRequested():
-            return replace(record, stop=fact)
+            return record.with_(stop=fact)
         case AttemptEnded():
             return _attempt_ended(record, fact)
         case Decided():
             return _decided(record, fact)
         case RunEnded():
-            record = replace(_between(record), supervised=False)
-            return replace(record, exit_code=fact.exit_code, reason=fact.reason)
+            record = _between(record).with_(supervised=False)
+            return record.with_(exit_code=fact.exit_code, reason=fact.reason)
         case _:
             return record
 
 
 def _run_started(record: JobRecord, fact: RunStarted) -> JobRecord:
     if record.state is State.FAILED:
-        record = replace(record, failures_since_progress=0, previous_fingerprint=None)
-        record = replace(record, preemptions_since_progress=0)
-    return replace(
-        _between(record),
+        record = record.with_(failures_since_progress=0, previous_fingerprint=None)
+        record = record.with_(preemptions_since_progress=0)
+    return _between(record).with_(
         supervised=True,
         epoch=max(record.epoch, fact.epoch),
         host=fact.host,
@@ -246,17 +244,15 @@ def _run_started(record: JobRecord, fact: RunStarted) -> JobRecord:
 
 def _between(record: JobRecord) -> JobRecord:
     """No attempt is making steps."""
-    return replace(
-        record, attempt_first_time=None, attempt_first_step=None, attempt_last_time=None, rate=None
-    )
+    return record.with_(attempt_first_time=None, attempt_first_step=None, attempt_last_time=None, rate=None)
 
 
 def _resumed(record: JobRecord, fact: Resumed) -> JobRecord:
     record = goodput.resumed(record, fact.step)
     if fact.tier is not Tier.RAM:  # a snapshot that could have been used would have been
-        record = replace(record, snapshot=None)
+        record = record.with_(snapshot=None)
     if fact.tier is Tier.CHECKPOINT and (record.checkpoint is None or record.checkpoint.step != fact.step):
-        record = replace(record, checkpoint=Point(step=fact.step, time=fact.time, path=fact.path))
+        record = record.with_(checkpoint=Point(step=fact.step, time=fact.time, path=fact.path))
     return record
 
 
@@ -275,11 +271,11 @@ def _newest(known: Point | None, fact: CheckpointCommitted) -> Point:
 
 def _progressed(record: JobRecord, step: int) -> JobRecord:
     """``step`` is held whole: refill the budgets if that is further than at the last failure."""
-    record = replace(record, committed_step=max(record.committed_step, step))
+    record = record.with_(committed_step=max(record.committed_step, step))
     if step > record.failure_committed_step:
-        record = replace(record, failures_since_progress=0, previous_fingerprint=None)
+        record = record.with_(failures_since_progress=0, previous_fingerprint=None)
     if step > record.preemption_committed_step:
-        record = replace(record, preemptions_since_progress=0)
+        record = record.with_(preemptions_since_progress=0)
     return record
 
 
@@ -289,8 +285,7 @@ def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
     if fact.failure is None:
         return record
     repeated = record.failures_since_progress > 0 and record.last_failure is not None
-    return replace(
-        record,
+    return record.with_(
         previous_fingerprint=record.last_failure.fingerprint if repeated and record.last_failure else None,
         last_failure=fact.failure,
         failures_since_progress=record.failures_since_progress + 1,
@@ -299,12 +294,11 @@ def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
 
 
 def _decided(record: JobRecord, fact: Decided) -> JobRecord:
-    record = replace(record, reason=fact.reason)
+    record = record.with_(reason=fact.reason)
     if fact.action is Action.RESTART:
-        return replace(record, restarts=record.restarts + 1)
+        return record.with_(restarts=record.restarts + 1)
     if fact.action is Action.STOP and record.stop is not None and record.stop.cause is StopCause.PREEMPTION:
-        return replace(
-            record,
+        return record.with_(
             preemptions=record.preemptions + 1,
             preemptions_since_progress=record.preemptions_since_progress + 1,
             preemption_committed_step=record.committed_step,
