@@ -97,6 +97,7 @@ def _rank(
     os.environ.update(variables)
     if "EVERSTEP_RUNTIME" in variables:
         os.environ["EVERSTEP_WORKER_PID"] = str(os.getpid())
+    multiprocessing.set_start_method("fork", force=True)  # as a script has it, for its loader's workers
     import torch
 
     torch.set_num_threads(1)

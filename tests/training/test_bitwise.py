@@ -65,7 +65,7 @@ def test_ddp(world: int, tmp_path: Path) -> None:
 )
 def test_ddp_options(options: dict[str, Any], tmp_path: Path) -> None:
     plan = Plan(kind="ddp", width=64, depth=4, bucket_mb=0.02, steps=6, ddp=tuple(options.items()))
-    check(plan, 3, [2, 4], tmp_path)
+    check(plan, 3, [3, 4], tmp_path)  # a static graph rebuilds its buckets a step later than others
 
 
 @pytest.mark.parametrize("world", [2, 3])
