@@ -22,8 +22,8 @@ from supervisor.errors import ConfigError
 DEFAULT_FILE: Final = "everstep.yaml"
 _INTERVALS: Final = "1step, 50steps, 10s, 5m, 1h or never"
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
-_STEPS: Final = re.compile(r"(\d+)\s*steps?")
+_DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd])")
+_STEPS: Final = re.compile(r"([0-9]+)\s*steps?")
 
 
 class Unit(enum.StrEnum):
@@ -215,7 +215,7 @@ def _text(value: object) -> str:
 def _whole(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip()):
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value.strip()):
         return int(value)
     raise ConfigError(f"{_shown(value)} is no whole number")
 
