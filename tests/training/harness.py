@@ -14,7 +14,13 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-PRELOAD = ["torch", "torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo"]
+PRELOAD = [
+    "torch",
+    "torch.nn.parallel",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "torch._dynamo",
+]
 DEADLINE = 90.0  # seconds
 
 _context = multiprocessing.get_context("forkserver")
@@ -26,7 +32,12 @@ class RankFailed(AssertionError):
 
 
 def launch(
-    function: Callable[..., Any], world: int = 1, /, *args: Any, environ: Mapping[str, str] | None = None, **kwargs: Any
+    function: Callable[..., Any],
+    world: int = 1,
+    /,
+    *args: Any,
+    environ: Mapping[str, str] | None = None,
+    **kwargs: Any,
 ) -> list[Any]:
     """Run ``function(*args, **kwargs)`` on ``world`` ranks; their results, or the negative signal or exit code of each.
 
@@ -38,7 +49,12 @@ def launch(
 
 @contextlib.contextmanager
 def start(
-    function: Callable[..., Any], world: int = 1, /, *args: Any, environ: Mapping[str, str] | None = None, **kwargs: Any
+    function: Callable[..., Any],
+    world: int = 1,
+    /,
+    *args: Any,
+    environ: Mapping[str, str] | None = None,
+    **kwargs: Any,
 ) -> Iterator[list[tuple[BaseProcess, Connection]]]:
     """As ``launch``, while they run; whatever still runs at the end of the block is killed."""
     port = free_port()

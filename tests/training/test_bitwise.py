@@ -60,7 +60,12 @@ def test_ddp(world: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}, {"broadcast_buffers": False}],
+    [
+        {"static_graph": True},
+        {"find_unused_parameters": True},
+        {"gradient_as_bucket_view": True},
+        {"broadcast_buffers": False},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_ddp_options(options: dict[str, Any], tmp_path: Path) -> None:

@@ -99,7 +99,14 @@ def train(plan: Plan) -> dict[str, Any]:
         Samples(), batch_size=4, shuffle=True, num_workers=plan.workers, generator=generator,
         persistent_workers=plan.persistent,
     )  # fmt: skip
-    objects = {"body": body, "head": head, "first": first, "second": second, "scheduler": scheduler, "loader": loader}
+    objects = {
+        "body": body,
+        "head": head,
+        "first": first,
+        "second": second,
+        "scheduler": scheduler,
+        "loader": loader,
+    }
     losses: dict[int, float] = {}
     with contextlib.ExitStack() as stack:
         session: Any = None

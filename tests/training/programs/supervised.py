@@ -1,0 +1,51 @@
+"""What runs under the station."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from supervisor.training import Session
+
+
+def run(
+    steps: int,
+    *,
+    saves: Sequence[int] = (),
+    raise_at: int | None = None,
+    size: int = 4,
+    break_at: int | None = None,
+) -> Any:
+    dist.init_process_group("gloo")
+    torch.manual_seed(1)
+    model = DistributedDataParallel(torch.nn.Linear(size, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    seen = []
+    with Session(model=model, optimizer=optimizer, dir="/nonexistent") as session:
+        first = session.step, session.resumed, session.attempt
+        for step in session.steps(steps):
+            seen.append(step)
+            if step == raise_at:
+                raise ArithmeticError("on purpose")
+            if step == break_at:
+                break
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, size)).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            session.state["seen"] = list(seen)
+            session.log(loss=loss, step=step)
+            if step in saves:
+                session.save()
+            with session.phase("evaluate"):
+                pass
+    return {
+        "first": first,
+        "seen": seen,
+        "weight": model.module.weight.detach().sum().item(),
+        "state": session.state,
+    }
