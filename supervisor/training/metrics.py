@@ -25,9 +25,21 @@ class Metrics:
         self._next = 0.0
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Take the newest values: numbers, or tensors of one element (kept without their graph)."""
+        """Take the newest values: numbers, or tensors of one element (kept without their graph).
+
+        Raises UsageError for anything else, at once: a save point is no place to find out.
+        """
         for name, value in values.items():
-            self._values[name] = value.detach() if isinstance(value, torch.Tensor) else value
+            if isinstance(value, torch.Tensor) and value.numel() == 1:
+                self._values[name] = value.detach()
+            elif isinstance(value, (float, int)) or (
+                hasattr(value, "__float__") and getattr(value, "size", 1) == 1
+            ):
+                self._values[name] = value
+            else:
+                raise UsageError(
+                    f"log({name}=…) takes a number or a tensor of one element, not {type(value).__name__}"
+                )
         now = time.monotonic()
         if now >= self._next:
             self._next = now + PERIOD

@@ -27,7 +27,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([*PRELOAD, "torchdata.stateful_dataloader", "numpy"])
 
 
-class RankFailed(AssertionError):
+class RankError(AssertionError):
     """A rank ended with an exception: its text."""
 
 
@@ -41,7 +41,7 @@ def launch(
 ) -> list[Any]:
     """Run ``function(*args, **kwargs)`` on ``world`` ranks; their results, or the negative signal or exit code of each.
 
-    Raises RankFailed when one raised anything but SystemExit.
+    Raises RankError when one raised anything but SystemExit.
     """
     with start(function, world, *args, environ=environ, **kwargs) as ranks:
         return collect(ranks)
@@ -96,7 +96,7 @@ def collect(ranks: list[tuple[BaseProcess, Connection]], deadline: float = DEADL
                 process.join()
                 kind, value = "gone", process.exitcode
             if kind == "raised":
-                raise RankFailed(f"rank {index}:\n{value}")
+                raise RankError(f"rank {index}:\n{value}")
             results[index] = value
     return [results[index] for index in range(len(ranks))]
 
@@ -121,7 +121,7 @@ def _rank(
         outcome: tuple[str, Any] = ("returned", function(*args, **kwargs))
     except SystemExit as error:
         outcome = ("returned", ("exit", error.code))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (the test shall see it)
         outcome = ("raised", traceback.format_exc())
     connection.send(outcome)
     connection.close()

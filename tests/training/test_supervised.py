@@ -8,7 +8,7 @@ import pytest
 
 from supervisor.edge.control import Phase, SessionFlag, Word
 from supervisor.model import ProposalFlag, ProposalState
-from tests.training.harness import RankFailed, collect, launch, start
+from tests.training.harness import RankError, collect, launch, start
 from tests.training.programs.supervised import run
 from tests.training.station import Station
 
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_said_and_not_loaded(tmp_path: Path) -> None:
     station = Station(tmp_path / "r", 2)
     launch(run, 2, 3, environ=station.environ)
     other = Station(tmp_path / "s", 2, resume=(station.slot(0), 3))
-    with pytest.raises(RankFailed, match=r"StateMismatchError.*model.weight is \[1, 4\], here \[1, 5\]"):
+    with pytest.raises(RankError, match=r"StateMismatchError.*model.weight is \[1, 4\], here \[1, 5\]"):
         launch(run, 2, 3, size=5, environ=other.environ)
     assert {m["damaged"] for m in other.of_kind("rejected")} == {False}
 
@@ -97,14 +97,14 @@ def test_a_damaged_state_is_rejected(tmp_path: Path) -> None:
     file = station.slot(0) / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-100])
     other = Station(tmp_path / "s", 2, resume=(station.slot(0), 3))
-    with pytest.raises(RankFailed, match=r"CheckpointError.*truncated"):
+    with pytest.raises(RankError, match=r"CheckpointError.*truncated"):
         launch(run, 2, 3, environ=other.environ)
     assert {m["damaged"] for m in other.of_kind("rejected")} == {True}
 
 
 def test_an_exception_saves_nothing_and_is_not_hidden(tmp_path: Path) -> None:
     station = Station(tmp_path / "r", 2)
-    with pytest.raises(RankFailed, match="ArithmeticError: on purpose"):
+    with pytest.raises(RankError, match="ArithmeticError: on purpose"):
         launch(run, 2, 5, raise_at=3, environ=station.environ)
     assert not station.of_kind("saved")
     assert {m["completed"] for m in station.of_kind("closed")} == {False}

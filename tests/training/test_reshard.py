@@ -1,0 +1,31 @@
+"""Another number of ranks: the state is sharded anew, and training goes on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.training.harness import launch
+from tests.training.programs import elastic
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_one_rank_two_ranks(kind: str, tmp_path: Path) -> None:
+    expected = launch(elastic.train, 2, kind, 9, str(tmp_path / "undisturbed"))[0]
+    for world, steps in ((2, 3), (1, 6), (2, 9)):
+        results = launch(elastic.train, world, kind, steps, str(tmp_path / "job"))
+    assert results[0]["used"] == results[1]["used"] == expected["used"] == list(range(0, 72, 8))
+    for rank in range(2):
+        assert all(
+            math.isclose(new, old, rel_tol=1e-9, abs_tol=1e-12)
+            for new, old in zip(results[rank]["weights"], expected["weights"], strict=True)
+        )
+    assert results[0]["draw"] != results[1]["draw"], "a new rank draws a stream of its own"
+
+
+def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
+    expected = launch(elastic.zero, 2, 6, None)
+    launch(elastic.zero, 2, 3, str(tmp_path))
+    assert launch(elastic.zero, 2, 6, str(tmp_path)) == expected
