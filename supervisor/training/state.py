@@ -67,7 +67,7 @@ class TrainingState:
         self._world = world
         self._values = values
         self.modules: dict[str, nn.Module] = {n: o for n, o in objects.items() if isinstance(o, nn.Module)}
-        self.optimizers: dict[str, Optimizer] = {n: o for n, o in objects.items() if isinstance(o, Optimizer)}
+        self.optimizers: dict[str, Optimizer] = {n: o for n, o in objects.items() if _is_standard(o)}
         self.buckets = Buckets(self.modules)
         self._rng: dict[str, Any] | None = None
         self._derive_rng = False
@@ -152,6 +152,11 @@ class TrainingState:
     def _put_values(self, values: dict[str, Any]) -> None:
         self._values.clear()
         self._values.update(values)
+
+
+def _is_standard(value: object) -> bool:
+    """Whether it is an optimizer like torch's own; wrappers that never call ``Optimizer.__init__`` are just Stateful."""
+    return isinstance(value, Optimizer) and hasattr(value, "_optimizer_step_post_hooks")
 
 
 def _names(parts: list[Part]) -> set[str]:

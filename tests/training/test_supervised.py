@@ -123,3 +123,13 @@ def test_a_failed_save_harms_nothing(tmp_path: Path) -> None:
     assert results[0]["seen"] == list(range(5))
     assert {m["step"] for m in station.of_kind("save_failed")} == {2, 4, 5}
     assert not station.of_kind("saved")
+
+
+def test_one_rank_without_room_is_a_failure_on_all_and_leaves_no_files(tmp_path: Path) -> None:
+    station = Station(tmp_path / "r", 2, every=(2,))
+    results = launch(run, 2, 5, full_on=1, environ=station.environ)
+    assert results[0]["seen"] == results[1]["seen"] == list(range(5))
+    failed = station.of_kind("save_failed")
+    assert len(failed) == 6
+    assert all("rank 1: OSError: [Errno 27]" in m["reason"] for m in failed)
+    assert not list(station.slot(0).iterdir())

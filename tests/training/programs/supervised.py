@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ def run(
     raise_at: int | None = None,
     size: int = 4,
     break_at: int | None = None,
+    full_on: int | None = None,
 ) -> Any:
     dist.init_process_group("gloo")
     torch.manual_seed(1)
@@ -26,6 +28,8 @@ def run(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     seen = []
     with Session(model=model, optimizer=optimizer, dir="/nonexistent") as session:
+        if full_on == dist.get_rank():  # as if its disk were full after a thousand bytes
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         first = session.step, session.resumed, session.attempt
         for step in session.steps(steps):
             seen.append(step)
