@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,7 +54,6 @@ from supervisor.savepoints import SavePoints
 from supervisor.snapshots import Snapshots, Stamp
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-EXIT_FINISHED, EXIT_GAVE_UP, EXIT_AGAIN, EXIT_USER = 0, 1, 75, 130
 
 
 class Node:
@@ -87,6 +87,7 @@ class Node:
         self._unloadable: set[Path] = set()
         self._stop: StopRequested | None = None
         self._stop_seen = asyncio.Event()
+        self._unsaved: str | None = None  # why the newest state is not durable
         self._cut_short: str | None = None  # why a stop was not waited for
         self._launched = False
         self._pulse: Pulse | None = None
@@ -119,9 +120,10 @@ class Node:
             f"(pid {os.getpid()}, logs in {self._job.attempts})"
         )
         loop = asyncio.get_running_loop()
-        for signum in STOP_SIGNALS:
+        for signum in STOP_SIGNALS:  # blocked so far
             if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
                 loop.add_signal_handler(signum, self._on_signal, signum)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         channel = Channel(self._runtime / "socket", self._on_message)
         await channel.open()
         swept = await asyncio.to_thread(catalog.sweep, self._checkpoints)
@@ -131,9 +133,11 @@ class Node:
             verdict = await self._supervise()
         finally:
             await channel.close()
-        code, reason = await self._conclude(verdict)
-        self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=reason))
-        self._console.say(reason)
+        if not self._unsaved:
+            jobdir.remove_runtime(self._runtime)
+        code = restart.exit_code(verdict.action, self._stop)
+        self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
+        self._console.say(verdict.reason)
         return code
 
     async def _supervise(self) -> Verdict:
@@ -144,7 +148,7 @@ class Node:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_seen.wait(), verdict.delay or 0.0001)
                 assert self._stop is not None
-                return self._decided(restart.decide_stop(self._ledger.record, self._stop))
+                return await self._final_stop(self._stop)
 
     async def _run_attempt(self) -> Verdict:
         number = -1 if self._ledger.record.attempt is None else self._ledger.record.attempt
@@ -176,7 +180,7 @@ class Node:
             await asyncio.gather(beat, resume, return_exceptions=True)
         if not _is_fine(resume):
             resume.result()  # storage that cannot even be listed: the user's to mend
-        return self._post_mortem(attempt)
+        return await self._post_mortem(attempt)
 
     async def _live(self, attempt: Attempt) -> None:
         port = ReservedPort()
@@ -230,7 +234,7 @@ class Node:
 
     # ------------------------------------------------------------------ the end of an attempt
 
-    def _post_mortem(self, attempt: Attempt) -> Verdict:
+    async def _post_mortem(self, attempt: Attempt) -> Verdict:
         assert self._pulse is not None
         assert self._reception is not None
         self._pulse.note_first_step()
@@ -256,10 +260,25 @@ class Node:
         self._ledger.add(ended)
         if failure is not None:
             self._write_evidence(attempt, failure, evidence)
-            return self._decided(restart.decide(self._ledger.record, failure))
+            verdict = restart.decide(self._ledger.record, failure)
+            if verdict.action is Action.RESTART:
+                return self._decided(verdict)
+            return await self._final(lambda: verdict)
         if stopped and self._stop is not None:
-            return self._decided(restart.decide_stop(self._ledger.record, self._stop))
-        return self._decided(restart.decide_finished(self._ledger.record))
+            return await self._final_stop(self._stop)
+        return await self._final(lambda: restart.decide_finished(self._ledger.record))
+
+    async def _final_stop(self, stop: StopRequested) -> Verdict:
+        return await self._final(lambda: restart.decide_stop(self._ledger.record, stop))
+
+    async def _final(self, decide: Callable[[], Verdict]) -> Verdict:
+        """The last verdict, given once the newest state is durable, or it is known why it cannot be."""
+        self._unsaved = await self._secure()
+        verdict = decide()
+        if self._unsaved:
+            action = Action.GIVE_UP if verdict.action is Action.COMPLETE else verdict.action
+            verdict = Verdict(action=action, reason=f"{verdict.reason}; {self._unsaved}")
+        return self._decided(verdict)
 
     def _was_told_to_leave(self, attempt: Attempt) -> bool:
         return not attempt.has_session
@@ -286,28 +305,23 @@ class Node:
         except OSError as error:
             self._console.say(f"{attempt.folder}/failure.json: {error.strerror}")
 
-    async def _conclude(self, verdict: Verdict) -> tuple[int, str]:
+    async def _secure(self) -> str | None:
+        """Make the newest snapshot durable; None when it is, else why it is not."""
         newest = self._snapshots.newest()
-        durable = self._ledger.record.checkpoint
-        if newest is not None and (durable is None or durable.step < newest[1].step) and not self._cut_short:
+        if newest is None:
+            return None
+        step = newest[1].step
+        if not self._is_durable(step) and self._cut_short != "user":
             self._snapshots.drain()
         await self._snapshots.settle()
+        if self._is_durable(step):
+            return None
+        why = self._snapshots.failure or "there was no time"
+        return f"the snapshot of step {step} is in memory only ({why}): run again on this host"
+
+    def _is_durable(self, step: int) -> bool:
         durable = self._ledger.record.checkpoint
-        unsaved = newest is not None and (durable is None or durable.step < newest[1].step)
-        reason = verdict.reason
-        if unsaved and newest is not None:
-            why = self._snapshots.failure or "there was no time"
-            reason += (
-                f"; the snapshot of step {newest[1].step} is in memory only ({why}): run again on this host"
-            )
-        else:
-            jobdir.remove_runtime(self._runtime)
-        if verdict.action is Action.STOP:
-            by_user = self._stop is not None and self._stop.cause is StopCause.USER
-            return (EXIT_USER if by_user else EXIT_AGAIN), reason
-        if verdict.action is Action.COMPLETE and not unsaved:
-            return EXIT_FINISHED, reason
-        return EXIT_GAVE_UP, reason
+        return durable is not None and durable.step >= step
 
     # ------------------------------------------------------------------ what reaches it from outside
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from supervisor.edge.console import Console
 from supervisor.errors import UsageError
 from supervisor.ledger import Ledger
 from supervisor.model import JobRecord, State
-from supervisor.node import EXIT_FINISHED, Node
+from supervisor.node import STOP_SIGNALS, Node
 from supervisor.program import Program
 
 
@@ -22,15 +23,24 @@ def run(options: Options, program: Program) -> int:
     if options.dir is None:
         raise UsageError("the job needs a directory: --dir D")
     job = jobdir.JobDirectory(options.dir)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the node can do something about them
+    try:
+        return _claim(options, program, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _claim(options: Options, program: Program, job: jobdir.JobDirectory) -> int:
     with job.claim():
         console = Console(quiet=options.quiet)
         try:
             record, problems = lifecycle.replay(journal.read(job.journal, console.say))
             for problem in problems:
                 console.say(f"journal: {problem}")
+            job.check(program.identity)
             if record.state is State.COMPLETED and not options.continue_:
                 console.say(f"{job.path} is finished (step {record.step}); --continue runs it on")
-                return EXIT_FINISHED
+                return 0
             return _own(options, program, job, record, console)
         finally:
             console.close()

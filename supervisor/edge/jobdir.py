@@ -98,16 +98,21 @@ class JobDirectory:
             handle.flush()
             yield
 
+    def check(self, identity: str) -> None:
+        """Raise JobError when the directory holds the job of another program."""
+        old = self.read()
+        if old is not None and old.identity != identity:
+            raise JobError(
+                f"{self.path} holds the job of {old.identity}, not of {identity}: give another --dir"
+            )
+
     def open_epoch(self, identity: str, command: list[str]) -> JobFile:
         """Take the job (or make it) for a new epoch. The caller holds the lock."""
+        self.check(identity)
         old = self.read()
         if old is None:
             run_id = secrets.token_hex(8)
             new = JobFile(run_id, str(make_runtime(run_id)), 1, identity, command, clock.now())
-        elif old.identity != identity:
-            raise JobError(
-                f"{self.path} holds the job of {old.identity}, not of {identity}: give another --dir"
-            )
         else:
             runtime = Path(old.runtime)
             if not _is_private(runtime):

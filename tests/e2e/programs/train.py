@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -41,10 +42,10 @@ def batch(step: int, rank: int) -> torch.Tensor:
 
 
 def supervisor_pid() -> int:
-    process = psutil.Process()
-    while "everstep" not in " ".join(process.cmdline()) or "agent.py" in " ".join(process.cmdline()):
-        process = process.parent()
-    return process.pid
+    with open(os.path.join(os.environ["EVERSTEP_DIR"], "lock")) as lock:
+        found = re.search(r"pid (\d+)", lock.read())
+    assert found
+    return int(found[1])
 
 
 def strike(fault: dict) -> None:
