@@ -14,7 +14,9 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -98,15 +100,33 @@ def _shield(link: Link) -> None:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
 
+    for number in SHIELDED:
+        signal.signal(number, shield)
+        signal.siginterrupt(number, False)  # the script's system calls are not to notice
+    _unshield_forked(shield)
+
+
+def _unshield_forked(shield: Callable[[int, FrameType | None], None]) -> None:
+    """Python's own handlers in forked children.
+
+    The signals are held back over the fork: one that comes before the child has changed its handlers would be lost,
+    because Python forgets in a child what it was about to handle.
+    """
+    masks = threading.local()
+
+    def before() -> None:
+        masks.saved = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+
+    def after() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.saved)
+
     def in_child() -> None:
         for number in SHIELDED:
             if signal.getsignal(number) is shield:
                 _restore_default(number)
+        after()
 
-    for number in SHIELDED:
-        signal.signal(number, shield)
-        signal.siginterrupt(number, False)  # the script's system calls are not to notice
-    os.register_at_fork(after_in_child=in_child)
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=in_child)
 
 
 def _restore_default(number: signal.Signals) -> None:

@@ -8,6 +8,8 @@ fire the hooks twice. Once a Session is open the page is the Session's.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
 import time
@@ -80,11 +82,30 @@ def _is_inside_step(optimizer: object) -> bool:
     return count > 1
 
 
+def _hide_from_compiler() -> None:
+    """Have ``torch.compile`` call the hooks rather than trace them: it would recompile as their values change.
+
+    This is what ``torch._dynamo.disable`` does, without its import, which takes seconds. Where torch has no such thing any
+    more, compiling is slower and nothing else.
+    """
+    functions: list[Any] = [StepCounter.before, StepCounter.after, StepCounter._is_ours, _is_inside_step]
+    for function in functions:
+        function._torchdynamo_disable = True
+    with contextlib.suppress(ImportError, AttributeError, TypeError):
+        frames: Any = importlib.import_module("torch._C._dynamo.eval_frame")
+        skip = frames._FrameExecStrategy(
+            frames._FrameAction.SKIP, frames._FrameAction.SKIP
+        )  # and what they call
+        for function in functions:
+            frames.set_code_exec_strategy(function.__code__, skip)
+
+
 def install(page: ControlPage) -> None:
     """Count the steps of this process onto ``page`` from its first import of torch on."""
 
     def register(module: ModuleType) -> None:
         counter = StepCounter(page)
+        _hide_from_compiler()
         hooks: Any = module
         hooks.register_optimizer_step_pre_hook(counter.before)
         hooks.register_optimizer_step_post_hook(counter.after)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import signal
 import socket
 import threading
 from collections.abc import Sequence
@@ -34,6 +36,8 @@ class Listener:
         (self.runtime / "control").mkdir(parents=True)
         self.messages: queue.Queue[dict[str, Any]] = queue.Queue()
         self.seen: list[dict[str, Any]] = []
+        self._started: list[int] = []
+        self._unread: list[dict[str, Any]] = []
         self._port = ReservedPort()
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(os.fspath(socket_path(self.runtime)))
@@ -48,6 +52,11 @@ class Listener:
     ) -> None:
         self._server.close()
         self._port.release()
+        for pid in self._started:  # their workers die with them
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
     def environment(self, **more: str) -> dict[str, str]:
         """What the supervisor would set, on top of this process's own environment."""
@@ -65,7 +74,8 @@ class Listener:
         program = programs.parse(command)
         environment = self.environment(**program.environment, **more)
         argv = program.attempt_argv(self._port.number)
-        return processes.spawn(argv, environment, self.logs / "torchrun.log")
+        self._started.append(processes.spawn(argv, environment, self.logs / "torchrun.log"))
+        return self._started[-1]
 
     def page(self, local_rank: int = 0) -> ControlPage:
         return ControlPage(page_path(self.runtime, local_rank))
@@ -74,12 +84,18 @@ class Listener:
         return (self.logs / f"rank-{rank}.log").read_text()
 
     def expect(self, kind: str, **values: object) -> dict[str, Any]:
-        """Wait for a message of this kind with these values; others are kept in ``seen``."""
+        """Wait for a message of this kind with these values; each message answers one call."""
+        wanted = {"kind": kind, **values}.items()
+        for message in self._unread:
+            if all(message.get(name) == value for name, value in wanted):
+                self._unread.remove(message)
+                return message
         while True:
             message = self.messages.get(timeout=DEADLINE)
             self.seen.append(message)
-            if message["kind"] == kind and all(message.get(name) == value for name, value in values.items()):
+            if all(message.get(name) == value for name, value in wanted):
                 return message
+            self._unread.append(message)
 
     def _accept(self) -> None:
         while True:
