@@ -9,6 +9,9 @@ STAMP := $(VENV)/.installed
 PYTEST_FLAGS ?= -n 2 --dist loadgroup
 TESTS ?= tests
 
+# as in an activated environment: tests and the demo start torchrun and everstep by name
+export PATH := $(abspath $(BIN)):$(PATH)
+
 .PHONY: help setup demo test check format lock benchmark clean
 
 help:
