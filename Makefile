@@ -5,12 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LOCK := requirements-dev.lock
 STAMP := $(VENV)/.installed
+# as in an activated environment: tests start torchrun and everstep by name
+ACTIVATED := PATH="$(abspath $(BIN)):$$PATH"
 # two test processes: end-to-end tests start two to four ranks each
 PYTEST_FLAGS ?= -n 2 --dist loadgroup
 TESTS ?= tests
-
-# as in an activated environment: tests and the demo start torchrun and everstep by name
-export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help setup demo test check format lock benchmark clean
 
@@ -32,10 +31,10 @@ $(STAMP): pyproject.toml $(LOCK)
 setup: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	$(ACTIVATED) $(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
+	$(ACTIVATED) $(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -48,7 +47,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 benchmark: $(STAMP)
-	$(BIN)/python benchmarks/supervisor_cost.py
+	$(ACTIVATED) $(BIN)/python benchmarks/supervisor_cost.py
 
 # From nothing, so that nothing stale is pinned. torch stands first: the development version is chosen, not found.
 lock:
