@@ -103,6 +103,8 @@ class Attempt:
         rank, local_rank, attempt = int(message["rank"]), int(message["local_rank"]), int(message["attempt"])
         if attempt != self.number or self._killed:
             raise ValueError(f"attempt {attempt} is over")
+        if rank in self.seats and self.seats[rank].pid == pid:
+            return self.seats[rank]  # a command that became, by exec, a Python program with a Session
         if rank in self.seats:
             raise ValueError(f"rank {rank} is taken by pid {self.seats[rank].pid}")
         self.world_size = int(message["world_size"])
