@@ -318,14 +318,7 @@ class RunEnded(Fact):
 
 
 #: every fact by the name it bears in the journal
-FACTS: dict[str, type[Fact]] = {
-    cls.__name__: cls
-    for cls in (
-        RunStarted, AttemptStarted, Resumed, WorkersReady, FirstStep, Progress, SnapshotCompleted,
-        CheckpointCommitted, CheckpointFailed, CheckpointRejected, CheckpointsPruned, StopRequested,
-        AttemptEnded, Decided, RunEnded,
-    )
-}  # fmt: skip
+FACTS: dict[str, type[Fact]] = {cls.__name__: cls for cls in Fact.__subclasses__()}
 
 
 # --------------------------------------------------------------------------- the job, folded from facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from launch.torchrun import Form
 from supervisor.errors import UsageError
 
 PYTHON = sys.executable
+ON_PATH = shutil.which("python3")
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 OWN = [
     "--nnodes=1",
@@ -247,8 +249,8 @@ def test_name_and_identity(command: str, name: str, identity: str) -> None:
     [
         (f"#!{PYTHON}\nimport x\n", [PYTHON]),
         (f"#!{PYTHON} -sP\n", [PYTHON, "-sP"]),
-        ("#!/usr/bin/env python3\n", [PYTHON]),
-        ("#!/usr/bin/env -S python3 -u\n", [PYTHON, "-u"]),
+        ("#!/usr/bin/env python3\n", [ON_PATH]),
+        ("#!/usr/bin/env -S python3 -u\n", [ON_PATH, "-u"]),
         (f"#!/bin/sh\n'''exec' {PYTHON} \"$0\" \"$@\"\n' '''\n", [PYTHON]),
         (f"#!/bin/sh\n'''exec' \"{PYTHON}\" \"$0\" \"$@\"\n' '''\n", [PYTHON]),
         ("#!/bin/bash\nexec torchrun\n", None),
