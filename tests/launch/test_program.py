@@ -16,8 +16,10 @@ from launch.torchrun import Form
 from supervisor.errors import UsageError
 
 PYTHON = sys.executable
-ON_PATH = shutil.which("python3")
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+#: what pip wrote into torchrun: python or python3 of the same environment
+TORCHRUNS = Path(TORCHRUN).read_text().partition("\n")[0].removeprefix("#!")
+ON_PATH = shutil.which("python3")
 OWN = [
     "--nnodes=1",
     "--node-rank=0",
@@ -77,10 +79,10 @@ def test_torchrun(words: str, form: Form, target: str, arguments: str, options: 
     program = parse(["torchrun", *words.split()], {})
     assert (program.form, program.target) == (form, target)
     assert program.arguments == tuple(arguments.split())
-    assert program.interpreter == PYTHON
+    assert program.interpreter == TORCHRUNS
     folder = [str(Path(TORCHRUN).parent)] if form is Form.RUN_PATH else []
     assert program.attempt_argv(29555) == [
-        PYTHON, AGENT, str(os.getpid()), TORCHRUN, *OWN, "--max-restarts=0", *options.split(),
+        TORCHRUNS, AGENT, str(os.getpid()), TORCHRUN, *OWN, "--max-restarts=0", *options.split(),
         WORKER, form.value, *folder, target, *arguments.split(),
     ]  # fmt: skip
 
