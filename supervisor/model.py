@@ -109,6 +109,7 @@ class RankEnd:
     raised: Raised | None = None
     step: int | None = None  # completed steps; None before the first report
     closed: bool = False  # its Session left the loop in order
+    completed: bool | None = None  # … and after the last step; None: it did not say
     oom_killed: bool = False
     last_lines: tuple[str, ...] = ()
 
