@@ -12,7 +12,7 @@ import asyncio
 import os
 import select
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from supervisor.decide.symptoms import LATE_SIGNALS
 from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, SessionFlag, Word
 from supervisor.edge.link import page_path
+from supervisor.errors import StorageError
 from supervisor.model import AttemptEvidence, Raised, RankEnd
 
 ECHO_GRACE = 0.3  # seconds for the root cause of what may be a consequence
@@ -62,9 +63,7 @@ class Seat:
 class Attempt:
     """Launched by ``launch``; ``ended`` is set when it has finished or failed; ``teardown`` leaves nothing of it."""
 
-    def __init__(
-        self, number: int, folder: Path, runtime: Path, on_end: Callable[[Seat], None] | None = None
-    ) -> None:
+    def __init__(self, number: int, folder: Path, runtime: Path, run_id: str) -> None:
         self.number = number
         self.folder = folder
         self.logs = folder / "logs"
@@ -75,7 +74,7 @@ class Attempt:
         self.ended = asyncio.Event()
         self.finished = False  # every rank left with code 0
         self.stopping = False  # a stop was asked for: leaving early is what we want
-        self._on_end = on_end
+        self._run_id = run_id
         self._launcher: int | None = None
         self._launcher_fd: int | None = None
         self._launcher_exit: processes.Exit | None = None
@@ -87,16 +86,26 @@ class Attempt:
     # ------------------------------------------------------------------ start
 
     def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start the launcher. Raises OSError when it cannot be started."""
-        self.logs.mkdir(parents=True, exist_ok=True)
-        for page in (self.runtime / "control").iterdir():
-            page.unlink()  # a dead attempt's last words must not pass for this one's
+        """Start the launcher, for which ``prepare`` has made room. Raises OSError when it cannot be started."""
         self._launcher = processes.spawn(argv, environment, self.logs / "torchrun.log")
         self._launcher_fd = processes.open_pidfd(self._launcher)
         if self._launcher_fd is None:
             self._launcher_ended()
         else:
             asyncio.get_running_loop().add_reader(self._launcher_fd, self._launcher_ended)
+
+    def prepare(self) -> None:
+        """Make the folder for the logs, and remove a dead attempt's last words. Raises StorageError."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            for page in (self.runtime / "control").iterdir():
+                page.unlink()
+        except OSError as error:
+            raise StorageError(f"{error.filename}: {error.strerror}") from None
+
+    def reap_adopted(self) -> None:
+        """Let orphans that were given to us and have ended go; the ends of the attempt's own processes stay readable."""
+        processes.reap_adopted({self._launcher or 0, *(seat.pid for seat in self.seats.values())})
 
     def welcome(self, pid: int, message: Mapping[str, Any]) -> Seat:
         """Seat a worker that greets. Raises ValueError (refused) for one of another attempt or a taken rank."""
@@ -187,8 +196,6 @@ class Attempt:
             closed=seat.closed,
             completed=seat.completed,
         )
-        if self._on_end is not None:
-            self._on_end(seat)
         if self.ended.is_set():
             return
         if seat.end.signal is not None and seat.end.signal != signal.SIGABRT:
@@ -249,7 +256,8 @@ class Attempt:
             alive.append(self._launcher)
         processes.send(alive, signal.SIGKILL)
         deadline = clock.monotonic() + REAP_DEADLINE
-        while left := processes.descendants():
+        launchers = [self._launcher] if self._launcher is not None else []
+        while left := processes.descendants(self._run_id, launchers):
             processes.send(left, signal.SIGKILL)
             if clock.monotonic() > deadline:
                 return left

@@ -295,6 +295,7 @@ class AttemptEnded(Fact):
 
     attempt: int
     step: int | None  # completed steps of the furthest rank
+    total_steps: int | None = None
     stopped: bool = False  # it ended because of a StopRequested
     finished: bool = False  # every rank exited with code 0 by itself
     failure: Failure | None = None

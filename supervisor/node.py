@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from supervisor.about import version
 from supervisor.attempt import Attempt
@@ -29,7 +30,7 @@ from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.edge.link import ATTEMPT, RUNTIME
 from supervisor.edge.ports import ReservedPort
-from supervisor.errors import UsageError
+from supervisor.errors import EverstepError, UsageError
 from supervisor.ledger import Ledger
 from supervisor.model import (
     Action,
@@ -124,13 +125,16 @@ class Node:
             if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
                 loop.add_signal_handler(signum, self._on_signal, signum)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        channel = Channel(self._runtime / "socket", self._on_message)
+        channel = Channel(self._runtime / "socket", self._on_message, self._console.say)
         await channel.open()
         swept = await asyncio.to_thread(catalog.sweep, self._checkpoints)
         if swept:
             self._console.say(f"unfinished checkpoints removed: {', '.join(path.name for path in swept)}")
         try:
             verdict = await self._supervise()
+        except EverstepError as error:
+            self._break_off(error)
+            raise
         finally:
             await channel.close()
         if not self._unsaved:
@@ -138,7 +142,15 @@ class Node:
         code = restart.exit_code(verdict.action, self._stop)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
+        if self._cut_short == "user":
+            self._leave_at_once(code)
         return code
+
+    def _leave_at_once(self, code: int) -> None:
+        """Leave without the threads that may be reading or writing for minutes yet: they are safe to die at any point."""
+        self._ledger.close()
+        self._console.close()
+        os._exit(code)
 
     async def _supervise(self) -> Verdict:
         while True:
@@ -152,7 +164,8 @@ class Node:
 
     async def _run_attempt(self) -> Verdict:
         number = -1 if self._ledger.record.attempt is None else self._ledger.record.attempt
-        attempt = Attempt(number + 1, self._job.attempt(number + 1), self._runtime)
+        attempt = Attempt(number + 1, self._job.attempt(number + 1), self._runtime, self._file.run_id)
+        attempt.prepare()
         self._ledger.add(AttemptStarted(time=clock.now(), attempt=attempt.number))
         resume = asyncio.create_task(self._choose_resume())
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
@@ -172,14 +185,16 @@ class Node:
             prefix_lines=self._program.has_ranks,
         )
         beat = asyncio.create_task(self._pulse.beat())
+        beat.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         try:
             await self._live(attempt)
         finally:
             beat.cancel()
             resume.cancel()
             await asyncio.gather(beat, resume, return_exceptions=True)
-        if not _is_fine(resume):
-            resume.result()  # storage that cannot even be listed: the user's to mend
+        for task in (resume, beat):
+            if not _is_fine(task):
+                task.result()  # storage that cannot even be listed is the user's to mend; anything else is a bug
         return await self._post_mortem(attempt)
 
     async def _live(self, attempt: Attempt) -> None:
@@ -228,8 +243,8 @@ class Node:
             self._snapshots.drop(path)
             self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
             self._console.say(f"{path} is damaged: {reason}; skipping it")
-        if resume.tier is Tier.CHECKPOINT:
-            self._snapshots.known_good(resume.step)
+        if resume.tier is not Tier.RAM:
+            self._snapshots.known_good(resume.step if resume.tier is Tier.CHECKPOINT else None)
         return resume
 
     # ------------------------------------------------------------------ the end of an attempt
@@ -246,35 +261,41 @@ class Node:
         evidence = attempt.evidence()
         completed = attempt.finished and all(seat.completed is not False for seat in attempt.seats.values())
         stopped = self._stop is not None and not (completed and not self._was_told_to_leave(attempt))
-        failure = None
-        if not stopped:
-            failure = classify.classify(evidence, clock.now())
-        attempt.close()
+        failure = classify.classify(evidence, clock.now()) if not (stopped and self._cut_short) else None
+        last_step = None  # of a training that was completed: its state must not be lost
+        if failure is None and attempt.has_session and all(seat.completed for seat in attempt.seats.values()):
+            last_step = attempt.total_steps
         ended = AttemptEnded(
             time=clock.now(),
             attempt=attempt.number,
             step=evidence.step,
+            total_steps=attempt.total_steps,
             stopped=stopped,
             finished=failure is None and not stopped,
-            failure=failure,
+            failure=failure if not stopped else None,  # a failure while stopping is charged to nobody
         )
+        attempt.close()
         self._ledger.add(ended)
         if failure is not None:
             self._write_evidence(attempt, failure, evidence)
+        if stopped and self._stop is not None:
+            return await self._final_stop(self._stop, failure)
+        if failure is not None:
             verdict = restart.decide(self._ledger.record, failure)
             if verdict.action is Action.RESTART:
                 return self._decided(verdict)
             return await self._final(lambda: verdict)
-        if stopped and self._stop is not None:
-            return await self._final_stop(self._stop)
-        return await self._final(lambda: restart.decide_finished(self._ledger.record))
+        return await self._final(lambda: restart.decide_finished(self._ledger.record), last_step)
 
-    async def _final_stop(self, stop: StopRequested) -> Verdict:
-        return await self._final(lambda: restart.decide_stop(self._ledger.record, stop))
+    async def _final_stop(self, stop: StopRequested, failure: Failure | None = None) -> Verdict:
+        verdict = await self._final(lambda: restart.decide_stop(self._ledger.record, stop))
+        if failure is not None:
+            self._console.say(f"while stopping, {failure.reason}")
+        return verdict
 
-    async def _final(self, decide: Callable[[], Verdict]) -> Verdict:
+    async def _final(self, decide: Callable[[], Verdict], last_step: int | None = None) -> Verdict:
         """The last verdict, given once the newest state is durable, or it is known why it cannot be."""
-        self._unsaved = await self._secure()
+        self._unsaved = await self._secure(last_step)
         verdict = decide()
         if self._unsaved:
             action = Action.GIVE_UP if verdict.action is Action.COMPLETE else verdict.action
@@ -306,23 +327,27 @@ class Node:
         except OSError as error:
             self._console.say(f"{attempt.folder}/failure.json: {error.strerror}")
 
-    async def _secure(self) -> str | None:
-        """Make the newest snapshot durable; None when it is, else why it is not."""
+    async def _secure(self, last_step: int | None) -> str | None:
+        """Make the newest snapshot durable, and see that ``last_step`` is; None when all is well, else what is not."""
         newest = self._snapshots.newest()
-        if newest is None:
-            return None
-        step = newest[1].step
-        if not self._is_durable(step) and self._cut_short != "user":
+        step = newest[1].step if newest is not None else -1
+        if newest is not None and not self._snapshots.is_durable(step) and self._cut_short != "user":
             self._snapshots.drain()
         await self._snapshots.settle()
-        if self._is_durable(step):
-            return None
         why = self._snapshots.failure or "there was no time"
-        return f"the snapshot of step {step} is in memory only ({why}): run again on this host"
+        if newest is not None and not self._snapshots.is_durable(step):
+            return f"the snapshot of step {step} is in memory only ({why}): run again on this host"
+        if last_step is not None and not self._snapshots.is_durable(last_step):
+            return f"the state after the last step was not saved ({why}): run again"
+        return None
 
-    def _is_durable(self, step: int) -> bool:
-        durable = self._ledger.record.checkpoint
-        return durable is not None and durable.step >= step
+    def _break_off(self, error: EverstepError) -> None:
+        """Tell the journal of an end that is no attempt's doing."""
+        now, record = clock.now(), self._ledger.record
+        if record.attempt is not None:
+            self._ledger.add(AttemptEnded(time=now, attempt=record.attempt, step=None))
+        self._decided(Verdict(action=Action.GIVE_UP, reason=str(error)))
+        self._ledger.add(RunEnded(time=now, exit_code=error.exit_code, reason=str(error)))
 
     # ------------------------------------------------------------------ what reaches it from outside
 
@@ -341,7 +366,9 @@ class Node:
         self._stop = StopRequested(time=clock.now(), cause=cause, source=signum.name)
         self._ledger.add(self._stop)
         again = "; Ctrl-C again stops at once" if cause is StopCause.USER else ""
-        self._console.say(f"{signum.name}: saving, then stopping (up to {self._options.grace:g} s){again}")
+        self._console.say(
+            f"{signum.name}: all ranks save the same step and stop; they have {self._options.grace:g} s{again}"
+        )
         self._stop_seen.set()
         asyncio.get_running_loop().call_later(self._options.grace, self._end_now, "grace")
         self._drive_stop()
@@ -358,5 +385,5 @@ class Node:
             self._pulse.end_attempt()
 
 
-def _is_fine(task: asyncio.Task[Resume]) -> bool:
+def _is_fine(task: asyncio.Task[Any]) -> bool:
     return task.cancelled() or task.exception() is None

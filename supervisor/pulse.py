@@ -42,7 +42,7 @@ class Pulse:
         self._attempt, self._options, self._ledger = attempt, options, ledger
         self._snapshots, self._savepoints, self._console = snapshots, savepoints, console
         self._wants_stop = drive_stop
-        self._stop_asked = False
+        self._stop_proposed = self._stop_forwarded = False
         now = clock.monotonic()
         self._snapshot_at = self._checkpoint_at = self._progress_at = now
         self._first_step_said = False
@@ -63,6 +63,7 @@ class Pulse:
             self._note_progress()
             self._want_due_saves()
             self._savepoints.pump()
+            self._attempt.reap_adopted()
             self._attempt.offer_slot(self._snapshots.offer())
             self._wants_stop()
             self._console.progress(self._line())
@@ -178,15 +179,16 @@ class Pulse:
         """Pursue a stop that was asked for, by what the workers are doing right now."""
         attempt = self._attempt
         attempt.stopping = True
-        if self._stop_asked or attempt.ended.is_set():
+        if self._stop_proposed or attempt.ended.is_set():
             return
         if attempt.in_session:
-            self._stop_asked = True
+            self._stop_proposed = True
             self._savepoints.want(ProposalFlag.STOP | ProposalFlag.CHECKPOINT)
         elif not attempt.seats:
             self.end_attempt()  # still starting: there is nothing to save
-        elif not attempt.has_session:
-            self._stop_asked = True  # a script without a Session may have a handler of its own
+        elif not attempt.has_session and not self._stop_forwarded:
+            # it may have a handler of its own, and may open a Session yet
+            self._stop_forwarded = True
             processes.send([s.pid for s in attempt.seats.values() if s.end is None], signal.SIGTERM)
         # else: restoring, or its loop is over already: it gets the grace period
 

@@ -11,6 +11,7 @@ from supervisor.attempt import Attempt, Seat
 from supervisor.edge import clock
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
+from supervisor.errors import EverstepError
 from supervisor.ledger import Ledger
 from supervisor.model import CheckpointRejected, ProposalFlag, Raised, Resumed, WorkersReady
 from supervisor.resume import Resume
@@ -114,26 +115,34 @@ class Reception:
 
     def _on_saved(self, seat: Seat, message: Message) -> None:
         step = int(message["step"])
-        whole = self._snapshots.part(
-            seat.rank,
-            self._attempt.world_size or 0,
-            self._attempt.number,
-            step=step,
-            slot=int(message["slot"]),
-            seconds=float(message["seconds"]),
-            size=int(message["bytes"]),
-            metrics=_numbers(message["metrics"]),
-        )
+        try:
+            whole = self._snapshots.part(
+                seat.rank,
+                self._attempt.world_size or 0,
+                self._attempt.number,
+                step=step,
+                slot=int(message["slot"]),
+                seconds=float(message["seconds"]),
+                size=int(message["bytes"]),
+                metrics=_numbers(message["metrics"]),
+            )
+        except EverstepError as error:
+            self._save_failed(step, str(error))
+            return
         if whole:
             self._attempt.offer_slot(self._snapshots.offer())
             self._saved(step, self._savepoints.served(step))
 
     def _on_save_failed(self, seat: Seat, message: Message) -> None:
-        step = int(message["step"])
-        self._snapshots.abandon(step)
+        if seat.rank == 0:  # a save fails on all ranks alike
+            self._save_failed(int(message["step"]), str(message["reason"]))
+
+    def _save_failed(self, step: int, reason: str) -> None:
+        moved = self._snapshots.abandon(step, reason)
         self._savepoints.failed(step)
-        if seat.rank == 0:
-            self._console.say(f"the snapshot of step {step} failed: {message['reason']}; training goes on")
+        self._attempt.offer_slot(self._snapshots.offer())
+        elsewhere = f"; its slot lies in {moved} from now on" if moved else ""
+        self._console.say(f"the snapshot of step {step} failed: {reason}{elsewhere}; training goes on")
 
     def _on_request(self, seat: Seat, message: Message) -> None:
         self._savepoints.request(int(message["step"]))

@@ -1,6 +1,7 @@
 """Where an attempt resumes: the newest consistent state that is still whole, nearest tier first.
 
-A snapshot in this node's RAM wins when it is at least as new as the newest checkpoint; its files were whole when
+A snapshot in this node's RAM wins when it is at least as new as the newest checkpoint: by attempt first, so that what a run
+on another host has done meanwhile is not thrown away for an older state of this one. Its files were whole when
 ``slot.json`` was written, and their sizes are checked. A checkpoint is verified by all of its digests before any rank is
 told of it, so all ranks alike skip a damaged one for the newest good one. Where there are checkpoints and none is good, the
 job is not begun anew behind its user's back: that is an error.
@@ -40,19 +41,23 @@ def choose(
     Raises CheckpointError when there are checkpoints and none of them is good, StorageError when they cannot be listed.
     """
     rejected: list[tuple[Path, str]] = []
+    ram: Resume | None = None
     if snapshot is not None and snapshot[0] not in skip:
         folder, record = snapshot
         try:
-            whole = slots.read_slot(folder, key)
+            if slots.read_slot(folder, key) is not None:
+                ram = Resume(record.step, Tier.RAM, folder)
         except CheckpointError as error:
-            whole = None
             rejected.append((folder, str(error)))
-        listed = catalog.list_checkpoints(checkpoints, key)
-        newest = max((known.step for known in listed if known.problem is None), default=-1)
-        if whole is not None and record.step >= newest:
-            return Resume(record.step, Tier.RAM, folder)
+        listed = [known for known in catalog.list_checkpoints(checkpoints, key) if known.problem is None]
+        if ram is not None and (record.attempt, record.step) >= max(map(_age, listed), default=(-1, -1)):
+            return ram
     good, refused = catalog.newest_good(checkpoints, key, skip=skip)
     rejected += [(bad.path, bad.problem or "damaged") for bad in refused]
+    if ram is not None and snapshot is not None:
+        record = snapshot[1]
+        if good is None or (record.attempt, record.step) > _age(good):
+            return Resume(ram.step, ram.tier, ram.path, tuple(rejected))
     if good is None:
         if refused or any(path.parent == checkpoints for path in skip):
             what = f"{rejected[0][0].name}: {rejected[0][1]}" if rejected else "they could not be loaded"
@@ -62,3 +67,8 @@ def choose(
             )
         return Resume(rejected=tuple(rejected))
     return Resume(good.step, Tier.CHECKPOINT, good.path, tuple(rejected))
+
+
+def _age(record: catalog.CheckpointRecord) -> tuple[int, int]:
+    """Later attempts are newer whatever their step."""
+    return (record.manifest.origin.attempt if record.manifest else -1, record.step)

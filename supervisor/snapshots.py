@@ -19,7 +19,7 @@ from pathlib import Path
 from supervisor.checkpoint import catalog, commit, slots
 from supervisor.checkpoint.manifest import Key, Origin
 from supervisor.decide.retention import RetentionPolicy, to_remove
-from supervisor.edge import clock
+from supervisor.edge import clock, jobdir
 from supervisor.errors import CheckpointError, EverstepError
 from supervisor.model import (
     CheckpointCommitted,
@@ -73,6 +73,7 @@ class Snapshots:
         self._saves: dict[int, _Save] = {}
         self._complete: dict[int, slots.SlotRecord] = {}  # slot → its complete snapshot
         self._offered: int | None = None
+        self._failed: int | None = None  # the slot that the last save failed in: another one is tried next
         self._draining: int | None = None
         self._waiting = False
         self._task: asyncio.Task[None] | None = None
@@ -94,13 +95,18 @@ class Snapshots:
     def offer(self) -> int | None:
         """The slot to write next; None while all others are being drained."""
         if self._offered is None:
-            newest = self._newest_slot()
-            free = [index for index in range(SLOTS) if index not in (newest, self._draining)]
+            busy = (self._newest_slot(), self._draining, self._failed)
+            free = [index for index in range(SLOTS) if index not in busy]
             if free:
                 # an empty one first, else the oldest
-                self._offered = min(free, key=lambda i: self._complete[i].step if i in self._complete else -1)
-                slots.invalidate(self._slots[self._offered])
-                self._complete.pop(self._offered, None)
+                chosen = min(free, key=lambda i: _age(self._complete[i]) if i in self._complete else (-1, -1))
+                try:
+                    slots.invalidate(self._slots[chosen])
+                except (EverstepError, OSError) as error:
+                    self.failure = str(error)
+                    return None
+                self._complete.pop(chosen, None)
+                self._offered = chosen
         return self._offered
 
     def newest(self) -> tuple[Path, slots.SlotRecord] | None:
@@ -122,13 +128,16 @@ class Snapshots:
         self.flush_fact()
 
     def _newest_slot(self) -> int | None:
-        return max(self._complete, key=lambda index: self._complete[index].step, default=None)
+        return max(self._complete, key=lambda index: _age(self._complete[index]), default=None)
 
     def part(
         self, rank: int, world_size: int, attempt: int, *, step: int, slot: int, seconds: float, size: int,
         metrics: dict[str, float],
     ) -> bool:  # fmt: skip
-        """One rank's part of the snapshot of ``step`` is whole; returns whether all are now."""
+        """One rank's part of the snapshot of ``step`` is whole; returns whether all are now.
+
+        Raises ValueError for a slot that was not offered, StorageError when the snapshot cannot be declared whole.
+        """
         if slot != self._offered:
             raise ValueError(f"slot {slot} was not offered")
         save = self._saves.setdefault(step, _Save(slot))
@@ -139,6 +148,7 @@ class Snapshots:
         if len(save.ranks) < world_size:
             return False
         self._saves.clear()
+        self._offered, self._failed = None, slot
         record = slots.write_slot(
             self._slots[slot],
             slots.SlotRecord(
@@ -151,8 +161,7 @@ class Snapshots:
             ),
             self._key,
         )
-        self._complete[slot] = record
-        self._offered = None
+        self._complete[slot], self._failed = record, None
         self._tell(
             SnapshotCompleted(
                 time=record.created, attempt=attempt, step=step, seconds=save.seconds, bytes=save.bytes
@@ -160,9 +169,16 @@ class Snapshots:
         )
         return True
 
-    def abandon(self, step: int) -> None:
-        """A rank could not write its part of ``step``."""
-        self._saves.pop(step, None)
+    def abandon(self, step: int, reason: str) -> str | None:
+        """``step`` could not be written: another slot is offered next, and this one moves from memory to disk.
+
+        Returns where to; None where it lies on disk already.
+        """
+        self._saves.clear()
+        self.failure = f"the snapshot of step {step} failed: {reason}"
+        if self._offered is not None:
+            self._failed, self._offered = self._offered, None
+        return None if self._failed is None else jobdir.move_slot_to_disk(self._slots[self._failed])
 
     def _tell(self, fact: SnapshotCompleted) -> None:
         self._said = fact
@@ -242,9 +258,13 @@ class Snapshots:
         if removed:
             self._fact(CheckpointsPruned(time=clock.now(), steps=tuple(sorted(removed))))
 
-    def known_good(self, step: int) -> None:
-        """A checkpoint of ``step`` has been verified: retention must leave a good one as new."""
-        self._good = max(step, self._good or 0)
+    def known_good(self, step: int | None) -> None:
+        """The newest checkpoint that verifies is the one of ``step`` (None: there is none)."""
+        self._good = step
+
+    def is_durable(self, step: int) -> bool:
+        """Whether a checkpoint of ``step`` or a later one was verified or committed in this run."""
+        return self._good is not None and self._good >= step
 
     def _prune(self) -> list[int]:
         records = catalog.list_checkpoints(self._checkpoints, self._key)
@@ -254,3 +274,8 @@ class Snapshots:
             if record.step in removed:
                 catalog.remove(record)
         return removed
+
+
+def _age(record: slots.SlotRecord) -> tuple[int, int]:
+    """Later attempts are newer whatever their step: they may have gone back behind a state that proved bad."""
+    return record.attempt, record.step

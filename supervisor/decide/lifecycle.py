@@ -253,6 +253,8 @@ def _resumed(record: JobRecord, fact: Resumed) -> JobRecord:
         record = record.with_(snapshot=None)
     if fact.tier is Tier.CHECKPOINT and (record.checkpoint is None or record.checkpoint.step != fact.step):
         record = record.with_(checkpoint=Point(step=fact.step, time=fact.time, path=fact.path))
+    if fact.tier is None:  # nor is there a checkpoint, whatever was once committed
+        record = record.with_(checkpoint=None)
     return record
 
 
@@ -280,8 +282,9 @@ def _progressed(record: JobRecord, step: int) -> JobRecord:
 
 
 def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
-    record = goodput.ended(record, fact.step)
-    record = _between(record)
+    record = _between(goodput.ended(record, fact.step))
+    if fact.total_steps is not None:
+        record = record.with_(total_steps=fact.total_steps)
     if fact.failure is None:
         return record
     repeated = record.failures_since_progress > 0 and record.last_failure is not None

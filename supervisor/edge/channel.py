@@ -1,8 +1,9 @@
 """The node supervisor's Unix socket: JSON lines from its workers, answers to those that ask.
 
 Only processes of the same user (by the kernel's peer credentials) are heard. A message is one JSON object a line with a
-``kind``; the handler returns None, or the answer. An answer may take its time (``resume`` waits for a verification)
-without holding up the other workers.
+``kind``; one with ``ask`` gets an answer: what the handler returns, or why it was refused. Nothing else is ever sent, so a
+worker never takes one answer for another. An answer may take its time (``resume`` waits for a verification) without
+holding up the other workers.
 
 Kinds and fields, worker → supervisor (``?``: answered):
 
@@ -32,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supervisor.errors import EverstepError
+
 LINE_LIMIT = 4 << 20  # bytes; a traceback can be long
 CLOSE_PATIENCE = 1.0  # seconds for answers under way
 
@@ -53,9 +56,10 @@ Handler = Callable[[Peer, Message], Awaitable[Message | None]]
 class Channel:
     """The listening socket. ``handler`` is called for each message; an exception in it refuses that message."""
 
-    def __init__(self, path: Path, handler: Handler) -> None:
+    def __init__(self, path: Path, handler: Handler, report: Callable[[str], None] = lambda _: None) -> None:
         self.path = path
         self._handler = handler
+        self._report = report
         self._server: asyncio.Server | None = None
         self._peers: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
 
@@ -98,12 +102,24 @@ class Channel:
             writer.close()
 
     async def _handle(self, peer: Peer, line: bytes) -> Message | None:
+        message: Any = None
         try:
             message = json.loads(line)
             if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
-                return {"refused": "not a message"}
-            return await self._handler(peer, message)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return {"refused": "not JSON"}
-        except (KeyError, TypeError, ValueError) as error:
-            return {"refused": f"malformed: {error!r}"}
+                raise TypeError("not a message")
+            answer = await self._handler(peer, message)
+            return (answer or {}) if message.get("ask") else None
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            EverstepError,
+            OSError,
+        ) as error:  # never the connection's end
+            refused = f"{type(error).__name__}: {error}"
+        if isinstance(message, dict) and message.get("ask"):
+            return {"refused": refused}
+        self._report(
+            f"a message of pid {peer.pid} was refused ({refused}): {line[:200].decode(errors='replace')}"
+        )
+        return None

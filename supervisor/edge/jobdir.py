@@ -8,6 +8,7 @@ stop (a file system without locks between hosts) can no longer commit.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -25,6 +26,7 @@ from supervisor.errors import JobError, StorageError
 
 FORMAT = 1
 LOCK_PATIENCE = 0.5  # seconds; `everstep status` looks at the lock for microseconds
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # e.g. Lustre mounted without flock
 SMALL_TMPFS = 512 << 20  # bytes; a container's default /dev/shm is 64 MiB
 
 
@@ -49,6 +51,8 @@ class JobDirectory:
         self.journal = self.path / "journal"
         self.attempts = self.path / "attempts"
         self.file = self.path / "job.json"
+        #: why the directory could not be locked: then the epoch alone fences rivals
+        self.unlocked: str | None = None
 
     def attempt(self, number: int) -> Path:
         """Where the logs and the evidence of one attempt lie."""
@@ -86,7 +90,12 @@ class JobDirectory:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except BlockingIOError:
+                except OSError as error:
+                    if error.errno in _NO_LOCKS:
+                        self.unlocked = error.strerror
+                        break
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise JobError(f"{self.path}/lock: {error.strerror}") from None
                     if clock.monotonic() > deadline:
                         handle.seek(0)
                         holder = handle.read().strip() or "another supervisor"
@@ -114,10 +123,13 @@ class JobDirectory:
             run_id = secrets.token_hex(8)
             new = JobFile(run_id, str(make_runtime(run_id)), 1, identity, command, clock.now())
         else:
-            runtime = Path(old.runtime)
-            if not _is_private(runtime):
-                runtime = make_runtime(old.run_id)
-            new = replace(old, epoch=old.epoch + 1, runtime=str(runtime), command=command)
+            run_id, runtime = old.run_id, Path(old.runtime)
+            if self._is_a_copy(runtime):
+                run_id = secrets.token_hex(8)
+                runtime = make_runtime(run_id)
+            elif not _is_private(runtime):
+                runtime = make_runtime(run_id)
+            new = replace(old, run_id=run_id, epoch=old.epoch + 1, runtime=str(runtime), command=command)
         try:
             temporary = self.file.with_suffix(".tmp")
             with open(temporary, "w") as handle:
@@ -128,6 +140,14 @@ class JobDirectory:
         except OSError as error:
             raise JobError(f"{self.file}: {error.strerror}") from None
         return new
+
+    def _is_a_copy(self, runtime: Path) -> bool:
+        """Whether the runtime directory belongs to another job directory, which this one was copied from (or to)."""
+        try:
+            owner = Path((runtime / "job").read_text())
+        except OSError:
+            return False
+        return owner != self.path and (owner / "job.json").exists()
 
     def fence(self, epoch: int) -> None:
         """Raise StorageError when a newer supervisor has taken the job."""
@@ -144,7 +164,7 @@ def make_runtime(run_id: str) -> Path:
     mine = root / f"everstep-{os.getuid()}"
     mine.mkdir(mode=0o700, exist_ok=True)
     if not _is_private(mine):
-        raise JobError(f"{mine} belongs to somebody else or is open to others: remove it, or set TMPDIR")
+        raise JobError(f"{mine} belongs to somebody else or is open to others: remove it")
     runtime = mine / run_id[:12]
     runtime.mkdir(mode=0o700, exist_ok=True)
     return runtime
@@ -155,14 +175,34 @@ def is_in_memory(runtime: Path) -> bool:
     return runtime.is_relative_to("/dev/shm")
 
 
-def lay_out_runtime(runtime: Path) -> None:
+def lay_out_runtime(runtime: Path, job: Path) -> None:
     """Make the control and slot folders; what an earlier supervisor left there stays (its snapshots are wanted)."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    stamp = runtime / "boot"
+    if stamp.exists() and stamp.read_text() != boot:
+        remove_runtime(runtime)  # on disk, and cut off by a reboot: nothing of it was synced
+        runtime.mkdir(mode=0o700, exist_ok=True)
     for name in ("control", "slots/0", "slots/1", "slots/2"):
         (runtime / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    stamp.write_text(boot)
+    (runtime / "job").write_text(str(job))
+
+
+def move_slot_to_disk(slot: Path) -> str | None:
+    """Let the slot lie in the temporary directory from now on, where it lay in memory; where, or None if it stays."""
+    if not is_in_memory(slot) or slot.is_symlink() or Path(tempfile.gettempdir()).is_relative_to("/dev/shm"):
+        return None
+    place = tempfile.mkdtemp(prefix=f"everstep-{os.getuid()}-slot-")
+    shutil.rmtree(slot, ignore_errors=True)
+    slot.symlink_to(place)
+    return place
 
 
 def remove_runtime(runtime: Path) -> None:
     """Leave nothing in this node's memory."""
+    for slot in runtime.glob("slots/*"):
+        if slot.is_symlink():
+            shutil.rmtree(slot.resolve(), ignore_errors=True)
     shutil.rmtree(runtime, ignore_errors=True)
 
 
@@ -177,7 +217,11 @@ def sweep_runtimes(keep: Path) -> None:
             file = job.read()
         except (OSError, JobError):
             continue  # cannot tell: not ours to remove
-        if file is None or file.runtime != str(runtime):
+        if file is not None:
+            gone = file.runtime != str(runtime)
+        else:  # deleted, or merely not mounted at present?
+            gone = not job.path.exists() and job.path.parent.is_dir() and any(job.path.parent.iterdir())
+        if gone:
             remove_runtime(runtime)
 
 

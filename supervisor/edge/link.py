@@ -68,7 +68,7 @@ class Link:
 
         Raises ProtocolError when the supervisor refuses, is gone, or does not answer in time.
         """
-        line = json.dumps({"kind": kind, **values}).encode() + b"\n"
+        line = json.dumps({"kind": kind, "ask": True, **values}).encode() + b"\n"
         with self._lock:
             try:
                 self._socket.settimeout(deadline)

@@ -1,7 +1,7 @@
 """Processes: spawn them, hear of their death at once, learn how they died, and leave none behind.
 
 The node supervisor is a *subreaper*: whatever an attempt leaves behind, however it was forked, becomes its child.
-So "everything of the attempt" is exactly "every descendant", and no process can hide by a double fork.
+So "everything of the attempt" is found among our descendants, and no process can hide by a double fork.
 
 A worker is torchrun's child, not ours, so its exit status is torchrun's to collect. We read it without collecting:
 from the pidfd where the kernel keeps it (Linux 6.15), else from ``/proc/<pid>/stat`` while it is still a zombie.
@@ -17,7 +17,7 @@ import os
 import signal
 import struct
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,8 +102,25 @@ def reap() -> dict[int, Exit]:
         ended[pid] = Exit.of_status(status)
 
 
-def descendants() -> list[int]:
-    """Every living process below this one (zombies left out), in no order."""
+def reap_adopted(keep: Collection[int]) -> None:
+    """Reap the orphans that were given to us and have ended, but none of ``keep``: their ends are somebody's evidence."""
+    while True:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid in keep:
+            return
+        os.waitpid(ended.si_pid, 0)
+
+
+def descendants(run_id: str, launchers: Collection[int] = ()) -> list[int]:
+    """Every living process below this one that belongs to the run ``run_id`` (zombies left out), in no order.
+
+    Below this process there may be others: children of the program that became us by exec, and, where we are a container's
+    first process, anybody's orphans. A direct child is the run's if it is one of ``launchers`` or bears the run's id in its
+    environment (or has overwritten that); what is below such a child is the run's in any case.
+    """
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -112,23 +129,28 @@ def descendants() -> list[int]:
             fields = Path(f"/proc/{entry}/stat").read_bytes().rsplit(b")", 1)[1].split()
         except (OSError, IndexError):
             continue  # it ended meanwhile
-        if fields[0] not in (b"Z", b"X"):
+        if fields[0] not in (b"Z", b"X"):  # a zombie's children were given to us already
             children.setdefault(int(fields[1]), []).append(int(entry))
-        else:  # a zombie's children were given to us already
-            continue
+    ours = [pid for pid in children.get(os.getpid(), []) if pid in launchers or _bears(pid, run_id)]
     found: list[int] = []
-    queue = [os.getpid()]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
+    while ours:
+        found += ours
+        ours = [child for pid in ours for child in children.get(pid, [])]
     return found
+
+
+def _bears(pid: int, run_id: str) -> bool:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return not environment.strip(b"\0") or f"EVERSTEP_RUN_ID={run_id}\0".encode() in environment
 
 
 def send(pids: Iterable[int], signum: signal.Signals) -> None:
     """Signal each process; those that are gone are no error."""
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or another user's by sudo
             os.kill(pid, signum)
 
 

@@ -23,6 +23,7 @@ from supervisor.training.world import World, say
 from supervisor.training.writer import DcpWriter, SnapshotWriter, Written
 
 _LONG: Final = 256  # steps that a save may be put off before that is said
+LAST_TRIES: Final = 3  # more, for the save after the last step
 
 
 class Saver:
@@ -57,7 +58,11 @@ class Saver:
             return False
         before = set_phase(self._keeper.words, Phase.SAVE)
         try:
-            return self._save_point(completed, flags, is_last=is_last)
+            stop = self._save_point(completed, flags, is_last=is_last)
+            for _ in range(LAST_TRIES if is_last else 0):  # no later save point will make up for this one
+                if self._failed:
+                    stop = self._save_point(completed, flags, is_last=True)
+            return stop
         finally:
             set_phase(self._keeper.words, before)
 

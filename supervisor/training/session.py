@@ -210,6 +210,10 @@ class Session:
             failure: EverstepError | None = None
             try:
                 self._step = self._training.load(candidate.path)
+                if self._step != candidate.step:
+                    raise CheckpointError(
+                        f"{candidate.path} holds step {self._step}, not {candidate.step}: it was written over"
+                    )
             except (CheckpointError, StateMismatchError) as error:
                 failure = error
             failures = self._world.gather(None if failure is None else (str(failure), type(failure)))

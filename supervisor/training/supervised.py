@@ -107,8 +107,8 @@ class Supervised:
         )
 
     def failed(self, target: Target, completed: int, reason: str) -> None:
-        """Tell it; the slot may be offered again."""
-        self._last_slot = 0
+        """Tell it; another slot will be offered."""
+        self._last_slot = target.code
         self._link.tell("save_failed", step=completed, slot=target.code - 1, reason=reason)
 
     def request(self, step: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,14 +21,4 @@ def job(tmp_path: Path) -> Iterator[harness.Job]:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Digests of the final weights of the same script under plain torchrun, without a Session."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run(
-        [
-            str(harness.BIN / "torchrun"), "--standalone", "--nproc-per-node=2", harness.TRAIN,
-            "--out", str(out), "--steps", str(STEPS), "--no-session",
-        ],
-        env=harness.environment(), check=True, timeout=harness.DEADLINE, capture_output=True,
-    )  # fmt: skip
-    found = harness.digests(out)
-    assert len(found) == 2
-    return found
+    return harness.plain_digests(tmp_path_factory.mktemp("undisturbed"), STEPS)

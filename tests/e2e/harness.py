@@ -186,3 +186,19 @@ def job(folder: Path) -> Iterator[Job]:
 def digests(out: Path) -> dict[str, str]:
     """What each rank wrote of its final weights."""
     return {path.name: path.read_text() for path in sorted(out.glob("digest-*"))}
+
+
+def plain_digests(out: Path, steps: int, ranks: int = 2) -> dict[str, str]:
+    """Digests of the final weights of the same script under plain torchrun, without a Session.
+
+    What counts is that every rank came to its last line. torchrun's own exit code does not: gloo aborts a process now and
+    then in its destructors, after that ("terminate called without an active exception", torch 2.13).
+    """
+    argv = [str(BIN / "torchrun"), "--standalone", f"--nproc-per-node={ranks}", TRAIN, "--out", str(out)]
+    result = subprocess.run(
+        [*argv, "--steps", str(steps), "--no-session"],
+        env=environment(), timeout=DEADLINE, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = digests(out)
+    assert len(found) == ranks, result.stdout + result.stderr
+    return found

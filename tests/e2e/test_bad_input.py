@@ -127,13 +127,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def forty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Digests of an undisturbed run of forty steps, without a Session."""
-    out = tmp_path_factory.mktemp("forty")
-    subprocess.run(
-        [str(harness.BIN / "torchrun"), "--standalone", "--nproc-per-node=2", harness.TRAIN, "--out", str(out),
-         "--steps", "40", "--no-session"],
-        env=harness.environment(), check=True, timeout=harness.DEADLINE, capture_output=True,
-    )  # fmt: skip
-    return digests(out)
+    return harness.plain_digests(tmp_path_factory.mktemp("forty"), 40)
 
 
 def flip(name: str, at: float) -> Callable[[Path], None]:

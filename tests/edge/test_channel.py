@@ -22,6 +22,8 @@ async def echo(peer: Peer, message: Message) -> Message | None:
         await asyncio.sleep(float(message["seconds"]))
     if message["kind"] == "bad":
         raise ValueError("no such thing")
+    if message["kind"] == "disk":
+        raise OSError(28, "No space left on device")
     return {"pid": peer.pid, **message} if message["kind"] != "quiet" else None
 
 
@@ -36,15 +38,20 @@ async def talk(path: Path, *lines: bytes) -> list[dict[str, object]]:
 
 def test_answers_refusals_and_garbage(tmp_path: Path) -> None:
     async def scenario() -> None:
-        channel = Channel(tmp_path / "socket", echo)
+        reports: list[str] = []
+        channel = Channel(tmp_path / "socket", echo, reports.append)
         await channel.open()
         answers = await talk(
-            channel.path, b'{"kind": "x"}\n', b'{"kind": "quiet"}\n', b"garbage\n", b"[1]\n", b'{"kind": "bad"}\n',
-            b'{"kind": "slow"}\n', b'{"kind": "y"}\n',
+            channel.path, b'{"kind": "x", "ask": true}\n', b'{"kind": "quiet"}\n', b"garbage\n", b"[1]\n",
+            b'{"kind": "bad"}\n', b'{"kind": "bad", "ask": true}\n', b'{"kind": "slow", "ask": true}\n',
+            b'{"kind": "disk", "ask": true}\n', b'{"kind": "quiet", "ask": true}\n', b'{"kind": "y", "ask": true}\n',
         )  # fmt: skip
-        assert answers[0] == {"kind": "x", "pid": os.getpid()}
-        assert [sorted(answer) for answer in answers[1:5]] == [["refused"]] * 4
+        assert answers[0] == {"kind": "x", "ask": True, "pid": os.getpid()}
+        assert [sorted(answer) for answer in answers[1:4]] == [["refused"]] * 3
+        assert "No space left" in str(answers[3]["refused"])
+        assert answers[4] == {}
         assert answers[5]["kind"] == "y"
+        assert len(reports) == 3  # garbage, no message, and one that is told and makes no sense
         await channel.close()
         assert not channel.path.exists()
 
@@ -55,8 +62,8 @@ def test_a_slow_answer_holds_up_nobody_else(tmp_path: Path) -> None:
     async def scenario() -> None:
         channel = Channel(tmp_path / "socket", echo)
         await channel.open()
-        slow = asyncio.create_task(talk(channel.path, b'{"kind": "slow", "seconds": 600}\n'))
-        assert await talk(channel.path, b'{"kind": "x"}\n')
+        slow = asyncio.create_task(talk(channel.path, b'{"kind": "slow", "seconds": 600, "ask": true}\n'))
+        assert await talk(channel.path, b'{"kind": "x", "ask": true}\n')
         assert not slow.done()
         slow.cancel()
         await channel.close()
@@ -74,7 +81,7 @@ def test_another_user_is_not_heard() -> None:
         code = (
             "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX); "
             "s.connect(sys.argv[1]); s.settimeout(10)\n"
-            'try:\n s.sendall(b\'{"kind": "x"}\\n\'); print("heard" if s.recv(100) else "dropped")\n'
+            'try:\n s.sendall(b\'{"kind": "x", "ask": true}\\n\'); print("heard" if s.recv(100) else "dropped")\n'
             'except ConnectionError:\n print("dropped")'
         )
         child = await asyncio.create_subprocess_exec(

@@ -78,18 +78,26 @@ def test_a_subreaper_finds_and_ends_what_was_forked_twice(tmp_path: Path) -> Non
             "import os, time\\nif os.fork(): os._exit(0)\\nos.setsid()\\nif os.fork(): os._exit(0)\\n"
             "open('up', 'w').close()\\ntime.sleep(60)"
         )
-        processes.spawn([sys.executable, "-c", escape], dict(os.environ), Path("log"))
+        stranger = os.fork()  # as a container's side program, started before us by the same shell
+        if stranger == 0:
+            time.sleep(60)
+            os._exit(0)
+        environment = {**os.environ, "EVERSTEP_RUN_ID": "r1"}
+        launcher = processes.spawn([sys.executable, "-c", escape], environment, Path("log"))
         deadline = time.monotonic() + 20
         while not os.path.exists("up") and time.monotonic() < deadline:
-            processes.reap()
-        found = processes.descendants()
+            processes.reap_adopted({launcher})
+        found = [pid for pid in processes.descendants("r1") if pid != launcher]
+        assert processes.descendants("r2") == []
         assert len(found) == 1, found
         processes.send(found, signal.SIGKILL)
         ended = {}
         while found[0] not in ended and time.monotonic() < deadline:
             ended |= processes.reap()
         assert ended[found[0]] == processes.Exit(signal=9), ended
-        assert processes.descendants() == []
+        assert processes.descendants("r1") == []
+        assert stranger not in ended
+        os.kill(stranger, signal.SIGKILL)
         """
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

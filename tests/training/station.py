@@ -32,6 +32,7 @@ class Station:
         self._pages: dict[int, ControlPage] = {}
         self._saved: dict[int, set[int]] = {}
         self._slot = 0
+        self._failed = 0
         self._serial = 0
         self._news = threading.Condition()
         (runtime / "control").mkdir(parents=True)
@@ -93,6 +94,11 @@ class Station:
                     stream.write(json.dumps(answer).encode() + b"\n")
                     stream.flush()
 
+    def _offer_next(self) -> None:
+        self._slot = (self._slot + 1) % 3
+        for page in self._pages.values():
+            page[Word.FREE_SLOT] = self._slot + 1
+
     def _hear(self, message: dict[str, Any]) -> dict[str, Any] | None:
         kind = message["kind"]
         if kind == "hello":
@@ -111,9 +117,11 @@ class Station:
             ranks = self._saved.setdefault(message["step"], set())
             ranks.add(len(ranks))
             if len(ranks) == self.world:
-                self._slot = (self._slot + 1) % 3
-                for page in self._pages.values():
-                    page[Word.FREE_SLOT] = self._slot + 1
+                self._offer_next()
+        if kind == "save_failed":
+            self._failed += 1
+            if self._failed % self.world == 0:
+                self._offer_next()
         if kind == "request" and self._on_request:
             self._on_request = False  # the other ranks ask for the same
             self.propose(message["step"], ProposalFlag.CHECKPOINT)
