@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsons
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,19 +12,14 @@ from supervisor.checkpoint import catalog
 from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.manifest import Key
 from supervisor.decide.retention import RetentionPolicy, to_remove
-from supervisor.edge import journal
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.errors import JobError, UsageError
-from supervisor.model import CheckpointCommitted, CheckpointRejected, Fact, Resumed, Tier
-
-#: path of a checkpoint → whether its bytes were right when they were last compared
-Verdicts = dict[Path, bool]
+from supervisor.replay import Replay
 
 
 def checkpoints_of(job: Path) -> Path:
     """Where a job keeps its checkpoints: where its newest one went, else the default place."""
-    newest = next((fact for fact in reversed(_facts(job)) if isinstance(fact, CheckpointCommitted)), None)
-    return Path(newest.path).parent if newest is not None else job / "checkpoints"
+    return _folded(job).checkpoints or job / "checkpoints"
 
 
 def show_list(job: Path, place: Path, *, json: bool, verify: bool) -> int:
@@ -35,7 +30,7 @@ def show_list(job: Path, place: Path, *, json: bool, verify: bool) -> int:
         records = [_verified(record, key) for record in records]
         verdicts = {record.path: record.problem is None for record in records}
     else:
-        verdicts = _known_verdicts(job) | {record.path: False for record in records if record.problem}
+        verdicts = _folded(job).verdicts | {record.path: False for record in records if record.problem}
     if json:
         _print_json([_plain(record, verdicts.get(record.path)) for record in records])
         return 0
@@ -106,24 +101,14 @@ def _verified(record: CheckpointRecord, key: Key | None) -> CheckpointRecord:
     return replace(record, problem="; ".join(problems) or None)
 
 
-def _known_verdicts(job: Path) -> Verdicts:
-    """What the journal knows: a checkpoint is compared byte by byte before an attempt resumes from it."""
-    verdicts: Verdicts = {}
-    for fact in _facts(job):
-        if isinstance(fact, CheckpointRejected):
-            verdicts[Path(fact.path)] = False
-        elif isinstance(fact, Resumed) and fact.tier is Tier.CHECKPOINT and fact.path is not None:
-            verdicts[Path(fact.path)] = True
-        elif isinstance(fact, CheckpointCommitted):  # written anew
-            verdicts.pop(Path(fact.path), None)
-    return verdicts
-
-
-def _facts(job: Path) -> Sequence[Fact]:
+def _folded(job: Path) -> Replay:
+    """What the journal knows."""
     directory = JobDirectory(job)
     if directory.read() is None and not (directory.path / "checkpoints").is_dir():
         raise JobError(f"no job in {directory.path}")
-    return list(journal.read(directory.journal, lambda _problem: None))
+    folded = Replay(directory.journal)
+    folded.advance()
+    return folded
 
 
 def _plain(record: CheckpointRecord, verified: bool | None) -> dict[str, object]:

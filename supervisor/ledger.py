@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from supervisor.decide import lifecycle
+from typing import Final
+
+from supervisor import replay
 from supervisor.edge.journal import Journal
 from supervisor.model import Fact, JobRecord
+from supervisor.replay import Replay
+
+SAVE_EVERY: Final = (
+    2000  # facts: a successor folds at most so many (about 50 ms), and then those since its start
+)
 
 
 class Ledger:
-    """``add`` writes a fact down, then folds it; ``record`` is the job as it stands."""
+    """``add`` folds a fact and writes it down; ``record`` is the job as it stands."""
 
-    def __init__(self, journal: Journal, record: JobRecord) -> None:
+    def __init__(self, journal: Journal, folded: Replay) -> None:
         self._journal = journal
-        self.record = record
+        self._folded = folded
+
+    @property
+    def record(self) -> JobRecord:
+        """The job as it stands."""
+        return self._folded.record
 
     def add(self, fact: Fact) -> None:
         """Raises the lifecycle's error for a fact that cannot happen now (a bug of ours)."""
-        self.record = lifecycle.apply(self.record, fact)
-        self._journal.append(fact)
+        self._folded.add(fact)
+        self._folded.wrote(self._journal.path.name, fact, self._journal.append(fact))
+        if self._folded.unsaved >= SAVE_EVERY:
+            self._save()
 
     def close(self) -> None:
         """Wait for what was written to be on storage."""
+        if self._folded.unsaved:
+            self._save()
         self._journal.close()
+
+    def _save(self) -> None:
+        content = self._folded.to_save(self._journal.path.name, self._journal.size)
+        if content is not None:
+            self._journal.put_beside(replay.FILE, content)

@@ -8,14 +8,14 @@ import socket
 from pathlib import Path
 
 from supervisor.config import Options
-from supervisor.decide import lifecycle
 from supervisor.edge import jobdir, journal
 from supervisor.edge.console import Console
 from supervisor.errors import UsageError
 from supervisor.ledger import Ledger
-from supervisor.model import JobRecord, State
+from supervisor.model import State
 from supervisor.node import STOP_SIGNALS, Node
 from supervisor.program import Program
+from supervisor.replay import Replay
 
 
 def run(options: Options, program: Program) -> int:
@@ -34,29 +34,31 @@ def _claim(options: Options, program: Program, job: jobdir.JobDirectory) -> int:
     with job.claim():
         console = Console(quiet=options.quiet)
         try:
-            record, problems = lifecycle.replay(journal.read(job.journal, console.say))
-            for problem in problems:
+            folded = Replay(job.journal)
+            folded.advance()
+            for problem in folded.problems:
                 console.say(f"journal: {problem}")
             job.check(program.identity)
-            if record.state is State.COMPLETED and not options.continue_:
-                console.say(f"{job.path} is finished (step {record.step}); --continue runs it on")
+            if folded.record.state is State.COMPLETED and not options.continue_:
+                console.say(f"{job.path} is finished (step {folded.record.step}); --continue runs it on")
                 return 0
-            return _own(options, program, job, record, console)
+            return _own(options, program, job, folded, console)
         finally:
             console.close()
 
 
 def _own(
-    options: Options, program: Program, job: jobdir.JobDirectory, record: JobRecord, console: Console
+    options: Options, program: Program, job: jobdir.JobDirectory, folded: Replay, console: Console
 ) -> int:
     file = job.open_epoch(program.identity, list(program.command))
-    if record.command and record.command != program.command:
-        console.say(f"the command line has changed; it was: {' '.join(record.command)}")
+    if folded.record.command and folded.record.command != program.command:
+        console.say(f"the command line has changed; it was: {' '.join(folded.record.command)}")
     runtime = Path(file.runtime)
-    jobdir.lay_out_runtime(runtime)
+    jobdir.lay_out_runtime(runtime, job.path)
     jobdir.sweep_runtimes(runtime)
-    (runtime / "job").write_text(str(job.path))
-    ledger = Ledger(journal.Journal(job.journal / f"{socket.gethostname()}.jsonl", console.say), record)
+    written = journal.Journal(job.journal / f"{socket.gethostname()}.jsonl", console.say)
+    folded.advance()  # a torn last line has its newline now
+    ledger = Ledger(written, folded)
     try:
         return asyncio.run(Node(options, program, job, file, ledger, console).run())
     finally:

@@ -15,11 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.decide import goodput, lifecycle
-from supervisor.edge import journal
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.live import Live, is_held, read_live
 from supervisor.errors import JobError
-from supervisor.model import JobRecord, Point, State
+from supervisor.model import JobRecord, State
+from supervisor.replay import Replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A consistent state of the job at ``step``."""
+
+    step: int
+    time: float | None  # None: it is not in the journal yet, so nobody noted when
+    path: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,41 +45,51 @@ class Status:
     total_steps: int | None
     rate: float | None
     goodput: float
-    snapshot: Point | None
+    snapshot: Held | None
+    checkpoint: Held | None
     metrics: dict[str, float]
     run_id: str | None = None
     problems: tuple[str, ...] = ()  # lines of the journal that could not be used
 
 
-def read_status(job_dir: Path, now: float) -> Status:
-    """The status of the job in ``job_dir``. Raises JobError when there is none or it cannot be read."""
-    job = JobDirectory(job_dir)
-    file = job.read()
-    if file is None and not job.journal.is_dir():
-        raise JobError(f"no job in {job.path}: `everstep run --dir {job_dir} …` starts one")
-    alive = is_held(job.path / "lock")
-    problems: list[str] = []
-    record, impossible = lifecycle.replay(journal.read(job.journal, problems.append))
-    if not alive:  # it may have been taken while the journal was read
+class Watch:
+    """Looks at one job again and again, and reads of its journal only what is new."""
+
+    def __init__(self, job_dir: Path) -> None:
+        self._given = job_dir
+        self._job = JobDirectory(job_dir)
+        self._folded = Replay(self._job.journal)
+
+    def look(self, now: float) -> Status:
+        """The job's status. Raises JobError when there is no job or it cannot be read."""
+        job = self._job
+        file = job.read()
+        if file is None and not job.journal.is_dir():
+            raise JobError(f"no job in {job.path}: `everstep run --dir {self._given} …` starts one")
         alive = is_held(job.path / "lock")
-    live = None
-    # before an attempt's first step, the pages may still be those of the one before
-    if (
-        alive
-        and file is not None
-        and record.attempt_first_time is not None
-        and record.host == socket.gethostname()
-    ):
-        live = read_live(Path(file.runtime))
-    return describe(
-        job.path,
-        record,
-        now,
-        alive=alive,
-        live=live,
-        run_id=file.run_id if file is not None else None,
-        problems=(*problems, *impossible),
-    )
+        self._folded.advance()
+        record = self._folded.record
+        if not alive:  # it may have been taken while the journal was read
+            alive = is_held(job.path / "lock")
+        live = None
+        # before an attempt's first step, the pages may still be those of the one before
+        started = record.attempt_first_time is not None
+        if alive and started and file is not None and record.host == socket.gethostname():
+            live = read_live(Path(file.runtime))
+        return describe(
+            job.path,
+            record,
+            now,
+            alive=alive,
+            live=live,
+            run_id=file.run_id if file is not None else None,
+            problems=self._folded.problems,
+        )
+
+
+def read_status(job_dir: Path, now: float) -> Status:
+    """The status of the job in ``job_dir``, once. Raises JobError when there is none or it cannot be read."""
+    return Watch(job_dir).look(now)
 
 
 def describe(
@@ -91,9 +110,12 @@ def describe(
         productive, supervised = goodput.at(record, step, now)
     total = live.total_steps if live and live.total_steps else record.total_steps
     metrics = {**record.metrics, "loss": live.loss} if live and live.loss is not None else record.metrics
-    snapshot = record.snapshot
+    snapshot, checkpoint = (
+        None if point is None else Held(step=point.step, time=point.time, path=point.path)
+        for point in (record.snapshot, record.checkpoint)
+    )
     if live and live.saved_step is not None and (snapshot is None or live.saved_step > snapshot.step):
-        snapshot = Point(step=live.saved_step, time=now)
+        snapshot = Held(step=live.saved_step, time=None)
     return Status(
         path=path,
         now=now,
@@ -106,6 +128,7 @@ def describe(
         rate=_rate(record, step, now) if alive else None,
         goodput=goodput.ratio(productive, supervised),
         snapshot=snapshot,
+        checkpoint=checkpoint,
         metrics=metrics,
         run_id=run_id,
         problems=problems,
@@ -137,8 +160,8 @@ def to_json(status: Status) -> dict[str, Any]:
             "attempt": failure.attempt,
             "time": failure.time,
         },
-        "snapshot": _point(status.snapshot, status.now),
-        "checkpoint": _point(record.checkpoint, status.now),
+        "snapshot": _held(status.snapshot, status.now),
+        "checkpoint": _held(status.checkpoint, status.now),
         "goodput": round(status.goodput, 6),
         "lost_steps": record.lost_steps,
         "limits": {
@@ -159,8 +182,8 @@ def to_text(status: Status) -> str:
         ("job", str(status.path)),
         ("state", status.state.value + (f": {status.reason}" if status.reason else "")),
         ("progress", _progress(status)),
-        ("snapshot", _point_text(status.snapshot, status.now)),
-        ("checkpoint", _point_text(record.checkpoint, status.now)),
+        ("snapshot", _held_text(status.snapshot, status.now)),
+        ("checkpoint", _held_text(status.checkpoint, status.now)),
         ("goodput", _goodput(status)),
     ]
     if failure is not None:
@@ -239,15 +262,18 @@ def _goodput(status: Status) -> str:
     return ", ".join(parts)
 
 
-def _point(point: Point | None, now: float) -> dict[str, Any] | None:
-    return None if point is None else {"step": point.step, "age_s": round(max(0.0, now - point.time), 3)}
+def _held(held: Held | None, now: float) -> dict[str, Any] | None:
+    if held is None:
+        return None
+    return {"step": held.step, "age_s": None if held.time is None else round(max(0.0, now - held.time), 3)}
 
 
-def _point_text(point: Point | None, now: float) -> str:
-    if point is None:
+def _held_text(held: Held | None, now: float) -> str:
+    if held is None:
         return "none"
-    where = f", {point.path}" if point.path else ""
-    return f"step {point.step}, {duration(now - point.time)} ago{where}"
+    age = "" if held.time is None else f", {duration(now - held.time)} ago"
+    where = f", {held.path}" if held.path else ""
+    return f"step {held.step}{age}{where}"
 
 
 def _count(number: int, noun: str) -> str:

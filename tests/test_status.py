@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from supervisor import status
 from supervisor.decide import lifecycle
+from supervisor.edge import journal
 from supervisor.edge.control import ControlPage, Word
-from supervisor.edge.journal import encode
+from supervisor.edge.journal import decode, encode
 from supervisor.edge.live import Live, is_held
 from supervisor.errors import JobError
 from supervisor.model import (
@@ -166,10 +167,38 @@ def test_a_live_job_shows_what_its_slowest_rank_has_done(held: Job) -> None:
     held.page(1, STEP=124, TOTAL_STEPS=200, SAVED_STEP=120)
     shown = held.read(now=1131.0)
     assert (shown["state"], shown["step"], shown["supervisor"]["alive"]) == ("running", 124, True)
-    assert shown["snapshot"]["step"] == 119
+    assert shown["snapshot"] == {"step": 119, "age_s": None}  # the page does not say when
+    assert "snapshot      step 119\n" in status.to_text(status.read_status(held.path, 1131.0))
     assert shown["metrics"] == {"loss": 1.5}
     assert shown["rate"] > 0
     assert 0 < shown["goodput"] < 1
+
+
+def test_a_snapshot_that_the_journal_knows_has_its_age(held: Job) -> None:
+    told = SnapshotCompleted(time=1125.0, attempt=1, step=119, seconds=0.01, bytes=1000)
+    held.journal([*running(), told])
+    held.page(0, STEP=125, SAVED_STEP=120)
+    assert held.read(now=1131.0)["snapshot"] == {"step": 119, "age_s": 6.0}
+
+
+def test_a_watch_reads_only_what_is_new(held: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    held.journal(running())
+    lines: list[bytes] = []
+
+    def counted(line: bytes) -> Fact | None:
+        lines.append(line)
+        return decode(line)
+
+    monkeypatch.setattr(journal, "decode", counted)
+    watch = status.Watch(held.path)
+    assert watch.look(1131.0).step == 100
+    assert len(lines) == len(running())
+    news = encode(Progress(time=1131.0, attempt=1, step=110, total_steps=200))
+    with open(held.path / "journal" / "node.jsonl", "ab") as file:
+        file.write(news)
+    assert watch.look(1132.0).step == 110
+    assert watch.look(1133.0).step == 110
+    assert lines[len(running()) :] == [news]
 
 
 def test_the_pages_of_a_dead_attempt_are_not_believed(held: Job) -> None:
