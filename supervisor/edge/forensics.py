@@ -7,29 +7,20 @@ import re
 from pathlib import Path
 
 TAIL_BYTES = 16 << 10
+REPORT_BYTES = 1 << 20  # torchrun's log holds every rank's output too where it was told to tee it
 #: torchrun's report of a failed worker, as it has written it since 2.0
 _FAILED = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
 
 
 def last_lines(path: Path, count: int = 20) -> tuple[str, ...]:
     """The last ``count`` lines of a log, or nothing when there is no log."""
-    try:
-        with open(path, "rb") as handle:
-            handle.seek(0, os.SEEK_END)
-            handle.seek(max(0, handle.tell() - TAIL_BYTES))
-            text = handle.read().decode(errors="replace")
-    except OSError:
-        return ()
+    text = _end_of(path, TAIL_BYTES).decode(errors="replace")
     return tuple(line.rstrip("\r") for line in text.splitlines()[-count:])
 
 
 def exit_codes_in(torchrun_log: Path) -> dict[int, int]:
-    """The exit code (negative: signal) of each worker, by pid, that torchrun reported as failed."""
-    try:
-        text = torchrun_log.read_bytes()
-    except OSError:
-        return {}
-    return {int(pid): int(code) for code, _, pid in _FAILED.findall(text)}
+    """The exit code (negative: signal) of each worker, by pid, that torchrun reported as failed near the log's end."""
+    return {int(pid): int(code) for code, _, pid in _FAILED.findall(_end_of(torchrun_log, REPORT_BYTES))}
 
 
 def oom_kills() -> int:
@@ -56,6 +47,16 @@ def host_now() -> dict[str, float]:
         "load_1m": load[0],
         "processes": len(psutil.pids()),
     }
+
+
+def _end_of(path: Path, count: int) -> bytes:
+    """At most the last ``count`` bytes; empty when the file cannot be read."""
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(max(0, handle.seek(0, os.SEEK_END) - count))
+            return handle.read(count)
+    except OSError:
+        return b""
 
 
 def _oom_sources() -> list[tuple[Path, str]]:
