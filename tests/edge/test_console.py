@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
 
-from supervisor.edge.console import Console
+import pytest
+
+from supervisor.edge.console import BAR_PERIOD, MOST_HELD, Console, _Tail
 
 
 class Pipe:
@@ -105,3 +108,106 @@ def test_a_terminal_gets_a_progress_line_below_the_output(tmp_path: Path) -> Non
     console.close()
     os.close(slave)
     os.close(master)
+
+
+def test_an_output_that_is_full_and_non_blocking_is_waited_for(tmp_path: Path) -> None:
+    """The flag belongs to the open file, so a program that shares our terminal or pipe can set it on us."""
+    pipe = Pipe()
+    os.set_blocking(pipe.writer, False)
+    console = Console(out=pipe.writer, err=pipe.writer)
+    (tmp_path / "log").write_bytes(
+        b"".join(b"%099d\n" % n for n in range(30000))
+    )  # far more than a pipe holds
+    console.follow(tmp_path / "log", "")
+    console.say("still here")
+    lines = shown(console, pipe).splitlines()
+    assert lines[:-1] == [f"{n:099d}" for n in range(30000)]
+    assert lines[-1] == "everstep: still here"
+
+
+def test_a_full_disk_loses_what_it_refuses_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, full, refused = Pipe(), [True], threading.Event()
+    real = os.write
+
+    def write(fd: int, data: bytes) -> int:
+        if fd == pipe.writer and full[0]:
+            refused.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    console = Console(err=pipe.writer)
+    console.say("lost")
+    assert refused.wait(20)
+    full[0] = False
+    console.say("printed")
+    assert shown(console, pipe) == "everstep: printed\n"
+
+
+def test_a_log_that_cannot_be_read_for_a_while_ends_nothing(tmp_path: Path) -> None:
+    pipe = Pipe()
+    console = Console(out=pipe.writer, err=pipe.writer)
+    (tmp_path / "broken").mkdir()  # opening it is an error, and so is reading on storage that fails
+    (tmp_path / "log").write_text("one\n")
+    console.follow(tmp_path / "broken", "")
+    console.follow(tmp_path / "log", "")
+    assert os.read(pipe.reader, 100) == b"one\n"
+    (tmp_path / "broken").rmdir()
+    (tmp_path / "broken").write_text("two\n")
+    assert os.read(pipe.reader, 100) == b"two\n"
+    assert shown(console, pipe) == ""
+
+
+def test_a_progress_bar_is_seen_before_its_line_ends(tmp_path: Path) -> None:
+    pipe = Pipe()
+    console = Console(out=pipe.writer, err=pipe.writer)
+    (tmp_path / "log").write_bytes(b"\r 10%\r 20%\r 30%")
+    console.follow(tmp_path / "log", "[rank0] ")
+    assert os.read(pipe.reader, 100) == b"[rank0]  20%\n"
+    with open(tmp_path / "log", "ab") as log:
+        log.write(b"\r100%\nnext\n")
+    assert shown(console, pipe) == "[rank0] 100%\n[rank0] next\n"
+
+
+def printed(*chunks: bytes, every: float = BAR_PERIOD) -> list[bytes]:
+    """The lines that come of chunks that are read ``every`` so many seconds."""
+    tail, lines = _Tail(Path("log"), b""), []
+    for number, chunk in enumerate(chunks, 1):
+        lines += tail.take(chunk)
+        lines += tail.due(number * every)
+    return lines + tail.end()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "lines"),
+    [
+        ([b"one\n\ntwo"], [b"one", b"", b"two"]),
+        ([b"dos\r\nends\r", b"\n"], [b"dos", b"ends"]),
+        ([b"\r1", b"\r2", b"\r3\n"], [b"1", b"3"]),
+        ([b"\r1\r", b"2\r", b"\r", b"\n"], [b"1", b"2"]),
+        ([b"\r1\r2\r   \r\n"], [b"2"]),
+        ([b"\r1\r2\r", b"    \r", b"after\n"], [b"2", b"after"]),
+        ([b"\r1\r2"], [b"1", b"2"]),
+        ([b"\r1\r2\r"], [b"2"]),
+    ],
+)
+def test_what_is_printed_of_carriage_returns(chunks: list[bytes], lines: list[bytes]) -> None:
+    assert printed(*chunks) == lines
+
+
+def test_a_fast_progress_bar_is_printed_once_a_second() -> None:
+    drawings = [b"\r%03d" % n for n in range(101)]
+    assert printed(*drawings, every=BAR_PERIOD / 10) == [
+        *(b"%03d" % (n - 1) for n in range(1, 101, 10)),
+        b"100",
+    ]
+
+
+def test_a_line_without_end_is_not_held() -> None:
+    tail, lines, chunk = _Tail(Path("log"), b""), [], b"x" * 1000
+    for _ in range(1000):
+        lines += tail.take(chunk)
+        assert len(tail.rest) <= MOST_HELD
+    lines += tail.end()
+    assert b"".join(lines) == chunk * 1000
+    assert len(lines) <= 1000 * 1000 / MOST_HELD + 1
