@@ -12,6 +12,8 @@ time, that is no consequence*. Consequences are, whenever there is an end that i
 
 If there is no other end, a communication error is the cause: a link broke, or a rank hung. A rank that left with code 0
 before its Session had left the loop, while others had not, is a cause too: nothing was wrong with it, but its peers wait.
+So is one that left the loop in order but before the last step (``break`` on one rank only), if others lost a peer: even if
+they were noticed first, as it closes its connections a while before its process ends.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def classify(evidence: AttemptEvidence, time: float) -> Failure | None:
     if cause is not None:
         return _failure(cause, evidence, time)
     # nobody but those who lost a peer: one that left before them, if only with code 0, may be the peer they lost
-    left = next((end for end in evidence.ends if end.exit_code == 0 and not end.closed), None)
-    if left is not None and not (suspects and suspects[0].monotonic < left.monotonic):
+    left = next((end for end in evidence.ends if _left_others_waiting(end, bool(suspects))), None)
+    if left is not None and (left.closed or not suspects or left.monotonic <= suspects[0].monotonic):
         return _early_exit(left, evidence, time)
     if suspects or evidence.ends:
         return _failure((suspects or evidence.ends)[0], evidence, time)
@@ -66,6 +68,11 @@ def _finished(evidence: AttemptEvidence) -> bool:
 def _left_in_order(end: RankEnd, evidence: AttemptEvidence) -> bool:
     """Code 0 is in order after the loop, and in a program without a Session always."""
     return end.exit_code == 0 and (end.closed or not evidence.has_session)
+
+
+def _left_others_waiting(end: RankEnd, others_failed: bool) -> bool:
+    """It left with code 0 and did not finish: out of its loop, or in order but, as it said, before the last step."""
+    return end.exit_code == 0 and (not end.closed or (end.completed is False and others_failed))
 
 
 def _is_consequence(end: RankEnd, evidence: AttemptEvidence) -> bool:

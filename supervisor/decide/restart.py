@@ -4,7 +4,9 @@ A rule answers only whether trying again is pointless for this kind of failure; 
 The record is the one *after* the AttemptEnded was applied, so it already counts this failure.
 
 The first failure since progress is answered at once: most are one-off, and each second is a second of all ranks. Only
-repeated failures without progress pause before the next try, doubling from one second to a minute.
+repeated failures without progress pause before the next try, doubling from one second to a minute. A network that fails
+before the first step (names, downloads, the rendezvous) takes its time to come back: those pauses begin at the first
+failure, with five seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from supervisor.model import Action, Failure, FailureKind, JobRecord, StopCause,
 Rule = Callable[[JobRecord, Failure], str | None]
 
 _LONGEST_DELAY = 60.0
+_NETWORK_DELAY = 5.0
 
 
 def _always(answer: str | None) -> Rule:
@@ -72,13 +75,19 @@ def decide(record: JobRecord, failure: Failure) -> Verdict:
             action=Action.GIVE_UP,
             reason=f"giving up: {failure.reason}; {count} without progress, --max-failures allows {allowed}",
         )
-    delay = 0.0 if failures <= 1 else min(_LONGEST_DELAY, 2.0 ** min(failures - 2, 10))
+    delay = _delay(failure, failures)
     when = f"in {delay:g} s" if delay else "now"
     return Verdict(
         action=Action.RESTART,
         delay=delay,
         reason=f"restarting {when}: {failure.reason} (failure {failures} of {allowed} without progress)",
     )
+
+
+def _delay(failure: Failure, failures: int) -> float:
+    if failure.kind is FailureKind.COMMUNICATION and not failure.step:
+        return min(_LONGEST_DELAY, _NETWORK_DELAY * 2.0 ** min(failures - 1, 10))
+    return 0.0 if failures <= 1 else min(_LONGEST_DELAY, 2.0 ** min(failures - 2, 10))
 
 
 def decide_stop(record: JobRecord, stop: StopRequested) -> Verdict:

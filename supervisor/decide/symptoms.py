@@ -59,6 +59,17 @@ COMMUNICATION = "|".join(
     )
 )
 
+#: what a network or a service that will be back sounds like, in the words of the usual clients
+NETWORK = "|".join(
+    (
+        r"name resolution|name or service not known|getaddrinfo failed|network is unreachable",
+        r"connection timed out|read timed out|(connect|urlopen).* timed out|max retries exceeded with url",
+        r"^(HTTP Error )?(429|5\d\d)\b",
+        r"EOF occurred in violation of protocol|remote end closed connection",
+    )
+)
+_HTTP_ERRORS = ("HTTPException", "HTTPError", "URLError", "SSLError", "RequestException", "HfHubHTTPError")
+
 RECOGNISERS: tuple[Recogniser, ...] = (
     # ours
     Recogniser(FailureKind.STATE_MISMATCH, types=("StateMismatchError",)),
@@ -87,6 +98,23 @@ RECOGNISERS: tuple[Recogniser, ...] = (
         types=("DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError"),
     ),
     Recogniser(FailureKind.COMMUNICATION, pattern=COMMUNICATION),
+    Recogniser(
+        FailureKind.COMMUNICATION,
+        types=(
+            "gaierror",
+            "herror",
+            "TimeoutError",
+            "Timeout",
+            "ConnectTimeout",
+            "ReadTimeout",
+            "IncompleteRead",
+            "ClientConnectionError",
+            "ClientConnectorError",
+            "EndpointConnectionError",
+            "ConnectError",
+        ),
+    ),
+    Recogniser(FailureKind.COMMUNICATION, types=(*_HTTP_ERRORS, "OSError"), pattern=NETWORK),
     # numbers
     Recogniser(FailureKind.NUMERIC, types=("FloatingPointError",)),
     Recogniser(

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import http.client
 import signal
+import socket
+import ssl
+import urllib.error
 from dataclasses import replace
 from typing import Any
 
@@ -172,6 +176,20 @@ class TestEarlyExit:
         broke = threw(0, exception(ValueError), at=2)
         assert failure(evidence(left, broke, has_session=False)).rank == 0
 
+    def test_a_rank_that_broke_out_of_its_loop_alone(self) -> None:
+        left = end(1, 1.0, exit_code=0, closed=True, completed=False)
+        found = failure(evidence(left, lost_peer(0, at=1.1)))
+        assert (found.kind, found.rank) == (FailureKind.EARLY_EXIT, 1)
+        late = replace(left, monotonic=2.0)  # its connections were closed before its process ended
+        assert failure(evidence(late, lost_peer(0, at=1.1))).kind is FailureKind.EARLY_EXIT
+        done = replace(left, completed=True)
+        assert failure(evidence(done, lost_peer(0, at=1.1))).kind is FailureKind.COMMUNICATION
+        assert failure(evidence(left, threw(0, exception(KeyError, "x"), at=2))).rank == 0
+
+    def test_all_ranks_may_break_out_of_their_loops(self) -> None:
+        ends = (end(rank, exit_code=0, closed=True, completed=False) for rank in range(2))
+        assert classify(evidence(*ends), 0) is None
+
     def test_a_rank_whose_loop_was_over_is_not_to_blame(self) -> None:
         left = end(1, 1.0, exit_code=0, closed=True)
         assert failure(evidence(left, threw(0, exception(KeyError, "x"), at=2))).rank == 0
@@ -272,6 +290,50 @@ class TestKinds:
         assert found.kind is FailureKind.STARTUP
         assert found.reason.startswith(f"rank 0 raised {what.type}")
         assert "before its first step" in found.reason
+
+    @pytest.mark.parametrize(
+        "what",
+        [
+            exception(socket.gaierror, "[Errno -3] Temporary failure in name resolution"),
+            exception(TimeoutError, "[Errno 110] Connection timed out"),
+            exception(urllib.error.URLError, "<urlopen error [Errno -3] Temporary failure in name resolution>"),
+            exception(urllib.error.URLError, "<urlopen error timed out>"),
+            exception(urllib.error.HTTPError, "HTTP Error 503: Service Unavailable"),
+            exception(http.client.IncompleteRead, "IncompleteRead(7 bytes read)"),
+            exception(http.client.RemoteDisconnected, "Remote end closed connection without response"),
+            exception(ssl.SSLError, "[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol"),
+            raised("requests.exceptions.ConnectionError", "Max retries exceeded with url: /x"),
+            raised("requests.exceptions.ReadTimeout", "Read timed out. (read timeout=10)"),
+            raised("requests.exceptions.HTTPError", "502 Server Error: Bad Gateway for url: https://h/x"),
+            raised("huggingface_hub.errors.HfHubHTTPError", "504 Server Error: Gateway Time-out for url: x"),
+            raised("requests.exceptions.HTTPError", "429 Client Error: Too Many Requests for url: https://h/x"),
+            raised("botocore.exceptions.EndpointConnectionError", "Could not connect to the endpoint URL"),
+            raised("aiohttp.client_exceptions.ClientConnectorError", "Cannot connect to host h:443"),
+        ],
+    )  # fmt: skip
+    def test_a_network_that_fails_is_no_fault_of_the_programs(self, what: Raised) -> None:
+        for step in (None, 41):
+            found = failure(evidence(threw(0, what, step=step), step=step))
+            assert found.kind is FailureKind.COMMUNICATION
+
+    @pytest.mark.parametrize(
+        "what",
+        [
+            exception(urllib.error.HTTPError, "HTTP Error 404: Not Found"),
+            raised("requests.exceptions.HTTPError", "403 Client Error: Forbidden for url: https://h/502 Server Error"),
+            exception(ssl.SSLCertVerificationError, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"),
+            exception(RuntimeError, "a timeout of 5 s is too short"),
+        ],
+    )  # fmt: skip
+    def test_a_refusal_over_the_network_is_an_exception(self, what: Raised) -> None:
+        assert failure(evidence(threw(0, what))).kind is FailureKind.EXCEPTION
+
+    def test_a_lost_network_is_no_echo_of_a_rank_that_broke(self) -> None:
+        """At the start every rank may fail like this: the first is named, whatever the others say."""
+        what = exception(socket.gaierror, "[Errno -3] Temporary failure in name resolution")
+        found = failure(evidence(threw(0, what, at=1, step=None), lost_peer(1, at=1.2), step=None))
+        assert found.rank == 0
+        assert "gaierror" in found.reason
 
     def test_wrong_arguments_to_the_script(self) -> None:
         lines = ("usage: train.py [-h]", "train.py: error: unrecognized arguments: --lrr")

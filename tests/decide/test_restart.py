@@ -118,6 +118,13 @@ def test_only_repeated_failures_wait_and_never_long() -> None:
     assert delays == [0, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
 
 
+def test_a_network_that_fails_at_the_start_is_given_time() -> None:
+    lost = failure(FailureKind.COMMUNICATION, step=None, exception="gaierror: [Errno -3] Temporary failure")
+    verdicts = [restart.decide(record(n, allowed=5, previous=lost), lost) for n in range(1, 7)]
+    assert [verdict.delay for verdict in verdicts] == [5, 10, 20, 40, 60, 0]
+    assert [verdict.action for verdict in verdicts] == [Action.RESTART] * 5 + [Action.GIVE_UP]
+
+
 def test_a_stop_that_was_asked_for_is_carried_out_whatever_broke() -> None:
     verdict = restart.decide(record(99, stop=preempted()), failure(FailureKind.STARTUP))
     assert verdict.action is Action.STOP
