@@ -17,6 +17,11 @@ import signal
 import sys
 from typing import Any
 
+if sys.version_info < (3, 11):  # noqa: UP036 (it is the user's interpreter, whichever that is)
+    print(f"everstep: Python 3.11 or newer is required, {sys.executable} is {sys.version_info[0]}.{sys.version_info[1]}",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)  # as for wrong arguments: trying again is of no use
+
 PR_SET_PDEATHSIG = 1
 IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 #: a signal that nobody sends: torchrun wants at least one to handle

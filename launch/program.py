@@ -52,13 +52,12 @@ class Program:
 
     @property
     def identity(self) -> str:
-        """What may not change from run to run of one job: the script (relative where it lies below the cwd) or module."""
+        """What may not change from run to run of one job, wherever it is run from: the script's real path, or the module."""
         if self.form is Form.MODULE:
             return f"-m {self.target}"
         if self.form is Form.COMMAND and os.sep not in self.target:
             return self.target
-        relative = os.path.relpath(self.target)
-        return os.path.abspath(self.target) if relative.startswith(os.pardir) else relative
+        return os.path.realpath(self.target)
 
     @property
     def launcher_folder(self) -> str:

@@ -13,6 +13,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+if sys.version_info < (3, 11):  # noqa: UP036 (it is the user's interpreter, whichever that is)
+    print(f"everstep: Python 3.11 or newer is required, {sys.executable} is {sys.version_info[0]}.{sys.version_info[1]}",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)  # as for wrong arguments: trying again is of no use
+
 
 class _BesideUs:
     """Finds our two packages in ``root``, and nothing else."""

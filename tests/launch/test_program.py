@@ -231,19 +231,42 @@ def test_who_redirects(words: str, environ: dict[str, str], redirect: str) -> No
 @pytest.mark.parametrize(
     ("command", "name", "identity"),
     [
-        ("python3 train.py", "train", "train.py"),
-        ("python3 ./pkg/../train.py", "train", "train.py"),
-        ("python3 {cwd}/train.py", "train", "train.py"),
-        ("python3 /usr/bin/env", "env", "/usr/bin/env"),
-        ("python3 pkg", "pkg", "pkg"),
+        ("python3 train.py", "train", "{cwd}/train.py"),
+        ("python3 ./pkg/../train.py", "train", "{cwd}/train.py"),
+        ("python3 {cwd}/train.py", "train", "{cwd}/train.py"),
+        ("python3 link.py", "link", "{cwd}/train.py"),
+        ("python3 /usr/../etc/hostname", "hostname", "/etc/hostname"),
+        ("python3 pkg", "pkg", "{cwd}/pkg"),
         ("torchrun -m pkg.train", "train", "-m pkg.train"),
         ("torchrun --no-python bash x", "bash", "bash"),
-        ("torchrun --no-python ./run.sh", "run", "run.sh"),
+        ("torchrun --no-python ./run.sh", "run", "{cwd}/run.sh"),
     ],
 )
 def test_name_and_identity(command: str, name: str, identity: str) -> None:
+    Path("link.py").symlink_to("train.py")
     program = parse(command.format(cwd=os.getcwd()).split(), {})
-    assert (program.name, program.identity) == (name, identity)
+    assert (program.name, program.identity) == (name, identity.format(cwd=os.path.realpath(".")))
+
+
+def test_the_identity_does_not_hang_on_the_current_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("pkg/train.py").touch()
+    here = parse(["python3", "train.py"], {}).identity
+    monkeypatch.chdir("pkg")
+    assert parse(["python3", "../train.py"], {}).identity == here
+    assert parse(["python3", "train.py"], {}).identity != here
+
+
+@pytest.mark.parametrize("file", [AGENT, f"{WORKER}/__main__.py"])
+def test_an_interpreter_that_is_too_old_is_told_so(file: str) -> None:
+    pretend = (
+        "import runpy, sys\n"
+        "sys.version_info = (3, 10, 4, 'final', 0)\n"
+        f"sys.argv[0] = {file!r}\n"
+        f"runpy.run_path({file!r}, run_name='__main__')\n"
+    )
+    result = subprocess.run([PYTHON, "-c", pretend], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2  # as for wrong arguments: not to be tried again
+    assert result.stderr == f"everstep: Python 3.11 or newer is required, {PYTHON} is 3.10\n"
 
 
 @pytest.mark.parametrize(
