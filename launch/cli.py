@@ -129,7 +129,11 @@ def _run_parser(commands: Any) -> _Parser:
         "run", help="run or resume a job", usage=RUN_USAGE, description=RUN_TEXT, epilog=RUN_END
     )
     job = parser.add_argument_group("the job")
-    job.add_argument("--dir", metavar="D", help="job directory (default: everstep-runs/<script name>)")
+    job.add_argument(
+        "--dir",
+        metavar="D",
+        help="job directory (default: everstep-runs/<name>, under SLURM <name>-<job id>)",
+    )
     job.add_argument("--name", metavar="NAME", help="the job's name (default: the script's)")
     job.add_argument("--config", metavar="FILE", help="file of options (default: everstep.yaml, if there)")
     job.add_argument(
@@ -153,7 +157,9 @@ def _run_parser(commands: Any) -> _Parser:
         "--max-failures", metavar="N", help="failures without progress before it gives up (default: 5)"
     )
     stopping.add_argument(
-        "--max-preemptions", metavar="N", help="preemptions before it gives up (default: 100)"
+        "--max-preemptions",
+        metavar="N",
+        help="preemptions without progress before it gives up (default: 100)",
     )
     stopping.add_argument(
         "--grace", metavar="TIME", help="time a stop may take to save the state (default: 60s)"
@@ -188,7 +194,16 @@ def _with_directory(options: Options, program: Program) -> Options:
 
     if options.dir is not None:
         return options
-    return replace(options, dir=RUNS / (options.name or program.name))
+    return replace(options, dir=RUNS / ((options.name or program.name) + _cluster_suffix(os.environ)))
+
+
+def _cluster_suffix(environ: Mapping[str, str]) -> str:
+    """``-4711`` in SLURM job 4711, ``-4711_3`` in task 3 of its array: the same when it is requeued, and no other job's."""
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        return f"-{array}_{task}"
+    job = environ.get("SLURM_JOB_ID") or environ.get("SLURM_JOBID")
+    return f"-{job}" if job else ""
 
 
 def run_job(options: Options, program: Program) -> int:

@@ -8,7 +8,6 @@ from json import dumps
 from pathlib import Path
 
 from supervisor import status as statuses
-from supervisor.decide import lifecycle
 from supervisor.edge import clock
 
 PERIOD = 1.0  # seconds between two looks
@@ -28,6 +27,6 @@ def status(job: Path, *, json: bool, watch: bool) -> int:
         elif watch and not json:
             text += "\n"
         print(text, flush=True)
-        if not watch or (not found.alive and lifecycle.is_over(found.record.state)):
+        if not watch or not found.alive:  # killed or in order: without a supervisor nothing will change
             return 0
         time.sleep(PERIOD)

@@ -107,7 +107,7 @@ class Options:
     """All options of one ``everstep run``. Contradictions raise ConfigError."""
 
     dir: Path | None = None
-    """The job directory. None: ``everstep-runs/<name>``, filled in by the command line."""
+    """The job directory. None: ``everstep-runs/<name>``, under SLURM ``<name>-<job id>``; filled in by the command line."""
     name: str | None = None
     """The job's name. None: the script's."""
     checkpoints: Path | None = None
@@ -125,7 +125,7 @@ class Options:
     max_failures: int = 5
     """Give up after this many failures without progress (newly committed steps) in between; 0: at the first."""
     max_preemptions: int = 100
-    """Give up after this many preemptions over the job's life."""
+    """Give up after this many preemptions without progress (newly committed steps) in between; 0: at the first."""
     grace: float = 60.0
     """Seconds that a stop may take to save the state, before everything is killed."""
     quiet: bool = False

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from supervisor.checkpoint.catalog import step_directory
 from supervisor.checkpoint.commit import drain
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.journal import Journal
-from supervisor.model import CheckpointCommitted, CheckpointRejected, Resumed, Tier
+from supervisor.model import (
+    AttemptStarted,
+    CheckpointCommitted,
+    CheckpointRejected,
+    Resumed,
+    RunStarted,
+    Tier,
+)
 from tests.checkpoint.tools import flip_bit, origin, write_source
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +33,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name in ("EVERSTEP_DEBUG", "EVERSTEP_KEY"):
+    slurm = ("SLURM_JOB_ID", "SLURM_JOBID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    for name in ("EVERSTEP_DEBUG", "EVERSTEP_KEY", *slurm):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -138,6 +147,49 @@ def test_options_end_where_the_program_begins(monkeypatch: pytest.MonkeyPatch) -
     assert program.arguments == ("--quiet", "--dir", "x", "--", "--continue")
     assert (second.dir, second.continue_, second.quiet) == (Path("everstep-runs/mine"), True, True)
     assert (third.dir, third.keep_best.count) == (Path("d"), 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "directory"),
+    [
+        ({"SLURM_JOB_ID": "4711"}, "train-4711"),
+        ({"SLURM_JOB_ID": "4714", "SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "3"}, "train-4711_3"),
+        ({"SLURM_JOB_ID": "4711", "SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "4"}, "train-4711_4"),
+        ({"SLURM_JOBID": "4711"}, "train-4711"),
+        ({"SLURM_JOB_ID": ""}, "train"),
+    ],
+)
+def test_each_slurm_job_has_a_directory_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], directory: str
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(cli, "run_job", lambda options, program: seen.append(options.dir) or 0)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    Path("train.py").touch()
+    assert cli.call("run python train.py".split()) == 0
+    assert cli.call("run --dir d python train.py".split()) == 0
+    assert seen == [Path("everstep-runs") / directory, Path("d")]
+
+
+def test_watching_ends_with_a_supervisor_that_was_killed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cwd: Path
+) -> None:
+    directory = JobDirectory(cwd / "job")
+    with directory.claim():
+        directory.open_epoch("train.py", ["python", "train.py"])
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it goes on"))
+    assert call(capsys, "status", "--watch", "--json", "--dir", "job")[0] == 0
+    journal = Journal(directory.journal / "here.jsonl", lambda problem: None)
+    journal.append(
+        RunStarted(
+            time=1, epoch=1, host="h", pid=1, command=(), version="0", max_failures=5, max_preemptions=5
+        )
+    )
+    journal.append(AttemptStarted(time=2, attempt=0))
+    journal.close()
+    code, out, _ = call(capsys, "status", "--watch", "--json", "--dir", "job")
+    assert (code, json.loads(out)["state"]) == (0, "preempted")
 
 
 def test_list(capsys: pytest.CaptureFixture[str], job: Path) -> None:
