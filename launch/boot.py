@@ -14,22 +14,19 @@ import io
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launch import mainmodule, stepcount
+from launch import children, mainmodule, stepcount
+from launch.shield import SHIELDED
 from supervisor.edge import link as links
 from supervisor.edge.control import Phase, SessionFlag, Word
 from supervisor.edge.link import Link
 from supervisor.errors import EverstepError
 
 PR_SET_PDEATHSIG = 1
-#: signals that a cluster, a terminal or an operator may send to every process of a job
-SHIELDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 CANNOT_RUN = 127  # as a shell says that a command cannot be started
 
 
@@ -87,7 +84,7 @@ def _shield(link: Link) -> None:
     """While a Session is open, a signal to the whole tree does not kill the worker whose state is about to be saved.
 
     Without one it does what Python would have done. A handler that the script installs takes the place of ours;
-    forked children (data loader workers) get Python's own back, so that ``terminate()`` ends them.
+    what its children do is said in ``launch/children.py``.
     """
     page = link.page
 
@@ -103,34 +100,7 @@ def _shield(link: Link) -> None:
     for number in SHIELDED:
         signal.signal(number, shield)
         signal.siginterrupt(number, False)  # the script's system calls are not to notice
-    _unshield_forked(shield)
-
-
-def _unshield_forked(shield: Callable[[int, FrameType | None], None]) -> None:
-    """Python's own handlers in forked children.
-
-    The signals are held back over the fork: one that comes before the child has changed its handlers would be lost,
-    because Python forgets in a child what it was about to handle.
-    """
-    masks = threading.local()
-
-    def before() -> None:
-        masks.saved = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
-
-    def after() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masks.saved)
-
-    def in_child() -> None:
-        for number in SHIELDED:
-            if signal.getsignal(number) is shield:
-                _restore_default(number)
-        after()
-
-    os.register_at_fork(before=before, after_in_parent=after, after_in_child=in_child)
-
-
-def _restore_default(number: signal.Signals) -> None:
-    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    children.install(link, shield)
 
 
 def _execute(link: Link, words: list[str]) -> NoReturn:

@@ -111,10 +111,10 @@ def install(page: ControlPage) -> None:
         hooks.register_optimizer_step_post_hook(counter.after)
         os.register_at_fork(after_in_child=counter.stop)
 
-    sys.meta_path.insert(0, _AfterLoad(MODULE, register))
+    sys.meta_path.insert(0, AfterLoad(MODULE, register))
 
 
-class _AfterLoad:
+class AfterLoad:
     """Calls ``then`` with the module ``name`` right after its first load, and leaves no trace of itself."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
@@ -124,6 +124,7 @@ class _AfterLoad:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """The spec that the other finders find, set to call ``then``."""
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,7 @@ import pytest
 
 from supervisor.model import FirstStep, Resumed, SnapshotCompleted, State, StopCause, WorkersReady
 from tests.e2e.conftest import STEPS
-from tests.e2e.harness import Job, digests, torchrun
+from tests.e2e.harness import DEADLINE, PROGRAMS, Job, digests, environment, torchrun
 
 SLOW = ("--pause", "0.05")
 
@@ -57,6 +58,30 @@ def test_a_stop_saves_and_the_same_command_carries_on(
     assert [fact.step for fact in job.facts(Resumed)] == [0, *resumed_from]
     assert job.record.lost_steps == 0
     assert digests(out) == undisturbed
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_signal_to_the_whole_tree_spares_the_data_loaders_workers(
+    job: Job, tmp_path: Path, method: str
+) -> None:
+    """torch would raise in the training loop, before the agreed save, were one of them to die of it."""
+    script = str(PROGRAMS / "loader.py")
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    command = torchrun("--out", out, "--method", method, script=script)
+    for attempt in range(2):
+        job.start([*command, *SLOW], "--snapshot-every", "never")
+        first = job.until_fact(FirstStep, lambda fact, n=attempt: fact.attempt == n)
+        stop(job, "tree")
+        assert job.wait() == 75, job.output
+        assert job.record.checkpoint is not None
+        assert job.record.checkpoint.step >= first.step
+        job.until_no_processes()
+    assert job.run(command) == 0, job.output
+    assert job.record.lost_steps == 0
+    undisturbed = torchrun("--out", plain, "--no-session", script=script)
+    undisturbed.insert(1, "--standalone")
+    subprocess.run(undisturbed, env=environment(), check=True, timeout=DEADLINE, capture_output=True)
+    assert digests(out) == digests(plain)
 
 
 def test_a_stop_before_the_first_step_saves_nothing_and_comes_back(job: Job, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_hello_and_the_page(listener: Listener) -> None:
     pid = listener.start([PYTHON, name])
     hello = listener.expect("hello")
     assert hello == {
-        "kind": "hello", "rank": 0, "local_rank": 0, "world_size": 1, "attempt": 7, "pid": pid, "from": 0,
+        "kind": "hello", "rank": 0, "local_rank": 0, "world_size": 1, "attempt": 7, "pid": pid, "from": 0, "ask": True,
     }  # fmt: skip
     listener.expect("ready")
     page = listener.page()
@@ -232,6 +232,101 @@ def test_forked_and_started_children_die_of_sigterm(listener: Listener) -> None:
     """)
     assert wait(listener.start([PYTHON, name])) == 0
     assert listener.log() == "-15 -15 True\n"
+
+
+STRANGER = """
+    import multiprocessing, os, signal, subprocess, sys, time
+    from supervisor.edge.link import current
+    from supervisor.edge.control import Word
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT)
+
+    def stranger(pid, numbers=NUMBERS):
+        words = [str(int(number)) for number in numbers]
+        code = "import os, sys; [os.kill(int(sys.argv[1]), int(number)) for number in sys.argv[2:]]"
+        subprocess.run([sys.executable, "-c", code, str(pid), *words], check=True)
+
+    def work(pipe):
+        for word in iter(pipe.recv, "end"):
+            if word == "subprocess":
+                other = subprocess.Popen(["sleep", "600"])
+                other.terminate()
+                word = other.wait(30)
+            elif word == "mask":
+                word = subprocess.check_output(["grep", "SigBlk", "/proc/self/status"], text=True).split()[1]
+            elif word == "handle":
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+            elif word == "torch":
+                import torch
+                torch.utils.data._utils.signal_handling._set_worker_signal_handlers()
+            pipe.send(word)
+
+    def child(method, *words):
+        context = multiprocessing.get_context(method)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs,))
+        process.start()
+        return process, lambda word: (ours.send(word), ours.recv())[1]
+"""
+
+
+def stranger(text: str) -> str:
+    main = textwrap.indent(textwrap.dedent(text), "    ")
+    return script(textwrap.dedent(STRANGER) + "\nif __name__ == '__main__':" + main)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_children_outlive_a_signal_to_the_whole_tree_but_not_their_parents(
+    listener: Listener, method: str
+) -> None:
+    name = stranger(f"""
+        page = current().page
+        page[Word.SESSION] = 1
+        process, ask = child({method!r})
+        stranger(process.pid)
+        print(ask("there"), ask("subprocess"), int(ask("mask"), 16))
+        process.terminate()
+        process.join(30)
+        print(process.exitcode)
+        process, ask = child({method!r})
+        page[Word.SESSION] = 3
+        ask("there")
+        stranger(process.pid, [signal.SIGUSR1])
+        process.join(30)
+        print(process.exitcode + signal.SIGUSR1)
+    """)
+    assert wait(listener.start([PYTHON, name])) == 0, listener.log()
+    assert listener.log() == "there -15 0\n-15\n0\n"
+
+
+def test_a_childs_own_handlers_meet_its_parents_signals_only(listener: Listener) -> None:
+    """Python's, though the child is inside a system call; and torch's, which ends a loader's worker with code 0."""
+    name = stranger("""
+        current().page[Word.SESSION] = 1
+        for word in ("handle", "torch"):
+            process, ask = child("fork")
+            ask(word)
+            stranger(process.pid)
+            print(ask("there"))
+            process.terminate()
+            process.join(30)
+            print(process.exitcode)
+    """)
+    assert wait(listener.start([PYTHON, name])) == 0, listener.log()
+    assert listener.log() == "there\n7\nthere\n0\n"
+
+
+def test_children_made_before_the_session_are_shielded_in_it(listener: Listener) -> None:
+    name = stranger("""
+        import supervisor.training
+        process, ask = child("fork")
+        ask("there")
+        current().page[Word.SESSION] = 1
+        stranger(process.pid)
+        print(ask("still there"))
+        process.kill()
+    """)
+    assert wait(listener.start([PYTHON, name])) == 0, listener.log()
+    assert listener.log() == "still there\n"
 
 
 # --------------------------------------------------------------------------- under torchrun
