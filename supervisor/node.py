@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -84,8 +85,9 @@ class Node:
             policy=options.retention,
             fence=lambda: job.fence(file.epoch),
             fact=ledger.add,
+            report=console.say,
         )
-        self._unloadable: set[Path] = set()
+        self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
         self._stop: StopRequested | None = None
         self._stop_seen = asyncio.Event()
         self._unsaved: str | None = None  # why the newest state is not durable
@@ -235,15 +237,13 @@ class Node:
         }
 
     async def _choose_resume(self) -> Resume:
-        resume = await asyncio.to_thread(
-            choose, self._snapshots.newest(), self._checkpoints, self._key, frozenset(self._unloadable)
-        )
+        resume = await asyncio.to_thread(choose, self._snapshots.newest(), self._checkpoints, self._key)
         now = clock.now()
         for path, reason in resume.rejected:
-            self._snapshots.drop(path)
             self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
             self._console.say(f"{path} is damaged: {reason}; skipping it")
         if resume.tier is not Tier.RAM:
+            self._snapshots.drop_all()
             self._snapshots.known_good(resume.step if resume.tier is Tier.CHECKPOINT else None)
         return resume
 
@@ -255,9 +255,10 @@ class Node:
         self._pulse.note_first_step()
         self._pulse.tell_progress()
         self._snapshots.reset()
-        self._unloadable |= self._reception.unloadable
+        self._unloadable.update(self._reception.unloadable)
         for path in self._reception.unloadable:
-            self._snapshots.drop(path)
+            if self._unloadable[path] > 1:  # once may be the moment's fault
+                self._snapshots.drop(path)
         evidence = attempt.evidence()
         completed = attempt.finished and all(seat.completed is not False for seat in attempt.seats.values())
         stopped = self._stop is not None and not (completed and not self._was_told_to_leave(attempt))

@@ -13,7 +13,7 @@ from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
 from supervisor.errors import EverstepError
 from supervisor.ledger import Ledger
-from supervisor.model import CheckpointRejected, ProposalFlag, Raised, Resumed, WorkersReady
+from supervisor.model import ProposalFlag, Raised, Resumed, WorkersReady
 from supervisor.resume import Resume
 from supervisor.savepoints import SavePoints
 from supervisor.snapshots import Snapshots
@@ -110,8 +110,7 @@ class Reception:
         path, reason = Path(str(message["path"])), str(message["reason"])
         if message["damaged"] and path not in self.unloadable:
             self.unloadable.add(path)
-            self._ledger.add(CheckpointRejected(time=clock.now(), path=str(path), reason=reason))
-            self._console.say(f"{path}: {reason}; skipping it")
+            self._console.say(f"rank {seat.rank} cannot load {path}: {reason}")
 
     def _on_saved(self, seat: Seat, message: Message) -> None:
         step = int(message["step"])

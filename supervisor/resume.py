@@ -9,7 +9,6 @@ job is not begun anew behind its user's back: that is an error.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,6 @@ def choose(
     snapshot: tuple[Path, slots.SlotRecord] | None,
     checkpoints: Path,
     key: Key | None,
-    skip: Collection[Path],
 ) -> Resume:
     """Pick the state to resume from. Reads whole checkpoints: call it in a thread.
 
@@ -42,7 +40,7 @@ def choose(
     """
     rejected: list[tuple[Path, str]] = []
     ram: Resume | None = None
-    if snapshot is not None and snapshot[0] not in skip:
+    if snapshot is not None:
         folder, record = snapshot
         try:
             if slots.read_slot(folder, key) is not None:
@@ -52,17 +50,17 @@ def choose(
         listed = [known for known in catalog.list_checkpoints(checkpoints, key) if known.problem is None]
         if ram is not None and (record.attempt, record.step) >= max(map(_age, listed), default=(-1, -1)):
             return ram
-    good, refused = catalog.newest_good(checkpoints, key, skip=skip)
+    good, refused = catalog.newest_good(checkpoints, key)
     rejected += [(bad.path, bad.problem or "damaged") for bad in refused]
     if ram is not None and snapshot is not None:
         record = snapshot[1]
         if good is None or (record.attempt, record.step) > _age(good):
             return Resume(ram.step, ram.tier, ram.path, tuple(rejected))
     if good is None:
-        if refused or any(path.parent == checkpoints for path in skip):
-            what = f"{rejected[0][0].name}: {rejected[0][1]}" if rejected else "they could not be loaded"
+        if refused:
             raise CheckpointError(
-                f"{checkpoints} holds checkpoints, but none that is whole ({what}): "
+                f"{checkpoints} holds checkpoints, but none that is whole "
+                f"({refused[0].path.name}: {refused[0].problem}): "
                 "bring a good one back, or start anew in another --dir"
             )
         return Resume(rejected=tuple(rejected))

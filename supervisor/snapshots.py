@@ -66,10 +66,12 @@ class Snapshots:
         policy: RetentionPolicy,
         fence: Callable[[], None],
         fact: Callable[[Fact], None],
+        report: Callable[[str], None],
     ) -> None:
         self._slots = [runtime / "slots" / str(index) for index in range(SLOTS)]
         self._checkpoints = checkpoints
         self._stamp, self._key, self._policy, self._fence, self._fact = stamp, key, policy, fence, fact
+        self._report = report
         self._saves: dict[int, _Save] = {}
         self._complete: dict[int, slots.SlotRecord] = {}  # slot → its complete snapshot
         self._offered: int | None = None
@@ -120,6 +122,11 @@ class Snapshots:
             if folder == path and index in self._complete:
                 slots.invalidate(folder)
                 del self._complete[index]
+
+    def drop_all(self) -> None:
+        """Forget every snapshot: the attempt resumes from a checkpoint that is newer, or better."""
+        for folder in self._slots:
+            self.drop(folder)
 
     def reset(self) -> None:
         """The attempt is over: its half-written saves are void."""
@@ -254,7 +261,11 @@ class Snapshots:
                 bytes=manifest.bytes, metrics=dict(manifest.origin.metrics),
             )
         )  # fmt: skip
-        removed = await asyncio.to_thread(self._prune)
+        try:
+            removed = await asyncio.to_thread(self._prune)
+        except (EverstepError, OSError) as error:
+            self._report(f"old checkpoints could not be removed: {error}")
+            return
         if removed:
             self._fact(CheckpointsPruned(time=clock.now(), steps=tuple(sorted(removed))))
 

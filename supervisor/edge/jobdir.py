@@ -108,9 +108,15 @@ class JobDirectory:
             yield
 
     def check(self, identity: str) -> None:
-        """Raise JobError when the directory holds the job of another program."""
+        """Raise JobError when the directory holds the job of another program.
+
+        A script of the same name in another place is the same one if it has gone from where it was.
+        """
         old = self.read()
-        if old is not None and old.identity != identity:
+        if old is None or old.identity == identity:
+            return
+        moved = Path(old.identity).name == Path(identity).name and not os.path.exists(old.identity)
+        if not moved:
             raise JobError(
                 f"{self.path} holds the job of {old.identity}, not of {identity}: give another --dir"
             )
@@ -129,7 +135,14 @@ class JobDirectory:
                 runtime = make_runtime(run_id)
             elif not _is_private(runtime):
                 runtime = make_runtime(run_id)
-            new = replace(old, run_id=run_id, epoch=old.epoch + 1, runtime=str(runtime), command=command)
+            new = replace(
+                old,
+                run_id=run_id,
+                epoch=old.epoch + 1,
+                runtime=str(runtime),
+                identity=identity,
+                command=command,
+            )
         try:
             temporary = self.file.with_suffix(".tmp")
             with open(temporary, "w") as handle:

@@ -25,6 +25,7 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parent.parent.parent
 DEADLINE = 120.0
 
+T = TypeVar("T")
 F = TypeVar("F", bound=Fact)
 
 
@@ -82,7 +83,7 @@ class Job:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {deadline} s:\n{self.output}") from None
 
-    def until(self, found: Callable[[], F | None], deadline: float = DEADLINE) -> F:
+    def until(self, found: Callable[[], T | None], deadline: float = DEADLINE) -> T:
         """Wait until ``found`` finds something; fails with the output when it does not, or the supervisor ends before."""
         limit = time.monotonic() + deadline
         while True:
@@ -100,7 +101,7 @@ class Job:
 
     def until_fact(
         self, kind: type[F], where: Callable[[F], bool] = lambda fact: True, deadline: float = DEADLINE
-    ) -> F:
+    ) -> T:
         """Wait for a fact in the journal."""
         return self.until(
             lambda: next((f for f in self.facts() if isinstance(f, kind) and where(f)), None), deadline

@@ -197,6 +197,8 @@ def test_without_any_good_checkpoint_the_job_is_not_begun_anew(finished: Path, t
     with harness.job(tmp_path / "job") as job:
         job.start(torchrun("--out", tmp_path / "out", "--steps", 40), "--continue")
         refused(job, 1, "none that is whole", "__1_0.distcp")
+        status = job.status()
+        assert (status["state"], status["exit_code"]) == ("failed", 1)
         assert not (tmp_path / "out").exists()
 
 
