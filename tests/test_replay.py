@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from supervisor import ledger, replay
@@ -54,6 +54,7 @@ def save(directory: Path, folded: Replay, name: str) -> bool:
     return content is not None
 
 
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])  # each example writes files
 @given(journals(), st.data())
 def test_folding_from_any_point_is_folding_the_whole(facts: list[Fact], data: st.DataObject) -> None:
     """Runs alternate between two nodes, the clock of one of which may lag; a watcher looks, and saves, now and then."""
@@ -76,6 +77,7 @@ def test_folding_from_any_point_is_folding_the_whole(facts: list[Fact], data: st
                 append(directory / node, replace(fact, time=fact.time - lag) if node[0] == "b" else fact)
 
 
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])  # each example writes files
 @given(journals())
 def test_what_an_owner_leaves_is_the_whole(facts: list[Fact]) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
