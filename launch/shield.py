@@ -118,8 +118,9 @@ def _interrupter(main: int) -> Callable[[], None]:
 def _execute_unblocked(take: Callable[[signal.struct_siginfo], None]) -> None:
     """Have ``subprocess`` start programs with the mask of before.
 
-    The calling thread is open for some microseconds only: what is pending is taken first, and ``fork_exec`` itself blocks
-    everything while it is at work.
+    The calling thread is open for some microseconds only (a stranger's signal in them does its worst): what is pending is taken
+    first, and ``fork_exec`` itself blocks everything while it is at work. A ``preexec_fn`` would leave no gap, but costs
+    a real fork, a copy of all page tables, for every program.
     """
     # over a fork an older one is inherited
     fork_exec = getattr(_posixsubprocess.fork_exec, "everstep", _posixsubprocess.fork_exec)
