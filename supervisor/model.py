@@ -193,9 +193,18 @@ class RunStarted(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Fact):
-    """Workers are being launched."""
+    """Workers are being launched, or (``standby``) were launched ahead and are let begin."""
 
     attempt: int
+    standby: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandbyReady(Fact):
+    """The workers of the next attempt have imported and wait. ``seconds``: since their launch."""
+
+    attempt: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +330,7 @@ class RunEnded(Fact):
 FACTS: dict[str, type[Fact]] = {
     cls.__name__: cls
     for cls in (
-        RunStarted, AttemptStarted, Resumed, WorkersReady, FirstStep, Progress, SnapshotCompleted,
+        RunStarted, AttemptStarted, StandbyReady, Resumed, WorkersReady, FirstStep, Progress, SnapshotCompleted,
         CheckpointCommitted, CheckpointFailed, CheckpointRejected, CheckpointsPruned, StopRequested,
         AttemptEnded, Decided, RunEnded,
     )

@@ -54,14 +54,14 @@ def read_status(job_dir: Path, now: float) -> Status:
     if not alive:  # it may have been taken while the journal was read
         alive = is_held(job.path / "lock")
     live = None
-    # before an attempt's first step, the pages may still be those of the one before
     if (
         alive
         and file is not None
+        and record.attempt is not None
         and record.attempt_first_time is not None
         and record.host == socket.gethostname()
     ):
-        live = read_live(Path(file.runtime))
+        live = read_live(Path(file.runtime), record.attempt)
     return describe(
         job.path,
         record,

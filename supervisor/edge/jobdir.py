@@ -156,7 +156,8 @@ def is_in_memory(runtime: Path) -> bool:
 
 
 def lay_out_runtime(runtime: Path) -> None:
-    """Make the control and slot folders; what an earlier supervisor left there stays (its snapshots are wanted)."""
+    """Make the control and slot folders; the snapshots that an earlier supervisor left stay (they are wanted)."""
+    shutil.rmtree(runtime / "control", ignore_errors=True)
     for name in ("control", "slots/0", "slots/1", "slots/2"):
         (runtime / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 

@@ -102,8 +102,8 @@ def reap() -> dict[int, Exit]:
         ended[pid] = Exit.of_status(status)
 
 
-def descendants() -> list[int]:
-    """Every living process below this one (zombies left out), in no order."""
+def descendants(root: int | None = None) -> list[int]:
+    """Every living process below ``root`` (None: this process; zombies left out), in no order."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -117,12 +117,51 @@ def descendants() -> list[int]:
         else:  # a zombie's children were given to us already
             continue
     found: list[int] = []
-    queue = [os.getpid()]
+    queue = [os.getpid() if root is None else root]
     while queue:
         below = children.get(queue.pop(), [])
         found += below
         queue += below
     return found
+
+
+def bears(pid: int, entry: str) -> bool:
+    """Whether ``NAME=value`` stood in the environment that the process was started with."""
+    try:
+        return os.fsencode(entry) in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False  # gone, or not ours to ask
+
+
+def reap_these(pids: Iterable[int]) -> None:
+    """Collect these of our children where they have ended, and leave the others' exit statuses alone."""
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def yield_cpu(pid: int) -> bool:
+    """Let whatever wakes up go before ``pid`` and its children to come; whether that could be done.
+
+    SCHED_BATCH, because everybody may leave it again: an unprivileged user can neither raise a nice value nor leave
+    SCHED_IDLE. Where we ourselves have a policy of our user's choice, it is kept.
+    """
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return False
+    try:
+        os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0))
+    except OSError:
+        return False  # gone, or a sandbox without scheduling policies
+    return True
+
+
+def compete_again(pids: Iterable[int]) -> None:
+    """Undo ``yield_cpu`` for every thread of each process."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 def send(pids: Iterable[int], signum: signal.Signals) -> None:
