@@ -206,6 +206,7 @@ class Attempt:
             step=seat.step if seat.page[Word.FIRST_STEP_NS] or seat.step else None,
             told_exit_code=seat.told_code,
             closed=seat.closed,
+            completed=seat.completed,
         )
         if self._on_end is not None:
             self._on_end(seat)

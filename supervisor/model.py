@@ -1,9 +1,8 @@
 """The vocabulary: what every other module speaks in. Standard library only, nothing mutable.
 
-A *step* count is always the number of completed optimizer steps, which is also the index of the
-next step to run: a checkpoint at step 1200 holds the state after steps 0 … 1199. Times named
-``time`` are Unix seconds (they go into the journal); those named ``monotonic`` come from
-``time.monotonic()`` and order the events of one node.
+A *step* count is always the number of completed optimizer steps, which is also the index of the next step to run: a
+checkpoint at step 1200 holds the state after steps 0 … 1199. Times named ``time`` are Unix seconds (they go into the
+journal); those named ``monotonic`` come from ``time.monotonic()`` and order the events of one node.
 """
 
 from __future__ import annotations
@@ -109,6 +108,7 @@ class RankEnd:
     raised: Raised | None = None
     step: int | None = None  # completed steps; None before the first report
     closed: bool = False  # its Session left the loop in order
+    completed: bool | None = None  # … and after the last step; None: it did not say
     oom_killed: bool = False
     last_lines: tuple[str, ...] = ()
 
@@ -327,14 +327,7 @@ class RunEnded(Fact):
 
 
 #: every fact by the name it bears in the journal
-FACTS: dict[str, type[Fact]] = {
-    cls.__name__: cls
-    for cls in (
-        RunStarted, AttemptStarted, StandbyReady, Resumed, WorkersReady, FirstStep, Progress, SnapshotCompleted,
-        CheckpointCommitted, CheckpointFailed, CheckpointRejected, CheckpointsPruned, StopRequested,
-        AttemptEnded, Decided, RunEnded,
-    )
-}  # fmt: skip
+FACTS: dict[str, type[Fact]] = {cls.__name__: cls for cls in Fact.__subclasses__()}
 
 
 # --------------------------------------------------------------------------- the job, folded from facts
@@ -374,8 +367,7 @@ class JobRecord:
     committed_step: int = -1  # newest step ever held whole (snapshot or checkpoint)
     failure_committed_step: int = -1  # committed_step at the time of the last failure
     last_failure: Failure | None = None
-    #: of the failure before the last one, if nothing was committed between
-    previous_fingerprint: str | None = None
+    previous_fingerprint: str | None = None  # of the failure before, if nothing was committed since
     snapshot: Point | None = None
     checkpoint: Point | None = None
     stop: StopRequested | None = None
@@ -399,10 +391,7 @@ class JobRecord:
     reason: str | None = None
 
     def with_(self, **changes: Any) -> JobRecord:
-        """A copy with other values in some fields: what ``dataclasses.replace`` does, ten times as fast.
-
-        A journal can hold 100 000 facts, and each makes a few records.
-        """
+        """``dataclasses.replace``, ten times as fast: a journal can hold 100 000 facts."""
         if not changes.keys() <= self.__dict__.keys():
             raise TypeError(f"a JobRecord has no {sorted(changes.keys() - self.__dict__.keys())}")
         record = object.__new__(JobRecord)

@@ -70,7 +70,7 @@ class Node:
         self._options, self._program, self._job, self._file = options, program, job, file
         self._ledger, self._console = ledger, console
         self._runtime = Path(file.runtime)
-        self._checkpoints = options.checkpoints_directory
+        self._checkpoints = options.checkpoints_directory.absolute()
         self._key = Key.from_environment()
         self._snapshots = Snapshots(
             self._runtime,
@@ -250,6 +250,7 @@ class Node:
         assert self._pulse is not None
         assert self._reception is not None
         self._pulse.note_first_step()
+        self._pulse.tell_progress()
         self._snapshots.reset()
         self._unloadable |= self._reception.unloadable
         for path in self._reception.unloadable:

@@ -136,11 +136,16 @@ class Pulse:
         if now - self._progress_at >= PROGRESS_PERIOD:
             self._progress_at = now
             self._snapshots.flush_fact()
+            self.tell_progress()
+
+    def tell_progress(self) -> None:
+        """Journal the step and the metrics as they are; nothing before the first step."""
+        if self._first_step_said:
             self._ledger.add(
                 Progress(
                     time=clock.now(),
                     attempt=self._attempt.number,
-                    step=step,
+                    step=min(self._attempt.steps),
                     total_steps=self._attempt.total_steps,
                     metrics=dict(self._attempt.metrics),
                 )

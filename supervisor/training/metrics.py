@@ -45,6 +45,11 @@ class Metrics:
             self._next = now + PERIOD
             self._publish(self.numbers())
 
+    def flush(self) -> None:
+        """Publish the newest values, whenever that was done last."""
+        if self._values:
+            self._publish(self.numbers())
+
     def numbers(self) -> dict[str, float]:
         """Every metric as a number. Raises UsageError for what is none."""
         for name, value in self._values.items():

@@ -192,10 +192,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave. An exception goes on its way, and nothing is saved."""
-        self._open = False
         in_order = kind is None or issubclass(kind, Stopped)
         if in_order:
             self._saver.flush()
+            self._metrics.flush()
+        self._open = False
         self._gradients.close()
         words = self._keeper.words
         set_phase(words, Phase.CLOSED)

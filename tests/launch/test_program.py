@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from supervisor.errors import UsageError
 
 PYTHON = sys.executable
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+#: what pip wrote into torchrun: python or python3 of the same environment
+TORCHRUNS = Path(TORCHRUN).read_text().partition("\n")[0].removeprefix("#!")
+ON_PATH = shutil.which("python3")
 OWN = [
     "--nnodes=1",
     "--node-rank=0",
@@ -75,10 +79,10 @@ def test_torchrun(words: str, form: Form, target: str, arguments: str, options: 
     program = parse(["torchrun", *words.split()], {})
     assert (program.form, program.target) == (form, target)
     assert program.arguments == tuple(arguments.split())
-    assert program.interpreter == PYTHON
+    assert program.interpreter == TORCHRUNS
     folder = [str(Path(TORCHRUN).parent)] if form is Form.RUN_PATH else []
     assert program.attempt_argv(29555) == [
-        PYTHON, AGENT, str(os.getpid()), TORCHRUN, *OWN, "--max-restarts=0", *options.split(),
+        TORCHRUNS, AGENT, str(os.getpid()), TORCHRUN, *OWN, "--max-restarts=0", *options.split(),
         WORKER, form.value, *folder, target, *arguments.split(),
     ]  # fmt: skip
 
@@ -247,8 +251,8 @@ def test_name_and_identity(command: str, name: str, identity: str) -> None:
     [
         (f"#!{PYTHON}\nimport x\n", [PYTHON]),
         (f"#!{PYTHON} -sP\n", [PYTHON, "-sP"]),
-        ("#!/usr/bin/env python3\n", [PYTHON]),
-        ("#!/usr/bin/env -S python3 -u\n", [PYTHON, "-u"]),
+        ("#!/usr/bin/env python3\n", [ON_PATH]),
+        ("#!/usr/bin/env -S python3 -u\n", [ON_PATH, "-u"]),
         (f"#!/bin/sh\n'''exec' {PYTHON} \"$0\" \"$@\"\n' '''\n", [PYTHON]),
         (f"#!/bin/sh\n'''exec' \"{PYTHON}\" \"$0\" \"$@\"\n' '''\n", [PYTHON]),
         ("#!/bin/bash\nexec torchrun\n", None),

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from supervisor.errors import ConfigError, StateMismatchError, UsageError
 from supervisor.training import Session
 
+ROOT = str(Path(__file__).parent.parent.parent)
+
 Tensor = torch.Tensor
 
 
@@ -343,12 +345,13 @@ def test_stock_dcp_reads_it_without_everstep(tmp_path: Path) -> None:
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "expected.pt")
     script = """
 import sys
-sys.path[:] = [p for p in sys.path if "main" not in p]
+path, expected, ours = sys.argv[1:]
+sys.path[:] = [p for p in sys.path if p != ours]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 import importlib.util, torch, torch.distributed.checkpoint as dcp
 assert importlib.util.find_spec("supervisor") is None
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 assert not any(name.split(".")[0] == "supervisor" for name in sys.modules)
-path, expected = sys.argv[1:]
 weights, optimizer = torch.load(expected)
 state = {"model": {k: torch.zeros_like(v) for k, v in weights.items()},
          "optimizer": {"state": {"0.weight": {"exp_avg": torch.zeros(4, 4)}}}}
@@ -362,7 +365,7 @@ assert not any(name.split(".")[0] == "supervisor" for name in sys.modules)
 """
     checkpoint = tmp_path / "checkpoints" / "step-000000001"
     subprocess.run(
-        [sys.executable, "-I", "-W", "ignore", "-c", script, checkpoint, tmp_path / "expected.pt"],
+        [sys.executable, "-I", "-W", "ignore", "-c", script, checkpoint, tmp_path / "expected.pt", ROOT],
         check=True,
         cwd="/",
     )

@@ -145,6 +145,7 @@ def main() -> None:
     with open(os.path.join(options.out, f"digest-{rank}"), "w") as file:
         file.write(digest.hexdigest())
     if world > 1:
+        dist.barrier()  # gloo aborts now and then when a peer is torn down first
         dist.destroy_process_group()
 
 
