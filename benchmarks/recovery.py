@@ -200,8 +200,10 @@ def measure(name: str, kills: int, settle: float, limit: float) -> Result:
                 result.kills += 1
                 first = run.until_steps(killed, limit)
                 if first is None:
+                    print(f"{name}: did not come back in {limit:g} s", file=sys.stderr)
                     break
                 result.seconds.append(first - killed)
+                print(f"{name}: {first - killed:.3f} s", file=sys.stderr)
                 note_phases(result, run, killed)
     return result
 

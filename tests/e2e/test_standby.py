@@ -17,8 +17,8 @@ from supervisor.model import AttemptStarted, FirstStep, SnapshotCompleted, Stand
 from tests.e2e import harness
 from tests.e2e.harness import Job, digests, torchrun
 
-STEPS = 600
-SLOW = ("--steps", STEPS, "--pause", "0.05")
+STEPS = 1500  # minutes of them, until the test says that it has seen enough
+SLOW = ("--steps", STEPS, "--pause", "0.1")
 SNAPSHOTS = ("--snapshot-every", "5steps")
 
 
@@ -59,7 +59,8 @@ def test_three_kills_in_a_row_are_answered_by_the_standby(
     job: Job, tmp_path: Path, long_run: dict[str, str]
 ) -> None:
     out = tmp_path / "out"
-    job.start(torchrun("--out", out, *SLOW), *SNAPSHOTS)
+    enough = tmp_path / "enough"
+    job.start(torchrun("--out", out, *SLOW, "--pause-until", enough), *SNAPSHOTS)
     for attempt in range(3):
         ready(job, attempt + 1)
         since = job.record.failure_committed_step
@@ -69,6 +70,7 @@ def test_three_kills_in_a_row_are_answered_by_the_standby(
         workers(job, attempt)[attempt % 2].kill()
         recovered(job, attempt + 1, standby=True)
         assert not workers(job, attempt)
+    enough.touch()
     assert job.wait() == 0, job.output
     assert digests(out) == long_run
     assert job.record.state is State.COMPLETED
