@@ -11,7 +11,7 @@ ACTIVATED := PATH="$(abspath $(BIN)):$$PATH"
 PYTEST_FLAGS ?= -n 2 --dist loadgroup
 TESTS ?= tests
 
-.PHONY: help setup demo test check format lock benchmark clean
+.PHONY: help setup demo test check format lock benchmark benchmark-recovery clean
 
 help:
 	@echo "make demo       train with two workers, kill one, watch it come back (about a minute)"
@@ -19,6 +19,7 @@ help:
 	@echo "make check      formatter, linter, strict types, layers"
 	@echo "make format     let the formatter and the linter rewrite what they can"
 	@echo "make benchmark  what the supervisor itself costs"
+	@echo "make benchmark-recovery  from a kill to the next first step, beside torchrun's own restarts"
 	@echo "make lock       renew $(LOCK) from pyproject.toml"
 
 $(STAMP): pyproject.toml $(LOCK)
@@ -48,6 +49,9 @@ format: $(STAMP)
 
 benchmark: $(STAMP)
 	$(ACTIVATED) $(BIN)/python benchmarks/supervisor_cost.py
+
+benchmark-recovery: $(STAMP)
+	$(ACTIVATED) $(BIN)/python benchmarks/recovery.py
 
 # From nothing, so that nothing stale is pinned. torch stands first: the development version is chosen, not found.
 lock:

@@ -1,7 +1,7 @@
 """What happens in a worker before the user's script: the ties to the supervisor, and nothing the script could notice.
 
 In this order, each for the reason given at its function: die with the parent, write to the rank's own log file, greet the
-supervisor, take the signals, watch for torch's optimizer. Standard library and ``supervisor.edge`` only, because
+supervisor, take the signals, watch for torch's optimizer, pass the gate (``launch/warmup.py``). Standard library and ``supervisor.edge`` only, because
 every worker of every attempt waits for this.
 
 All our imports stand at the top: by the time the script runs, ``launch/worker`` has put our packages aside.
@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from launch import children, mainmodule, stepcount
 from launch.shield import SHIELDED
+from launch.warmup import Gate
 from supervisor.edge import link as links
 from supervisor.edge.control import Phase, SessionFlag, Word
 from supervisor.edge.link import Link
@@ -36,12 +37,18 @@ def run(words: list[str]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _redirect()
     link = _greet()
+    gate = Gate(link, str(Path(__file__).absolute().parents[1]))
     if form == "command":
+        gate.wait()
         _execute(link, rest)
-    _shield(link)
-    stepcount.install(link.page)
-    link.page[Word.PHASE] = Phase.SETUP
-    mainmodule.run(link, form, rest)
+    _shield(link, gate)
+    stepcount.install(link.page, gate.told())
+
+    def before() -> None:
+        gate.enter()
+        link.page[Word.PHASE] = Phase.SETUP
+
+    mainmodule.run(link, form, rest, before)
 
 
 def _redirect() -> None:
@@ -80,7 +87,7 @@ def _greet() -> Link:
     return link
 
 
-def _shield(link: Link) -> None:
+def _shield(link: Link, gate: Gate) -> None:
     """While a Session is open, a signal to the whole tree does not kill the worker whose state is about to be saved.
 
     Without one it does what Python would have done. A handler that the script installs takes the place of ours;
@@ -89,6 +96,8 @@ def _shield(link: Link) -> None:
     page = link.page
 
     def shield(signum: int, frame: FrameType | None) -> None:
+        if gate.is_closed:
+            return  # it has nothing to lose yet; the supervisor kills it if it is not needed
         session = page[Word.SESSION]
         if session & SessionFlag.OPEN and not session & SessionFlag.CLOSED:
             return

@@ -44,7 +44,7 @@ def install(link: Link, handler: Handler) -> None:
         return is_open() or _TRAINING in sys.modules
 
     _over_forks(is_open, is_wanted, handler)
-    place = (str(page_path(link.runtime, link.local_rank)), Word.SESSION * 8)
+    place = (str(page_path(link.runtime, link.attempt, link.local_rank)), Word.SESSION * 8)
 
     def over_spawns(spawn: ModuleType) -> None:
         _over_spawns(spawn, place, is_wanted)

@@ -164,6 +164,11 @@ def _run_parser(commands: Any) -> _Parser:
     stopping.add_argument(
         "--grace", metavar="TIME", help="time a stop may take to save the state (default: 60s)"
     )
+    stopping.add_argument(
+        "--standby",
+        metavar="on|off",
+        help="keep the next attempt launched and imported, so that a failure costs a fraction of a second (default: on)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--quiet",

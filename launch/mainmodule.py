@@ -17,6 +17,7 @@ import runpy
 import sys
 import traceback
 import zipimport
+from collections.abc import Callable
 from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
 from types import CodeType, TracebackType
 from typing import Any
@@ -27,10 +28,13 @@ from supervisor.edge.link import Link
 _LONGEST = 256 << 10  # characters of a traceback or a message that are reported
 
 
-def run(link: Link, form: str, words: list[str]) -> None:
-    """Run ``words`` (target, arguments) as ``form`` says; returns or raises as the program does."""
+def run(link: Link, form: str, words: list[str], before: Callable[[], None]) -> None:
+    """Run ``words`` (target, arguments) as ``form`` says; returns or raises as the program does.
+
+    ``before`` is called when all is as the program will see it, and nothing of the program has been read yet.
+    """
     try:
-        _run(form, words)
+        _run(form, words, before)
     except SystemExit as error:
         _tell_exit(link, error)
         raise
@@ -42,7 +46,7 @@ def run(link: Link, form: str, words: list[str]) -> None:
     link.tell("exiting", code=0)
 
 
-def _run(form: str, words: list[str]) -> None:
+def _run(form: str, words: list[str], before: Callable[[], None]) -> None:
     words = list(words)
     own = sys.argv[0]
     path = words.pop(0) if form == "run-path" else None
@@ -54,12 +58,15 @@ def _run(form: str, words: list[str]) -> None:
     if form == "module":
         sys.argv[0] = "-m"  # what a module sees while its parent packages are imported
         _set_path(os.getcwd())
+        before()
         runpy._run_module_as_main(target)  # type: ignore[attr-defined]
     elif _is_container(target):
         sys.path.insert(0, os.path.abspath(target))
+        before()
         runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
     else:
         _set_path(path or os.path.dirname(os.path.realpath(target)))
+        before()
         exec(_code(target, namespace), namespace)
         for name in ("__file__", "__cached__"):  # the interpreter does so too
             namespace.pop(name, None)

@@ -27,8 +27,9 @@ MODULE = "torch.optim.optimizer"
 class StepCounter:
     """The two hooks, for one page."""
 
-    def __init__(self, page: ControlPage) -> None:
+    def __init__(self, page: ControlPage, on_first: Callable[[], None]) -> None:
         self._page = page
+        self._on_first: Callable[[], None] | None = on_first
         self._first: weakref.ref[object] | None = None
         self._depth = 0
         self._stopped = False
@@ -53,6 +54,9 @@ class StepCounter:
             return
         self._depth = 0
         page = self._page
+        on_first, self._on_first = self._on_first, None
+        if on_first is not None and not self._stopped:
+            on_first()
         if self._stopped or page[Word.SESSION] & SessionFlag.OPEN:
             return
         now = time.monotonic_ns()
@@ -100,11 +104,11 @@ def _hide_from_compiler() -> None:
             frames.set_code_exec_strategy(function.__code__, skip)
 
 
-def install(page: ControlPage) -> None:
-    """Count the steps of this process onto ``page`` from its first import of torch on."""
+def install(page: ControlPage, on_first: Callable[[], None]) -> None:
+    """Count the steps of this process onto ``page`` from its first import of torch on; call ``on_first`` at the first."""
 
     def register(module: ModuleType) -> None:
-        counter = StepCounter(page)
+        counter = StepCounter(page, on_first)
         _hide_from_compiler()
         hooks: Any = module
         hooks.register_optimizer_step_pre_hook(counter.before)

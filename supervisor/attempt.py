@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from typing import Any
 from supervisor.decide.symptoms import LATE_SIGNALS
 from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, SessionFlag, Word
-from supervisor.edge.link import page_path
+from supervisor.edge.link import ATTEMPT, control_folder, page_path
 from supervisor.errors import StorageError
 from supervisor.model import AttemptEvidence, Raised, RankEnd
 
@@ -61,10 +62,14 @@ class Seat:
 
 
 class Attempt:
-    """Launched by ``launch``; ``ended`` is set when it has finished or failed; ``teardown`` leaves nothing of it."""
+    """Launched by ``launch``; ``ended`` is set when it has finished or failed; ``teardown`` leaves nothing of it.
 
-    def __init__(self, number: int, folder: Path, runtime: Path, run_id: str) -> None:
+    ``standby`` tells apart the launches of one number made ahead (``supervisor/standby.py``); 0: launched to begin at once.
+    """
+
+    def __init__(self, number: int, folder: Path, runtime: Path, run_id: str, standby: int = 0) -> None:
         self.number = number
+        self.standby = standby
         self.folder = folder
         self.logs = folder / "logs"
         self.runtime = runtime
@@ -82,12 +87,15 @@ class Attempt:
         self._killed = False
         self._decision: asyncio.TimerHandle | None = None
         self._oom_before = forensics.oom_kills()
+        self._yields = False
 
     # ------------------------------------------------------------------ start
 
     def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the launcher, for which ``prepare`` has made room. Raises OSError when it cannot be started."""
         self._launcher = processes.spawn(argv, environment, self.logs / "torchrun.log")
+        if self.standby:
+            self._yields = processes.yield_cpu(self._launcher)
         self._launcher_fd = processes.open_pidfd(self._launcher)
         if self._launcher_fd is None:
             self._launcher_ended()
@@ -95,11 +103,12 @@ class Attempt:
             asyncio.get_running_loop().add_reader(self._launcher_fd, self._launcher_ended)
 
     def prepare(self) -> None:
-        """Make the folder for the logs, and remove a dead attempt's last words. Raises StorageError."""
+        """Make the folders for the logs and the control pages. Raises StorageError."""
+        pages = control_folder(self.runtime, self.number)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            for page in (self.runtime / "control").iterdir():
-                page.unlink()
+            shutil.rmtree(pages, ignore_errors=True)  # a dead standby's words must not pass for this one's
+            pages.mkdir(mode=0o700, parents=True)
         except OSError as error:
             raise StorageError(f"{error.filename}: {error.strerror}") from None
 
@@ -110,14 +119,14 @@ class Attempt:
     def welcome(self, pid: int, message: Mapping[str, Any]) -> Seat:
         """Seat a worker that greets. Raises ValueError (refused) for one of another attempt or a taken rank."""
         rank, local_rank, attempt = int(message["rank"]), int(message["local_rank"]), int(message["attempt"])
-        if attempt != self.number or self._killed:
+        if attempt != self.number or int(message.get("standby", 0)) != self.standby or self._killed:
             raise ValueError(f"attempt {attempt} is over")
         if rank in self.seats and self.seats[rank].pid == pid:
             return self.seats[rank]  # a command that became, by exec, a Python program with a Session
         if rank in self.seats:
             raise ValueError(f"rank {rank} is taken by pid {self.seats[rank].pid}")
         self.world_size = int(message["world_size"])
-        page = ControlPage(page_path(self.runtime, local_rank))
+        page = ControlPage(page_path(self.runtime, self.number, local_rank))
         seat = Seat(rank, local_rank, pid, processes.open_pidfd(pid), page)
         self.seats[rank] = seat
         if seat.pidfd is None:
@@ -125,6 +134,13 @@ class Attempt:
         else:
             asyncio.get_running_loop().add_reader(seat.pidfd, self._worker_ended, seat)
         return seat
+
+    def begin(self) -> None:
+        """A standby is let begin: from now on it counts."""
+        self._oom_before = forensics.oom_kills()
+        if self._yields:
+            launcher = [self._launcher] if self._launcher is not None else []
+            processes.compete_again([*launcher, *(seat.pid for seat in self.seats.values())])
 
     @property
     def is_full(self) -> bool:
@@ -245,8 +261,46 @@ class Attempt:
         while self._launcher_fd is not None and clock.monotonic() < deadline:
             await asyncio.sleep(REAP_PERIOD)
 
-    async def teardown(self) -> list[int]:
-        """Kill whatever is left of the attempt and wait until it is gone; returns the pids that would not die."""
+    def _own_processes(self) -> set[int]:
+        """What is surely of this attempt: all that is below its launcher, and orphans that bear its number."""
+        of_run = processes.descendants(self._run_id)
+        found = {pid for pid in of_run if processes.bears(pid, f"{ATTEMPT}={self.number}")}
+        if self._launcher is not None and self._launcher_fd is not None:
+            found |= {self._launcher, *processes.below(self._launcher)}
+        return found
+
+    async def teardown(self, spare: Attempt | None = None) -> list[int]:
+        """Kill all that is left of the attempt and wait until it is gone; returns the pids that would not die.
+
+        That is every process of the run below the supervisor, less those of the standby to ``spare``.
+        """
+        self._kill_seated()
+        deadline = clock.monotonic() + REAP_DEADLINE
+        launchers = [self._launcher] if self._launcher is not None else []
+        while left := set(processes.descendants(self._run_id, launchers)) - (
+            spare._own_processes() if spare else set()
+        ):
+            processes.send(left, signal.SIGKILL)
+            if clock.monotonic() > deadline:
+                return sorted(left)
+            await asyncio.sleep(REAP_PERIOD)
+            processes.reap()
+        processes.reap()
+        return []
+
+    async def withdraw(self) -> None:
+        """Kill a standby, and nothing of the attempt beside which it waits."""
+        killed = self._kill_seated() | self._own_processes()
+        deadline = clock.monotonic() + REAP_DEADLINE
+        while (left := self._own_processes()) and clock.monotonic() < deadline:
+            processes.send(left, signal.SIGKILL)
+            killed |= left
+            await asyncio.sleep(REAP_PERIOD)
+            processes.reap_these(killed)
+        processes.reap_these(killed)
+
+    def _kill_seated(self) -> set[int]:
+        """The quick part: whoever is known to belong to it."""
         self._killed = True
         if self._decision is not None:
             self._decision.cancel()
@@ -255,16 +309,7 @@ class Attempt:
         if self._launcher is not None and self._launcher_fd is not None:
             alive.append(self._launcher)
         processes.send(alive, signal.SIGKILL)
-        deadline = clock.monotonic() + REAP_DEADLINE
-        launchers = [self._launcher] if self._launcher is not None else []
-        while left := processes.descendants(self._run_id, launchers):
-            processes.send(left, signal.SIGKILL)
-            if clock.monotonic() > deadline:
-                return left
-            await asyncio.sleep(REAP_PERIOD)
-            processes.reap()
-        processes.reap()
-        return []
+        return set(alive)
 
     async def leave(self) -> None:
         """Collect the dead without killing anybody (what a finished script left running stays)."""
@@ -282,6 +327,7 @@ class Attempt:
         for seat in self.seats.values():
             seat.pidfd = None
             seat.page.close()
+        shutil.rmtree(control_folder(self.runtime, self.number), ignore_errors=True)
 
     def evidence(self) -> AttemptEvidence:
         """All that is known after the teardown; only ends that were not our doing."""

@@ -128,6 +128,8 @@ class Options:
     """Give up after this many preemptions without progress (newly committed steps) in between; 0: at the first."""
     grace: float = 60.0
     """Seconds that a stop may take to save the state, before everything is killed."""
+    standby: str = "on"
+    """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``."""
     quiet: bool = False
     """Print everstep's own messages only, not the workers' output (which is in the logs)."""
     continue_: bool = False
@@ -164,6 +166,12 @@ class Options:
             raise ConfigError(
                 f"--checkpoints {self.checkpoints} is the job directory itself: give a directory of its own"
             )
+
+    @property
+    def save_every(self) -> tuple[int, ...]:
+        """Numbers of steps whose multiples are save points: every rank knows them by itself."""
+        every = (self.snapshot_every.steps, self.checkpoint_every.steps)
+        return tuple(steps for steps in every if steps is not None)
 
     @property
     def retention(self) -> RetentionPolicy:
@@ -226,6 +234,19 @@ def _switch(value: object) -> bool:
     return value
 
 
+def _standby(value: object) -> str:
+    if isinstance(value, bool):  # YAML reads on and off as these
+        return "on" if value else "off"
+    word = _text(value).strip().lower()
+    if word == "init":
+        raise ConfigError(
+            "init (a standby that has run up to init_process_group) is not there yet; allowed: on, off"
+        )
+    if word not in ("on", "off"):
+        raise ConfigError(f"{word!r}; allowed: on, off")
+    return word
+
+
 def _snapshot_interval(value: object) -> Interval:
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ConfigError(f"{value} has no unit; allowed: {_INTERVALS}")
@@ -265,6 +286,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "max_failures": _whole,
     "max_preemptions": _whole,
     "grace": _duration,
+    "standby": _standby,
     "quiet": _switch,
     "continue_": _switch,
 }

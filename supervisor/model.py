@@ -1,9 +1,8 @@
 """The vocabulary: what every other module speaks in. Standard library only, nothing mutable.
 
-A *step* count is always the number of completed optimizer steps, which is also the index of the
-next step to run: a checkpoint at step 1200 holds the state after steps 0 … 1199. Times named
-``time`` are Unix seconds (they go into the journal); those named ``monotonic`` come from
-``time.monotonic()`` and order the events of one node.
+A *step* count is always the number of completed optimizer steps, which is also the index of the next step to run: a
+checkpoint at step 1200 holds the state after steps 0 … 1199. Times named ``time`` are Unix seconds (they go into the
+journal); those named ``monotonic`` come from ``time.monotonic()`` and order the events of one node.
 """
 
 from __future__ import annotations
@@ -169,9 +168,6 @@ class Limits:
     max_preemptions: int = 100
 
 
-# --------------------------------------------------------------------------- facts (journal entries)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Fact:
     """One line of the journal. ``time`` is Unix seconds."""
@@ -194,9 +190,18 @@ class RunStarted(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Fact):
-    """Workers are being launched."""
+    """Workers are being launched, or (``standby``) were launched ahead and are let begin."""
 
     attempt: int
+    standby: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandbyReady(Fact):
+    """The workers of the next attempt have imported and wait. ``seconds``: since their launch."""
+
+    attempt: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,9 +328,6 @@ class RunEnded(Fact):
 FACTS: dict[str, type[Fact]] = {cls.__name__: cls for cls in Fact.__subclasses__()}
 
 
-# --------------------------------------------------------------------------- the job, folded from facts
-
-
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """A consistent state of the job at ``step``."""
@@ -360,8 +362,7 @@ class JobRecord:
     committed_step: int = -1  # newest step ever held whole (snapshot or checkpoint)
     failure_committed_step: int = -1  # committed_step at the time of the last failure
     last_failure: Failure | None = None
-    #: of the failure before the last one, if nothing was committed between
-    previous_fingerprint: str | None = None
+    previous_fingerprint: str | None = None  # of the failure before, if nothing was committed since
     snapshot: Point | None = None
     checkpoint: Point | None = None
     stop: StopRequested | None = None
@@ -385,10 +386,7 @@ class JobRecord:
     reason: str | None = None
 
     def with_(self, **changes: Any) -> JobRecord:
-        """A copy with other values in some fields: what ``dataclasses.replace`` does, ten times as fast.
-
-        A journal can hold 100 000 facts, and each makes a few records.
-        """
+        """``dataclasses.replace``, ten times as fast: a journal can hold 100 000 facts."""
         if not changes.keys() <= self.__dict__.keys():
             raise TypeError(f"a JobRecord has no {sorted(changes.keys() - self.__dict__.keys())}")
         record = object.__new__(JobRecord)

@@ -9,29 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import platform
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from supervisor import evidence as evidences
 from supervisor.about import version
 from supervisor.attempt import Attempt
 from supervisor.checkpoint import catalog
 from supervisor.checkpoint.manifest import Key
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.edge import clock, forensics, jobdir, processes
+from supervisor.edge import clock, jobdir, processes
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
-from supervisor.edge.link import ATTEMPT, RUNTIME
-from supervisor.edge.ports import ReservedPort
-from supervisor.errors import EverstepError, UsageError
+from supervisor.errors import EverstepError
+from supervisor.launching import Launcher
 from supervisor.ledger import Ledger
 from supervisor.model import (
     Action,
@@ -54,6 +53,7 @@ from supervisor.reception import Reception
 from supervisor.resume import Resume, choose
 from supervisor.savepoints import SavePoints
 from supervisor.snapshots import Snapshots, Stamp
+from supervisor.standby import Standby, Waiting
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
@@ -87,12 +87,24 @@ class Node:
             fact=ledger.add,
             report=console.say,
         )
+        self._launcher = Launcher(program, job.path, file.run_id, self._runtime)
+        self._welcome: Message = {"save_every_steps": list(options.save_every)}
+        self._standby = Standby(
+            enabled=options.standby == "on",
+            launcher=self._launcher,
+            folder_of=job.attempt,
+            welcome=self._welcome,
+            ledger=ledger,
+            console=console,
+        )
         self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
         self._stop: StopRequested | None = None
         self._stop_seen = asyncio.Event()
         self._unsaved: str | None = None  # why the newest state is not durable
         self._cut_short: str | None = None  # why a stop was not waited for
         self._launched = False
+        self._chores: list[Callable[[], None]] = []  # what need not be done before the next attempt begins
+        self._tasks: set[asyncio.Task[None]] = set()
         self._pulse: Pulse | None = None
         self._reception: Reception | None = None
 
@@ -138,6 +150,7 @@ class Node:
             self._break_off(error)
             raise
         finally:
+            await self._standby.end()
             await channel.close()
         if not self._unsaved:
             jobdir.remove_runtime(self._runtime)
@@ -159,22 +172,28 @@ class Node:
             verdict = await self._run_attempt()
             if verdict.action is not Action.RESTART:
                 return verdict
+            if verdict.delay:
+                await self._standby.drop()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_seen.wait(), verdict.delay or 0.0001)
                 assert self._stop is not None
                 return await self._final_stop(self._stop)
 
     async def _run_attempt(self) -> Verdict:
-        number = -1 if self._ledger.record.attempt is None else self._ledger.record.attempt
-        attempt = Attempt(number + 1, self._job.attempt(number + 1), self._runtime, self._file.run_id)
-        attempt.prepare()
-        self._ledger.add(AttemptStarted(time=clock.now(), attempt=attempt.number))
+        record = self._ledger.record
+        number = 0 if record.attempt is None else record.attempt + 1
+        standby = self._standby.take(number, record.world_size)
+        if standby is None:
+            await self._standby.drop()
+        attempt = standby.attempt if standby else self._new_attempt(number)
+        self._ledger.add(AttemptStarted(time=clock.now(), attempt=number, standby=standby is not None))
         resume = asyncio.create_task(self._choose_resume())
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         savepoints = SavePoints(attempt)
         self._pulse = Pulse(
-            attempt, self._options, self._ledger, self._snapshots, savepoints, self._console, self._drive_stop
-        )
+            attempt, self._options, self._ledger, self._snapshots, savepoints, self._console, self._drive_stop,
+            on_first_step=lambda: self._standby.arm(attempt),
+        )  # fmt: skip
         self._reception = Reception(
             attempt,
             ledger=self._ledger,
@@ -182,14 +201,15 @@ class Node:
             savepoints=savepoints,
             console=self._console,
             resume=resume,
-            save_every=self._pulse.save_every,
+            welcome=self._welcome,
             on_saved=self._pulse.saved,
+            on_imported=self._standby.imported,
             prefix_lines=self._program.has_ranks,
         )
         beat = asyncio.create_task(self._pulse.beat())
         beat.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         try:
-            await self._live(attempt)
+            await self._live(attempt, standby)
         finally:
             beat.cancel()
             resume.cancel()
@@ -199,42 +219,37 @@ class Node:
                 task.result()  # storage that cannot even be listed is the user's to mend; anything else is a bug
         return await self._post_mortem(attempt)
 
-    async def _live(self, attempt: Attempt) -> None:
-        port = ReservedPort()
+    def _new_attempt(self, number: int) -> Attempt:
+        return Attempt(number, self._job.attempt(number), self._runtime, self._file.run_id)
+
+    async def _live(self, attempt: Attempt, standby: Waiting | None) -> None:
         if not self._launched:  # torchrun greets the same way each time
             self._console.follow(
                 attempt.logs / "torchrun.log", "[torchrun] " if self._program.has_ranks else ""
             )
         self._launched = True
+        if standby is None:
+            port = self._launcher.launch(attempt)
+        else:
+            port = standby.port
+            assert self._reception is not None
+            self._reception.begin()
+            attempt.begin()
+            standby.gate.set()
         try:
-            argv = self._program.attempt_argv(port.number)
-            try:
-                attempt.launch(argv, self._environment(attempt.number))
-            except OSError as error:
-                raise UsageError(f"cannot start {argv[0]}: {error.strerror}") from None
+            self._background(self._catch_up())
             if self._stop is not None:
                 self._drive_stop()
             await attempt.ended.wait()
             if attempt.finished:
+                await self._standby.drop()
                 await attempt.farewell()
                 await attempt.leave()
-            elif left := await attempt.teardown():
+            elif left := await attempt.teardown(spare=self._standby.attempt):
                 self._console.say(f"processes that cannot be killed: {left}")
         finally:
             port.release()
             self._console.finish(attempt.logs)
-
-    def _environment(self, number: int) -> dict[str, str]:
-        environment = dict(os.environ)
-        environment.pop("EVERSTEP_KEY", None)  # the supervisor verifies; a worker has no use for the secret
-        return {
-            **environment,
-            "EVERSTEP_DIR": str(self._job.path),
-            "EVERSTEP_RUN_ID": self._file.run_id,
-            ATTEMPT: str(number),
-            RUNTIME: str(self._runtime),
-            **self._program.environment,
-        }
 
     async def _choose_resume(self) -> Resume:
         resume = await asyncio.to_thread(choose, self._snapshots.newest(), self._checkpoints, self._key)
@@ -261,7 +276,7 @@ class Node:
                 self._snapshots.drop(path)
         evidence = attempt.evidence()
         completed = attempt.finished and all(seat.completed is not False for seat in attempt.seats.values())
-        stopped = self._stop is not None and not (completed and not self._was_told_to_leave(attempt))
+        stopped = self._stop is not None and not (completed and attempt.has_session)
         failure = classify.classify(evidence, clock.now()) if not (stopped and self._cut_short) else None
         last_step = None  # of a training that was completed: its state must not be lost
         if failure is None and attempt.has_session and all(seat.completed for seat in attempt.seats.values()):
@@ -278,7 +293,7 @@ class Node:
         attempt.close()
         self._ledger.add(ended)
         if failure is not None:
-            self._write_evidence(attempt, failure, evidence)
+            self._chores.append(partial(self._write_evidence, attempt.folder, failure, evidence))
         if stopped and self._stop is not None:
             return await self._final_stop(self._stop, failure)
         if failure is not None:
@@ -296,15 +311,14 @@ class Node:
 
     async def _final(self, decide: Callable[[], Verdict], last_step: int | None = None) -> Verdict:
         """The last verdict, given once the newest state is durable, or it is known why it cannot be."""
-        self._unsaved = await self._secure(last_step)
+        await self._standby.end()
+        await self._catch_up()
+        self._unsaved = await self._snapshots.secure(last_step, may_drain=self._cut_short != "user")
         verdict = decide()
         if self._unsaved:
             action = Action.GIVE_UP if verdict.action is Action.COMPLETE else verdict.action
             verdict = Verdict(action=action, reason=f"{verdict.reason}; {self._unsaved}")
         return self._decided(verdict)
-
-    def _was_told_to_leave(self, attempt: Attempt) -> bool:
-        return not attempt.has_session
 
     def _decided(self, verdict: Verdict) -> Verdict:
         number = self._ledger.record.attempt or 0
@@ -321,26 +335,18 @@ class Node:
             self._console.say(f"attempt {number}: {verdict.reason}")
         return verdict
 
-    def _write_evidence(self, attempt: Attempt, failure: Failure, evidence: AttemptEvidence) -> None:
-        document = {"failure": asdict(failure), "evidence": asdict(evidence), "host": forensics.host_now()}
-        try:
-            (attempt.folder / "failure.json").write_text(json.dumps(document, indent=1) + "\n")
-        except OSError as error:
-            self._console.say(f"{attempt.folder}/failure.json: {error.strerror}")
+    def _write_evidence(self, folder: Path, failure: Failure, evidence: AttemptEvidence) -> None:
+        if problem := evidences.write(folder, failure, evidence):
+            self._console.say(problem)
 
-    async def _secure(self, last_step: int | None) -> str | None:
-        """Make the newest snapshot durable, and see that ``last_step`` is; None when all is well, else what is not."""
-        newest = self._snapshots.newest()
-        step = newest[1].step if newest is not None else -1
-        if newest is not None and not self._snapshots.is_durable(step) and self._cut_short != "user":
-            self._snapshots.drain()
-        await self._snapshots.settle()
-        why = self._snapshots.failure or "there was no time"
-        if newest is not None and not self._snapshots.is_durable(step):
-            return f"the snapshot of step {step} is in memory only ({why}): run again on this host"
-        if last_step is not None and not self._snapshots.is_durable(last_step):
-            return f"the state after the last step was not saved ({why}): run again"
-        return None
+    async def _catch_up(self) -> None:
+        while self._chores:
+            await asyncio.to_thread(self._chores.pop(0))
+
+    def _background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself would forget it
+        task.add_done_callback(self._tasks.discard)
 
     def _break_off(self, error: EverstepError) -> None:
         """Tell the journal of an end that is no attempt's doing."""
@@ -353,6 +359,8 @@ class Node:
     # ------------------------------------------------------------------ what reaches it from outside
 
     async def _on_message(self, peer: Peer, message: Message) -> Message | None:
+        if self._standby.is_for_us(peer, message):
+            return await self._standby.handle(peer, message)
         if self._reception is None:
             raise ValueError("no attempt is running")
         return await self._reception.handle(peer, message)
@@ -371,6 +379,7 @@ class Node:
             f"{signum.name}: all ranks save the same step and stop; they have {self._options.grace:g} s{again}"
         )
         self._stop_seen.set()
+        self._background(self._standby.end())
         asyncio.get_running_loop().call_later(self._options.grace, self._end_now, "grace")
         self._drive_stop()
 

@@ -38,22 +38,17 @@ class Pulse:
         savepoints: SavePoints,
         console: Console,
         drive_stop: Callable[[], None],
+        on_first_step: Callable[[], None],
     ) -> None:
         self._attempt, self._options, self._ledger = attempt, options, ledger
         self._snapshots, self._savepoints, self._console = snapshots, savepoints, console
-        self._wants_stop = drive_stop
+        self._wants_stop, self._on_first_step = drive_stop, on_first_step
         self._stop_proposed = self._stop_forwarded = False
         now = clock.monotonic()
         self._snapshot_at = self._checkpoint_at = self._progress_at = now
         self._first_step_said = False
         self._rate_from = (now, 0)
         self._rate: float | None = None
-
-    @property
-    def save_every(self) -> tuple[int, ...]:
-        """Numbers of steps whose multiples are save points: every rank knows them by itself."""
-        every = (self._options.snapshot_every.steps, self._options.checkpoint_every.steps)
-        return tuple(steps for steps in every if steps is not None)
 
     async def beat(self) -> None:
         """Run until cancelled."""
@@ -128,6 +123,7 @@ class Pulse:
                     total_steps=self._attempt.total_steps,
                 )
             )
+            self._on_first_step()
 
     def _note_progress(self) -> None:
         now = clock.monotonic()

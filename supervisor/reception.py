@@ -31,8 +31,9 @@ class Reception:
         savepoints: SavePoints,
         console: Console,
         resume: asyncio.Task[Resume],
-        save_every: tuple[int, ...],
+        welcome: Message,
         on_saved: Callable[[int, ProposalFlag], None],
+        on_imported: Callable[[list[str]], None],
         prefix_lines: bool,
     ) -> None:
         self._attempt = attempt
@@ -41,8 +42,9 @@ class Reception:
         self._savepoints = savepoints
         self._console = console
         self._resume = resume
-        self._save_every = save_every
+        self._welcome = welcome
         self._saved = on_saved
+        self._imported = on_imported
         self._prefix_lines = prefix_lines
         #: states that a rank could not load although their digests were right
         self.unloadable: set[Path] = set()
@@ -66,15 +68,25 @@ class Reception:
 
     def _hello(self, peer: Peer, message: Message) -> Message:
         seat = peer.seat = self._attempt.welcome(peer.pid, message)
+        self._follow(seat)
+        if self._attempt.is_full:
+            self._ready()
+        return self._welcome
+
+    def begin(self) -> None:
+        """The workers of a standby, seated already, are let begin."""
+        for seat in self._attempt.seats.values():
+            self._follow(seat)
+        self._ready()
+
+    def _follow(self, seat: Seat) -> None:
         prefix = f"[rank{seat.rank}] " if self._prefix_lines else ""
         self._console.follow(self._attempt.logs / f"rank-{seat.rank}.log", prefix)
         self._attempt.offer_slot(self._snapshots.offer())
-        if self._attempt.is_full:
-            world_size = self._attempt.world_size or 0
-            self._ledger.add(
-                WorkersReady(time=clock.now(), attempt=self._attempt.number, world_size=world_size)
-            )
-        return {"save_every_steps": list(self._save_every)}
+
+    def _ready(self) -> None:
+        world_size = self._attempt.world_size or 0
+        self._ledger.add(WorkersReady(time=clock.now(), attempt=self._attempt.number, world_size=world_size))
 
     def _on_session(self, seat: Seat, message: Message) -> None:
         seat.session = True
@@ -151,6 +163,9 @@ class Reception:
 
     def _on_metrics(self, seat: Seat, message: Message) -> None:
         self._attempt.metrics |= _numbers(message["values"])
+
+    def _on_imported(self, seat: Seat, message: Message) -> None:
+        self._imported([str(name) for name in message["names"]])
 
     def _on_closed(self, seat: Seat, message: Message) -> None:
         seat.completed = bool(message["completed"])

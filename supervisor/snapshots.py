@@ -216,6 +216,20 @@ class Snapshots:
         if self._task is not None:
             await self._task
 
+    async def secure(self, last_step: int | None, *, may_drain: bool) -> str | None:
+        """Make the newest snapshot durable, and see that ``last_step`` is; None when all is well, else what is not."""
+        newest = self.newest()
+        step = newest[1].step if newest is not None else -1
+        if newest is not None and not self.is_durable(step) and may_drain:
+            self.drain()
+        await self.settle()
+        why = self.failure or "there was no time"
+        if newest is not None and not self.is_durable(step):
+            return f"the snapshot of step {step} is in memory only ({why}): run again on this host"
+        if last_step is not None and not self.is_durable(last_step):
+            return f"the state after the last step was not saved ({why}): run again"
+        return None
+
     def cancel(self) -> None:
         """Give up the drain that is running; the snapshot stays in memory."""
         self._cancelled = True

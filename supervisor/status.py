@@ -75,7 +75,7 @@ class Watch:
         # before an attempt's first step, the pages may still be those of the one before
         started = record.attempt_first_time is not None
         if alive and started and file is not None and record.host == socket.gethostname():
-            live = read_live(Path(file.runtime))
+            live = read_live(Path(file.runtime), record.attempt or 0)
         return describe(
             job.path,
             record,

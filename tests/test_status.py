@@ -90,7 +90,7 @@ class Job:
     def __init__(self, root: Path) -> None:
         self.path, self.runtime = root / "job", root / "runtime"
         (self.path / "journal").mkdir(parents=True)
-        (self.runtime / "control").mkdir(parents=True)
+        (self.runtime / "control" / "1").mkdir(parents=True)
         (self.path / "lock").touch()
         described = {
             "run_id": "abc",
@@ -107,7 +107,7 @@ class Job:
         (self.path / "journal" / "node.jsonl").write_bytes(b"".join(map(encode, facts)))
 
     def page(self, rank: int, **words: int) -> ControlPage:
-        page = ControlPage(self.runtime / "control" / f"rank-{rank}", create=True)
+        page = ControlPage(self.runtime / "control" / "1" / f"rank-{rank}", create=True)
         for name, value in words.items():
             page[Word[name]] = value
         return page
@@ -210,7 +210,7 @@ def test_the_pages_of_a_dead_attempt_are_not_believed(held: Job) -> None:
 
 def test_pages_that_cannot_be_read_are_no_error(held: Job) -> None:
     held.journal(running())
-    (held.runtime / "control" / "rank-0").write_bytes(b"")
+    (held.runtime / "control" / "1" / "rank-0").write_bytes(b"")
     assert held.read()["step"] == 100
 
 

@@ -43,6 +43,7 @@ from supervisor.model import (
     RunEnded,
     RunStarted,
     SnapshotCompleted,
+    StandbyReady,
     State,
     StopCause,
     StopRequested,
@@ -69,7 +70,7 @@ _STORED: tuple[Event, ...] = (
     CheckpointsPruned,
 )
 #: what changes no state as long as there is work
-_COURSE: tuple[Event, ...] = (WorkersReady, Resumed, AttemptEnded, RunEnded, *_STORED)
+_COURSE: tuple[Event, ...] = (StandbyReady, WorkersReady, Resumed, AttemptEnded, RunEnded, *_STORED)
 
 _ENDS: dict[Event, State] = {
     Action.COMPLETE: State.COMPLETED,

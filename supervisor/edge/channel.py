@@ -8,7 +8,10 @@ holding up the other workers.
 Kinds and fields, worker → supervisor (``?``: answered):
 
 ====================  ==================================================================================
-hello?                rank, local_rank, world_size, attempt, pid → the save points every rank knows by itself
+hello?                rank, local_rank, world_size, attempt, standby, pid → the save points every rank knows by
+                      itself; to a standby also what to import ahead
+gate?                 cuda: a standby's worker has imported and waits → when its attempt begins
+imported              names: what the script has imported so far and a standby may import ahead
 session               total_steps: a Session was opened
 resume?               → path, step, tier: where to resume, the same answer to all ranks of an attempt
 resumed               step, seconds

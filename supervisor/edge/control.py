@@ -5,7 +5,7 @@ worker writes its words (step, phase, heartbeat, …), the supervisor writes the
 protocol of its own (theory in ``decide/savepoint.py``): the supervisor fills ``PROPOSAL_STEP`` and ``PROPOSAL_FLAGS``
 first and ``PROPOSAL`` (serial << 2 | verdict) last; the worker publishes ``STEP`` first and reads ``PROPOSAL`` after.
 
-The file lies in the job's runtime directory (tmpfs) as ``control/rank-<local rank>`` and survives its worker, so
+The file lies in the job's runtime directory (tmpfs) as ``control/<attempt>/rank-<local rank>`` and survives its worker, so
 that the supervisor can read the last words of a dead rank.
 """
 

@@ -195,6 +195,7 @@ def lay_out_runtime(runtime: Path, job: Path) -> None:
     if stamp.exists() and stamp.read_text() != boot:
         remove_runtime(runtime)  # on disk, and cut off by a reboot: nothing of it was synced
         runtime.mkdir(mode=0o700, exist_ok=True)
+    shutil.rmtree(runtime / "control", ignore_errors=True)
     for name in ("control", "slots/0", "slots/1", "slots/2"):
         (runtime / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     stamp.write_text(boot)

@@ -19,6 +19,7 @@ from supervisor.errors import ProtocolError
 
 RUNTIME: Final = "EVERSTEP_RUNTIME"  # the job's runtime directory on this node (tmpfs)
 ATTEMPT: Final = "EVERSTEP_ATTEMPT"
+STANDBY: Final = "EVERSTEP_STANDBY"  # which standby this process was launched as; absent: none
 WORKER_PID: Final = "EVERSTEP_WORKER_PID"  # the process the link belongs to: not its children
 
 
@@ -27,9 +28,14 @@ def socket_path(runtime: Path) -> Path:
     return runtime / "socket"
 
 
-def page_path(runtime: Path, local_rank: int) -> Path:
+def control_folder(runtime: Path, attempt: int) -> Path:
+    """Where the control pages of one attempt lie: two can be alive at once, one of them a standby."""
+    return runtime / "control" / str(attempt)
+
+
+def page_path(runtime: Path, attempt: int, local_rank: int) -> Path:
     """The control page of one local rank."""
-    return runtime / "control" / f"rank-{local_rank}"
+    return control_folder(runtime, attempt) / f"rank-{local_rank}"
 
 
 class Link:
@@ -38,7 +44,9 @@ class Link:
     Raises ``OSError`` from the constructor when no supervisor listens in ``runtime``.
     """
 
-    def __init__(self, runtime: Path, *, rank: int, local_rank: int, world_size: int, attempt: int) -> None:
+    def __init__(
+        self, runtime: Path, *, rank: int, local_rank: int, world_size: int, attempt: int, standby: int = 0
+    ) -> None:
         self.runtime = runtime
         self.rank = rank
         self.local_rank = local_rank
@@ -48,11 +56,12 @@ class Link:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.connect(os.fspath(socket_path(runtime)))
         self._buffer = b""
-        self.page = ControlPage(page_path(runtime, local_rank), create=True)
+        self.page = ControlPage(page_path(runtime, attempt, local_rank), create=True)
         #: the supervisor's answer to the greeting, see DESIGN of the message in ``edge/channel.py``
         self.welcome: dict[str, Any] = self.ask(
-            "hello", rank=rank, local_rank=local_rank, world_size=world_size, attempt=attempt, pid=os.getpid()
-        )
+            "hello", rank=rank, local_rank=local_rank, world_size=world_size, attempt=attempt, standby=standby,
+            pid=os.getpid(),
+        )  # fmt: skip
 
     def tell(self, kind: str, **values: object) -> None:
         """Send one message; a supervisor that is gone is no error (its workers are about to be killed)."""
@@ -63,8 +72,8 @@ class Link:
             except OSError:
                 return
 
-    def ask(self, kind: str, *, deadline: float = 600.0, **values: object) -> dict[str, Any]:
-        """Send one message and wait up to ``deadline`` seconds for its answer.
+    def ask(self, kind: str, *, deadline: float | None = 600.0, **values: object) -> dict[str, Any]:
+        """Send one message and wait up to ``deadline`` seconds (None: as long as it takes) for its answer.
 
         Raises ProtocolError when the supervisor refuses, is gone, or does not answer in time.
         """
@@ -115,5 +124,6 @@ def current(environ: Mapping[str, str] = os.environ) -> Link | None:
             local_rank=int(environ.get("LOCAL_RANK", "0")),
             world_size=int(environ.get("WORLD_SIZE", "1")),
             attempt=int(environ[ATTEMPT]),
+            standby=int(environ.get(STANDBY) or 0),
         )
     return _current

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from supervisor.edge.control import ControlPage, Word
+from supervisor.edge.link import control_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,11 @@ def is_held(lock: Path) -> bool:
     return False
 
 
-def read_live(runtime: Path) -> Live | None:
-    """What this host's control pages say; None when they cannot be read (an attempt ends, another user's job)."""
+def read_live(runtime: Path, attempt: int) -> Live | None:
+    """What this host's control pages of one attempt say; None when they cannot be read (an attempt ends, another user's job)."""
     pages: list[ControlPage] = []
     try:
-        for path in sorted((runtime / "control").glob("rank-*")):
+        for path in sorted(control_folder(runtime, attempt).glob("rank-*")):
             pages.append(ControlPage(path))  # noqa: PERF401 (those opened are closed whatever happens)
         return _read_pages(pages)
     except (OSError, ValueError):

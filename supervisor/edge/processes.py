@@ -121,6 +121,27 @@ def descendants(run_id: str, launchers: Collection[int] = ()) -> list[int]:
     first process, anybody's orphans. A direct child is the run's if it is one of ``launchers`` or bears the run's id in its
     environment (or has overwritten that); what is below such a child is the run's in any case.
     """
+    children = _children()
+    ours = [pid for pid in children.get(os.getpid(), []) if pid in launchers or _is_of(pid, run_id)]
+    return ours + [pid for child in ours for pid in _below(child, children)]
+
+
+def below(root: int) -> list[int]:
+    """Every living process below ``root`` (zombies left out), in no order."""
+    return _below(root, _children())
+
+
+def _below(root: int, children: Mapping[int, list[int]]) -> list[int]:
+    found: list[int] = []
+    queue = [root]
+    while queue:
+        added = children.get(queue.pop(), [])
+        found += added
+        queue += added
+    return found
+
+
+def _children() -> dict[int, list[int]]:
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -131,20 +152,54 @@ def descendants(run_id: str, launchers: Collection[int] = ()) -> list[int]:
             continue  # it ended meanwhile
         if fields[0] not in (b"Z", b"X"):  # a zombie's children were given to us already
             children.setdefault(int(fields[1]), []).append(int(entry))
-    ours = [pid for pid in children.get(os.getpid(), []) if pid in launchers or _bears(pid, run_id)]
-    found: list[int] = []
-    while ours:
-        found += ours
-        ours = [child for pid in ours for child in children.get(pid, [])]
-    return found
+    return children
 
 
-def _bears(pid: int, run_id: str) -> bool:
+def _is_of(pid: int, run_id: str) -> bool:
     try:
         environment = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return False
     return not environment.strip(b"\0") or f"EVERSTEP_RUN_ID={run_id}\0".encode() in environment
+
+
+def bears(pid: int, entry: str) -> bool:
+    """Whether ``NAME=value`` stood in the environment that the process was started with."""
+    try:
+        return os.fsencode(entry) in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False  # gone, or not ours to ask
+
+
+def reap_these(pids: Iterable[int]) -> None:
+    """Collect these of our children where they have ended, and leave the others' exit statuses alone."""
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def yield_cpu(pid: int) -> bool:
+    """Let whatever wakes up go before ``pid`` and its children to come; whether that could be done.
+
+    SCHED_BATCH, because everybody may leave it again: an unprivileged user can neither raise a nice value nor leave
+    SCHED_IDLE. Where we ourselves have a policy of our user's choice, it is kept.
+    """
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return False
+    try:
+        os.sched_setscheduler(pid, os.SCHED_BATCH, os.sched_param(0))
+    except OSError:
+        return False  # gone, or a sandbox without scheduling policies
+    return True
+
+
+def compete_again(pids: Iterable[int]) -> None:
+    """Undo ``yield_cpu`` for every thread of each process."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 def send(pids: Iterable[int], signum: signal.Signals) -> None:

@@ -96,7 +96,7 @@ def test_another_user_is_not_heard() -> None:
 
 
 def test_a_link_greets_asks_and_survives_the_supervisors_death(tmp_path: Path) -> None:
-    (tmp_path / "control").mkdir()
+    link.control_folder(tmp_path, 7).mkdir(parents=True)
 
     async def scenario() -> None:
         heard: list[Message] = []
@@ -111,7 +111,7 @@ def test_a_link_greets_asks_and_survives_the_supervisors_death(tmp_path: Path) -
         assert worker.welcome == {"save_every_steps": [5]}
         assert heard[0]["rank"] == 3
         worker.page[Word.STEP] = 12
-        page = ControlPage(link.page_path(tmp_path, 1))
+        page = ControlPage(link.page_path(tmp_path, 7, 1))
         assert page[Word.STEP] == 12
         page[Word.PROPOSAL] = 5
         assert worker.page[Word.PROPOSAL] == 5

@@ -17,7 +17,7 @@ from typing import Any
 from launch import program as programs
 from supervisor.edge import processes
 from supervisor.edge.control import ControlPage
-from supervisor.edge.link import page_path, socket_path
+from supervisor.edge.link import control_folder, page_path, socket_path
 from supervisor.edge.ports import ReservedPort
 
 DEADLINE = 60.0
@@ -33,7 +33,7 @@ class Listener:
         self.job = folder / "job"
         self.logs = self.job / "attempts" / f"{attempt:06d}" / "logs"
         self.logs.mkdir(parents=True)
-        (self.runtime / "control").mkdir(parents=True)
+        control_folder(self.runtime, attempt).mkdir(parents=True)
         self.messages: queue.Queue[dict[str, Any]] = queue.Queue()
         self.seen: list[dict[str, Any]] = []
         self._started: list[int] = []
@@ -78,7 +78,7 @@ class Listener:
         return self._started[-1]
 
     def page(self, local_rank: int = 0) -> ControlPage:
-        return ControlPage(page_path(self.runtime, local_rank))
+        return ControlPage(page_path(self.runtime, self.attempt, local_rank))
 
     def log(self, rank: int = 0) -> str:
         return (self.logs / f"rank-{rank}.log").read_text()

@@ -12,10 +12,11 @@ from typing import Any
 
 from supervisor.decide.savepoint import word
 from supervisor.edge.control import ControlPage, Word
-from supervisor.edge.link import page_path, socket_path
+from supervisor.edge.link import control_folder, page_path, socket_path
 from supervisor.model import ProposalFlag, ProposalState
 
 DEADLINE = 60.0
+ATTEMPT = 3
 
 
 class Station:
@@ -35,7 +36,7 @@ class Station:
         self._failed = 0
         self._serial = 0
         self._news = threading.Condition()
-        (runtime / "control").mkdir(parents=True)
+        control_folder(runtime, ATTEMPT).mkdir(parents=True)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(socket_path(runtime)))
         self._listener.listen()
@@ -43,7 +44,7 @@ class Station:
 
     @property
     def environ(self) -> dict[str, str]:
-        return {"EVERSTEP_RUNTIME": str(self.runtime), "EVERSTEP_ATTEMPT": "3"}
+        return {"EVERSTEP_RUNTIME": str(self.runtime), "EVERSTEP_ATTEMPT": str(ATTEMPT)}
 
     def slot(self, index: int) -> Path:
         return self.runtime / "slots" / str(index)
@@ -102,7 +103,7 @@ class Station:
     def _hear(self, message: dict[str, Any]) -> dict[str, Any] | None:
         kind = message["kind"]
         if kind == "hello":
-            page = ControlPage(page_path(self.runtime, message["local_rank"]))
+            page = ControlPage(page_path(self.runtime, ATTEMPT, message["local_rank"]))
             page[Word.FREE_SLOT] = self._slot + 1
             self._pages[message["rank"]] = page
             return {"save_every_steps": list(self._every)}

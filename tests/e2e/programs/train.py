@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--pause", type=float, default=0.0, help="seconds of sleep a step, to be slow on purpose"
     )
+    parser.add_argument("--pause-until", help="no more pauses once this file is there")
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -123,7 +124,7 @@ def main() -> None:
                 strike(fault)
         optimizer.step()
         scheduler.step()
-        if options.pause:
+        if options.pause and not (options.pause_until and os.path.exists(options.pause_until)):
             time.sleep(options.pause)
         return loss
 

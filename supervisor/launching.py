@@ -1,0 +1,50 @@
+"""Starting an attempt: the program's command line and environment, and a port that is its own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from supervisor.attempt import Attempt
+from supervisor.edge.link import ATTEMPT, RUNTIME, STANDBY
+from supervisor.edge.ports import ReservedPort
+from supervisor.errors import UsageError
+from supervisor.program import Program
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Launches the attempts of one job."""
+
+    program: Program
+    folder: Path
+    run_id: str
+    runtime: Path
+
+    def launch(self, attempt: Attempt) -> ReservedPort:
+        """Start it; the port is to be released when the attempt is over. Raises UsageError when it cannot be started, StorageError when there is no room for its logs."""
+        attempt.prepare()
+        port = ReservedPort()
+        try:
+            argv = self.program.attempt_argv(port.number)
+            attempt.launch(argv, self._environment(attempt))
+        except OSError as error:
+            port.release()
+            raise UsageError(f"cannot start {argv[0]}: {error.strerror}") from None
+        return port
+
+    def _environment(self, attempt: Attempt) -> dict[str, str]:
+        environment = dict(os.environ)
+        environment.pop("EVERSTEP_KEY", None)  # the supervisor verifies; a worker has no use for the secret
+        environment.pop(STANDBY, None)
+        if attempt.standby:
+            environment[STANDBY] = str(attempt.standby)
+        return {
+            **environment,
+            "EVERSTEP_DIR": str(self.folder),
+            "EVERSTEP_RUN_ID": self.run_id,
+            ATTEMPT: str(attempt.number),
+            RUNTIME: str(self.runtime),
+            **self.program.environment,
+        }

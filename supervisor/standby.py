@@ -1,0 +1,238 @@
+"""The standby: the next attempt, launched ahead, so that a failure costs neither launch nor imports.
+
+While attempt *k* trains, attempt *k+1* is started as it would be after a failure: a fresh torchrun with a port of its own.
+Its workers boot, import what the script imported before (``launch/warmup.py``), and wait at a *gate* before the script's
+first line. What makes that safe:
+
+- It is no attempt yet. It has the next attempt's number, because that is part of its environment, but nothing is
+  journaled as that attempt before the gate opens; until then its end is not a failure and its messages count for nothing.
+- It shares nothing with the attempt beside it: other processes, another port, other control pages. The two are told apart
+  by their launchers and by the attempt number in their environments, so either is killed without touching the other.
+- One standby of a number can follow another. Each launch has a serial number, which its workers say in their
+  greeting, so that the last words of one that was killed are not taken for the next one's.
+- It is used only when every rank stands at the gate, for a restart without delay. A failure that repeats without progress is
+  answered by a cold start: should the standby have a part in it, that ends it.
+- It yields: SCHED_BATCH until the gate opens. No CPU affinity, because libraries choose their numbers of threads by it
+  while they are imported, and no niceness, because an unprivileged user could not take that back.
+- It is started only after the first step, when the imports are known and start-up is over, and only with memory to spare.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from supervisor.attempt import Attempt, Seat
+from supervisor.edge import clock, memory
+from supervisor.edge.channel import Message, Peer
+from supervisor.edge.console import Console
+from supervisor.edge.ports import ReservedPort
+from supervisor.errors import EverstepError
+from supervisor.launching import Launcher
+from supervisor.ledger import Ledger
+from supervisor.model import StandbyReady
+
+DELAY = 2.0  # seconds after the first step
+PATIENCE = 300.0  # seconds that its workers may take to the gate
+TRIES = 3  # for each attempt beside which it waits
+ROOM = 2  # times what the workers hold now must be available
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A launched standby."""
+
+    attempt: Attempt
+    port: ReservedPort
+    launched: float
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    standing: set[int] = field(default_factory=set)  # ranks at the gate
+    dropped: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every rank stands at the gate, alive."""
+        seats = self.attempt.seats.values()
+        return (
+            self.attempt.is_full
+            and len(self.standing) == len(seats)
+            and not self.attempt.ended.is_set()
+            and all(seat.end is None for seat in seats)
+        )
+
+
+class Standby:
+    """At most one standby at a time: ``arm``, then ``take`` or ``drop``; ``end`` for good."""
+
+    def __init__(
+        self,
+        *,
+        enabled: bool,
+        launcher: Launcher,
+        folder_of: Callable[[int], Path],
+        welcome: Message,
+        ledger: Ledger,
+        console: Console,
+    ) -> None:
+        self._enabled, self._launcher, self._folder_of = enabled, launcher, folder_of
+        self._welcome, self._ledger, self._console = welcome, ledger, console
+        self._imports: list[str] = []
+        self._waiting: Waiting | None = None
+        self._beside: Attempt | None = None
+        self._serial = 0
+        self._tries = 0
+        self._failed = False  # one of this number died by itself: its logs say why
+        self._timer: asyncio.TimerHandle | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._dropping = asyncio.Lock()
+        self._memory_said = False
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """What a teardown must spare."""
+        return self._waiting.attempt if self._waiting else None
+
+    # ------------------------------------------------------------------ its life
+
+    def arm(self, beside: Attempt) -> None:
+        """Attempt ``beside`` has made its first step: launch a standby for it soon."""
+        if self._enabled and self._waiting is None and self._timer is None:
+            self._beside, self._tries, self._failed = beside, TRIES, False
+            self._launch_soon()
+
+    def take(self, number: int, world_size: int | None) -> Waiting | None:
+        """Hand over a standby that can begin as attempt ``number``, or None."""
+        waiting = self._waiting
+        if waiting is None or not waiting.is_ready:
+            return None
+        if (waiting.attempt.number, waiting.attempt.world_size) != (number, world_size):
+            return None
+        self._waiting = None
+        self._forget()
+        return waiting
+
+    async def drop(self) -> None:
+        """Kill and forget what there is; whether anything was launched is no matter."""
+        self._forget()
+        async with self._dropping:
+            if self._waiting is not None:
+                await self._discard(self._waiting)
+
+    async def end(self) -> None:
+        """``drop``, and no standby any more."""
+        self._enabled = False
+        await self.drop()
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    def _launch_soon(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(DELAY, self._launch)
+
+    def _launch(self) -> None:
+        self._timer = None
+        beside = self._beside
+        if not self._enabled or beside is None or beside.ended.is_set() or not self._has_room(beside):
+            return
+        self._serial += 1
+        self._tries -= 1
+        number = beside.number + 1
+        launcher = self._launcher
+        attempt = Attempt(
+            number, self._folder_of(number), launcher.runtime, launcher.run_id, standby=self._serial
+        )
+        try:
+            port = self._launcher.launch(attempt)
+        except (
+            EverstepError
+        ) as error:  # the program has gone since it was started; a cold start will say so too
+            self._console.say(f"no standby: {error}")
+            return
+        self._waiting = Waiting(attempt, port, clock.monotonic())
+        self._watch = asyncio.get_running_loop().create_task(self._watch_over(self._waiting))
+
+    def _has_room(self, beside: Attempt) -> bool:
+        needed = ROOM * memory.resident(seat.pid for seat in beside.seats.values())
+        there = memory.available()
+        if there is None or there >= needed:
+            return True
+        if not self._memory_said:
+            self._memory_said = True
+            self._console.say(
+                f"no standby: {there / 1e9:.1f} GB of memory are available, {needed / 1e9:.1f} GB would be needed"
+            )
+        return False
+
+    async def _watch_over(self, waiting: Waiting) -> None:
+        """Until it is taken or dropped (cancelled): a standby that ends, or never gets ready, is replaced."""
+        ended = waiting.attempt.ended
+        late = asyncio.get_running_loop().call_later(
+            PATIENCE, lambda: None if waiting.is_ready else ended.set()
+        )
+        try:
+            await ended.wait()
+        finally:
+            late.cancel()
+        if not self._failed:
+            self._failed = True
+            self._console.say(f"the standby has ended ({waiting.attempt.logs}); training goes on")
+        async with self._dropping:
+            if self._waiting is waiting:
+                await self._discard(waiting)
+        self._watch = None
+        if self._tries > 0 and self._enabled:
+            self._launch_soon()
+
+    async def _discard(self, waiting: Waiting) -> None:
+        waiting.dropped = True
+        waiting.gate.set()
+        await waiting.attempt.withdraw()
+        waiting.attempt.close()
+        waiting.port.release()
+        if not self._failed:
+            shutil.rmtree(waiting.attempt.folder, ignore_errors=True)  # an attempt that never was
+        self._waiting = None
+
+    # ------------------------------------------------------------------ what its workers say
+
+    def imported(self, names: list[str]) -> None:
+        """What the script has imported: the next standby imports it ahead."""
+        self._imports = names
+
+    def is_for_us(self, peer: Peer, message: Message) -> bool:
+        """Whether a message comes from a worker of the standby."""
+        if self._waiting is None:
+            return False
+        attempt, seat = self._waiting.attempt, peer.seat
+        if message["kind"] == "hello":
+            return int(message.get("standby", 0)) == attempt.standby
+        return isinstance(seat, Seat) and attempt.seats.get(seat.rank) is seat
+
+    async def handle(self, peer: Peer, message: Message) -> Message | None:
+        """Seat those who greet, hold those at the gate, and let all else pass."""
+        waiting = self._waiting
+        assert waiting is not None
+        if message["kind"] == "hello":
+            peer.seat = waiting.attempt.welcome(peer.pid, message)
+            return {**self._welcome, "preimport": self._imports}
+        if message["kind"] != "gate":
+            return None
+        if message["cuda"]:
+            self._console.say("no standby: the script's imports alone take hold of the GPU")
+            self._enabled, self._failed = False, True
+            waiting.attempt.ended.set()
+        waiting.standing.add(peer.seat.rank)
+        if waiting.is_ready:
+            now = clock.now()
+            seconds = clock.monotonic() - waiting.launched
+            self._ledger.add(StandbyReady(time=now, attempt=waiting.attempt.number, seconds=seconds))
+        await waiting.gate.wait()
+        return {"refused": "this standby is not needed"} if waiting.dropped else {}
