@@ -63,8 +63,8 @@ class Link:
             except OSError:
                 return
 
-    def ask(self, kind: str, *, deadline: float = 600.0, **values: object) -> dict[str, Any]:
-        """Send one message and wait up to ``deadline`` seconds for its answer.
+    def ask(self, kind: str, *, deadline: float | None = 600.0, **values: object) -> dict[str, Any]:
+        """Send one message and wait up to ``deadline`` seconds (None: as long as it lives) for its answer.
 
         Raises ProtocolError when the supervisor refuses, is gone, or does not answer in time.
         """
@@ -79,7 +79,9 @@ class Link:
                         raise ProtocolError(f"the supervisor closed the connection before answering {kind!r}")
                     self._buffer += chunk
             except TimeoutError:
-                raise ProtocolError(f"no answer from the supervisor to {kind!r} in {deadline:g} s") from None
+                raise ProtocolError(
+                    f"no answer from the supervisor to {kind!r} in {deadline or 0:g} s"
+                ) from None
             except OSError as error:
                 raise ProtocolError(f"the connection to the supervisor broke in {kind!r}: {error}") from error
             finally:
