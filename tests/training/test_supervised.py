@@ -131,6 +131,6 @@ def test_one_rank_without_room_is_a_failure_on_all_and_leaves_no_files(tmp_path:
     assert results[0]["seen"] == results[1]["seen"] == list(range(5))
     failed = station.of_kind("save_failed")
     assert [m["step"] for m in failed].count(5) == 8  # the last save is tried again, three times
-    assert len(failed) == 12
+    assert [m["step"] for m in failed].count(2) == 2  # that of 4 is skipped when the next slot comes too late
     assert all("rank 1: OSError: [Errno 27]" in m["reason"] for m in failed)
     assert not any(list(station.slot(index).iterdir()) for index in range(3))
