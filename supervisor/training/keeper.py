@@ -13,6 +13,13 @@ from supervisor.model import ProposalFlag
 NEVER: Final = 1 << 62  # a step that does not come
 
 
+class Stopped(SystemExit):
+    """Raised out of ``steps`` when the job was asked to stop, after its state was saved: the worker exits with code 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A state to resume from, verified."""

@@ -134,7 +134,7 @@ class OptimizerPart:
     def _add(
         self, items: Items, path: Path, value: Any, owner: Owner, parameter: torch.Tensor | None
     ) -> None:
-        if trees.is_storable(value) and (not isinstance(value, DTensor) or _is_like(value, parameter)):
+        if trees.is_storable(value) and (not isinstance(value, DTensor) or trees.is_like(value, parameter)):
             items.add(path, value, owner)
             return
         skeleton, tensors = trees.split(value)
@@ -295,12 +295,3 @@ class OptimizerPart:
             target = torch.empty(size, dtype=dtype, device=device)
         self._targets[key] = target
         return target
-
-
-def _is_like(value: DTensor, parameter: torch.Tensor | None) -> bool:
-    return (
-        isinstance(parameter, DTensor)
-        and value.shape == parameter.shape
-        and value.placements == parameter.placements
-        and value.device_mesh == parameter.device_mesh
-    )

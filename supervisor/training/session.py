@@ -31,7 +31,7 @@ from supervisor.edge.control import Phase, ProposalFlag, ProposalState, SessionF
 from supervisor.edge.link import current
 from supervisor.errors import UsageError
 from supervisor.training.gradients import Gradients
-from supervisor.training.keeper import NEVER, Keeper, Unkept
+from supervisor.training.keeper import NEVER, Keeper, Stopped, Unkept
 from supervisor.training.metrics import Metrics, loss_bits
 from supervisor.training.resuming import resume
 from supervisor.training.saving import Saver
@@ -41,13 +41,6 @@ from supervisor.training.supervised import Supervised, set_phase
 from supervisor.training.world import World, say
 
 _PHASES: Final = {"setup": Phase.SETUP, "evaluate": Phase.EVALUATE}
-
-
-class Stopped(SystemExit):
-    """Raised out of ``steps`` when the job was asked to stop, after its state was saved: the worker exits with code 0."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
 
 
 class Session:

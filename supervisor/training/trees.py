@@ -82,6 +82,16 @@ def placements_of(marker: Mapping[str, Any]) -> list[Placement] | None:
     return [Shard(dim) if kind == "shard" else Replicate() for kind, dim in recorded]
 
 
+def is_like(value: DTensor, parameter: torch.Tensor | None) -> bool:
+    """Whether both are laid out over the ranks alike."""
+    return (
+        isinstance(parameter, DTensor)
+        and value.shape == parameter.shape
+        and value.placements == parameter.placements
+        and value.device_mesh == parameter.device_mesh
+    )
+
+
 def exact(loaded: Any, present: Any) -> Any:
     """``present``, but where ``load_state_dict`` cast a tensor to its parameter's dtype, the tensor as it was saved."""
     if isinstance(loaded, torch.Tensor) and isinstance(present, torch.Tensor):

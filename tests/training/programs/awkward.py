@@ -165,3 +165,13 @@ def left(dir: str, how: str) -> Any:  # noqa: A002
     except ArithmeticError:
         pass
     return session.step
+
+
+def many_epochs(size: int) -> Any:
+    """Loops without end, ``size`` steps each."""
+    dist.init_process_group("gloo")
+    with Session() as session:
+        for epoch in range(10**9):
+            for _ in session.steps((epoch + 1) * size):
+                pass
+    return None
