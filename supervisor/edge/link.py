@@ -88,7 +88,9 @@ class Link:
                         raise ProtocolError(f"the supervisor closed the connection before answering {kind!r}")
                     self._buffer += chunk
             except TimeoutError:
-                raise ProtocolError(f"no answer from the supervisor to {kind!r} in {deadline:g} s") from None
+                raise ProtocolError(
+                    f"no answer from the supervisor to {kind!r} in {deadline or 0:g} s"
+                ) from None
             except OSError as error:
                 raise ProtocolError(f"the connection to the supervisor broke in {kind!r}: {error}") from error
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from supervisor.training.session import Session, Stopped
+from supervisor.training.keeper import Stopped
+from supervisor.training.session import Session
 
 __all__ = ["Session", "Stopped"]

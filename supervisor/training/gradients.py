@@ -1,54 +1,132 @@
 """Gradients are state, but not saved: a save point waits until none are pending.
 
-They are pending while a step accumulates them. An optimizer is *clean* at the end of a step in which it stepped (what
-lies in ``.grad`` then is spent), and whenever its gradients are all None or zero. Each is judged on its own.
+A gradient is *spent* once an optimizer has stepped with it, and stays so until something is added to it: the step leaves
+its mark on the tensor, with the version it had. What is pending is every gradient that is not zero and not spent: one
+that steps accumulate, and one that arrived after the optimizer's last step (a body that steps first, then goes backward).
+FSDP2 that does not synchronise keeps what it accumulates beside the parameters; that is looked at, too.
+
+Which parameters count? Those of the Session's optimizers, of optimizers found inside other objects given, and of any
+optimizer that has stepped in this process: every ``torch.optim.Optimizer`` tells, whatever it is wrapped in. A parameter that
+no optimizer will ever use may carry its gradient for ever, and keeps nothing waiting.
+
+A step inside ``torch.compile`` leaves no marks: there, all gradients are spent in the step in which their optimizer stepped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
 
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_SPENT: Final = "_everstep_spent"  # on a gradient: the version with which an optimizer stepped
 
 
 class Gradients:
     """Watches the optimizers of a Session. ``stepped`` is cleared by the Session after each step."""
 
-    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
+    def __init__(
+        self,
+        optimizers: Mapping[str, Optimizer],
+        modules: Mapping[str, nn.Module] | None = None,
+        others: Mapping[str, object] | None = None,
+    ) -> None:
         self._optimizers = dict(optimizers)
-        self.stepped = [False] * len(self._optimizers)
+        self._modules = dict(modules or {})
+        for name, value in (others or {}).items():
+            for found in hidden_in(value):
+                if all(found is not known for known in self._optimizers.values()):
+                    self._optimizers[name] = found
+        self.stepped = [False] * len(self._optimizers)  # by a compiled step
         self.none_stepped = tuple(self.stepped)
-        self._handles = [
-            optimizer.register_step_post_hook(_noter(self.stepped, index))
-            for index, optimizer in enumerate(self._optimizers.values())
-        ]
+        self._index = {id(optimizer): index for index, optimizer in enumerate(self._optimizers.values())}
+        self._strangers: dict[int, Optimizer] = {}
+        self._handle = register_optimizer_step_post_hook(self._note)
 
     def pending(self) -> list[str]:
-        """The names of the optimizers with gradients that have not been used yet. Looks at ``.grad``: save points only."""
-        return [
+        """The names of what has gradients that have not been used yet. Looks at every gradient: save points only."""
+        names = [
             name
             for (name, optimizer), stepped in zip(self._optimizers.items(), self.stepped, strict=True)
-            if not stepped and _has_gradients(optimizer)
+            if not stepped and _any_pending(_gradients_of(optimizer))
         ]
+        names += [
+            type(optimizer).__name__
+            for optimizer in self._strangers.values()
+            if _any_pending(_gradients_of(optimizer))
+        ]
+        names += [name for name, module in self._modules.items() if _any_pending(_kept_by_fsdp(module))]
+        return list(dict.fromkeys(names))
 
     def close(self) -> None:
         """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
+        self._strangers.clear()
+
+    def _note(self, optimizer: Optimizer, _args: object, _kwargs: object) -> None:
+        index = self._index.get(id(optimizer))
+        if torch.compiler.is_compiling():
+            if index is not None:
+                self.stepped[index] = True
+            return
+        if index is None and id(optimizer) not in self._strangers and self._is_ours(optimizer):
+            self._strangers[id(optimizer)] = optimizer
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is not None:
+                    gradient = getattr(gradient, "_local_tensor", gradient)
+                    gradient._everstep_spent = gradient._version
+
+    def _is_ours(self, optimizer: Optimizer) -> bool:
+        ours = {id(parameter) for module in self._modules.values() for parameter in module.parameters()}
+        return any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _noter(stepped: list[bool], index: int) -> Any:
-    def note(_optimizer: Optimizer, _args: object, _kwargs: object) -> None:
-        stepped[index] = True
-
-    return note
-
-
-def _has_gradients(optimizer: Optimizer) -> bool:
-    gradients = (p.grad for group in optimizer.param_groups for p in group["params"])
-    return any(bool((_local(g) != 0).any()) for g in gradients if g is not None)
+def hidden_in(value: object) -> list[Optimizer]:
+    """The optimizers that an object which is none itself holds: a wrapper's, a scheduler's."""
+    if isinstance(value, (nn.Module, torch.Generator)):
+        return []
+    held: Iterable[object] = getattr(value, "__dict__", {}).values()
+    return [
+        part for part in held if isinstance(part, Optimizer) and hasattr(part, "_optimizer_step_post_hooks")
+    ]
 
 
-def _local(gradient: Any) -> Any:
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+def _gradients_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield parameter.grad
+
+
+def _kept_by_fsdp(module: nn.Module) -> Iterator[torch.Tensor]:
+    """What FSDP2 has accumulated without reducing it. Private names; a torch without them has nothing to look at."""
+    for child in module.modules():
+        if not isinstance(child, FSDPModule):
+            continue
+        state: Any = child._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:
+            groups = [group for group in (getattr(state, "_fsdp_param_group", None),) if group is not None]
+        for group in groups:
+            kept = [getattr(group, "_partial_reduce_output", None)]
+            for parameter in getattr(group, "fsdp_params", ()):
+                kept.append(getattr(parameter, "unsharded_accumulated_grad", None))
+                unsharded = getattr(parameter, "_unsharded_param", None)
+                kept.append(getattr(unsharded, "grad", None))
+            yield from (gradient for gradient in kept if isinstance(gradient, torch.Tensor))
+
+
+def _any_pending(gradients: Iterable[torch.Tensor]) -> bool:
+    return any(_is_pending(getattr(gradient, "_local_tensor", gradient)) for gradient in gradients)
+
+
+def _is_pending(gradient: torch.Tensor) -> bool:
+    if getattr(gradient, _SPENT, None) == gradient._version:
+        return False
+    return bool((gradient != 0).any())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -10,6 +11,13 @@ from supervisor.edge.control import SIZE
 from supervisor.model import ProposalFlag
 
 NEVER: Final = 1 << 62  # a step that does not come
+
+
+class Stopped(SystemExit):
+    """Raised out of ``steps`` when the job was asked to stop, after its state was saved: the worker exits with code 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,22 @@ class Keeper(Protocol):
         ...
 
     def saved(
-        self, target: Target, completed: int, seconds: float, size: int, metrics: dict[str, float]
-    ) -> None:
-        """This rank's part is whole, and so is every other's."""
+        self,
+        target: Target,
+        completed: int,
+        seconds: float,
+        size: int,
+        metrics: dict[str, float],
+        names: Collection[str],
+    ) -> str | None:
+        """This rank's part is whole, and so is every other's; ``names`` (rank 0's) are the files of all. Collective.
+
+        Returns what went wrong nevertheless, alike on all ranks; None when nothing did.
+        """
         ...
 
     def failed(self, target: Target, completed: int, reason: str) -> None:
-        """The save failed on all ranks alike."""
+        """The save failed on all ranks alike. Collective."""
         ...
 
     def request(self, step: int) -> None:
@@ -84,6 +101,10 @@ class Keeper(Protocol):
 
     def tell(self, kind: str, **values: object) -> None:
         """News for the supervisor, if there is one."""
+        ...
+
+    def close(self) -> None:
+        """The Session is left, or was not entered: let go of what is held."""
         ...
 
 
@@ -125,9 +146,16 @@ class Unkept:
         self.due = NEVER
 
     def saved(
-        self, target: Target, completed: int, seconds: float, size: int, metrics: dict[str, float]
-    ) -> None:
+        self,
+        target: Target,
+        completed: int,
+        seconds: float,
+        size: int,
+        metrics: dict[str, float],
+        names: Collection[str],
+    ) -> str | None:
         """Never called."""
+        raise AssertionError("there was no target")
 
     def failed(self, target: Target, completed: int, reason: str) -> None:
         """Never called."""
@@ -137,3 +165,6 @@ class Unkept:
 
     def tell(self, kind: str, **values: object) -> None:
         """Ignored."""
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -5,6 +5,7 @@ Reading a number out of a tensor on an accelerator waits for all work queued on 
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -61,3 +62,8 @@ class Metrics:
                         f"log({name}=…) takes a number or a tensor of one element: {error}"
                     ) from None
         return dict(self._values)
+
+
+def loss_bits(loss: float) -> int:
+    """A double as the word that holds it."""
+    return int(struct.unpack("Q", struct.pack("d", loss))[0])

@@ -124,16 +124,17 @@ class OptimizerPart:
                 items.add((self.name, "state", fqn), {}, owner)  # else it would be given rank 0's
         for key in states.keys() - set(range(len(parameters))):
             self._add(items, (self.name, "state", f"@{key}"), states[key], Owner(self._rank), None)
+        owner = self._group_owner()
         for index, group in enumerate(self.optimizer.param_groups):
             for key, value in group.items():
                 if key == "params":
                     value = [self._named(parameter)[0] for parameter in value]
-                self._add(items, (self.name, "param_groups", index, key), value, self._group_owner(), None)
+                self._add(items, (self.name, "param_groups", index, key), value, owner, None)
 
     def _add(
         self, items: Items, path: Path, value: Any, owner: Owner, parameter: torch.Tensor | None
     ) -> None:
-        if trees.is_storable(value) and (not isinstance(value, DTensor) or _is_like(value, parameter)):
+        if trees.is_storable(value) and (not isinstance(value, DTensor) or trees.is_like(value, parameter)):
             items.add(path, value, owner)
             return
         skeleton, tensors = trees.split(value)
@@ -162,6 +163,8 @@ class OptimizerPart:
             key for keys in chosen.values() for key in keys.values() if stored.is_object(key)
         )
         for number, parameter in enumerate(self._numbered()):
+            if stored.resharded and isinstance(parameter, DTensor):
+                mismatch.different += self._of_shards(stored, chosen[number], parameter)
             if state := self._rebuild(stored, chosen[number], objects, parameter):
                 self._states[number] = state
         for fqn in table:
@@ -179,16 +182,29 @@ class OptimizerPart:
             {**loaded, "params": [numbers[id(parameter)] for parameter in group["params"]]}
             for loaded, group in zip(self._groups, self._local.param_groups, strict=True)
         ]
+        former = [dict(group) for group in self._local.param_groups]
         self._local.load_state_dict({"state": self._states, "param_groups": groups})
+        for group, before in zip(self._local.param_groups, former, strict=True):
+            group.update({key: trees.in_place(value, before.get(key)) for key, value in group.items()})
         for parameter in self._numbered():
             present = self._local.state.get(parameter)
             for key, value in self._states.get(numbers[id(parameter)], {}).items():
                 if present is not None and key in present:
-                    present[key] = _exact(value, present[key])
+                    present[key] = trees.exact(value, present[key])
         if self._partitioned:
             for group, loaded in zip(self.optimizer.param_groups, self._groups, strict=True):
-                group.update({key: value for key, value in loaded.items() if key != "params"})
+                group.update({k: trees.in_place(v, group.get(k)) for k, v in loaded.items() if k != "params"})
         self._targets, self._states, self._groups = {}, {}, []
+
+    def _of_shards(self, stored: Stored, chosen: Mapping[Path, str], parameter: DTensor) -> list[str]:
+        """The plain tensors that an optimizer kept for its shard of a parameter: other shards cannot have them."""
+        return [
+            f"{self.name}.state.{path[2]}.{path[3]} is a plain tensor per shard, which other shards cannot take over"
+            for path, key in chosen.items()
+            if isinstance(metadata := stored.metadata_of(key), TensorStorageMetadata)
+            if len(path) == 4 and path[3] != "step" and metadata.size and metadata.size != parameter.shape
+            if stored.find((self.name, "state", str(path[2]), str(path[3]).split(".")[0]), 0) == key
+        ]
 
     def _choose(
         self, table: Mapping[str, dict[int, dict[Path, str]]], parameter: torch.Tensor
@@ -279,23 +295,3 @@ class OptimizerPart:
             target = torch.empty(size, dtype=dtype, device=device)
         self._targets[key] = target
         return target
-
-
-def _is_like(value: DTensor, parameter: torch.Tensor | None) -> bool:
-    return (
-        isinstance(parameter, DTensor)
-        and value.shape == parameter.shape
-        and value.placements == parameter.placements
-        and value.device_mesh == parameter.device_mesh
-    )
-
-
-def _exact(loaded: Any, present: Any) -> Any:
-    """``present``, but where ``load_state_dict`` cast a tensor to its parameter's dtype, the tensor as it was saved."""
-    if isinstance(loaded, torch.Tensor) and isinstance(present, torch.Tensor):
-        return present if present.dtype == loaded.dtype else loaded.to(present.device)
-    if isinstance(loaded, dict) and isinstance(present, dict):
-        return {key: _exact(loaded[key], value) if key in loaded else value for key, value in present.items()}
-    if isinstance(loaded, list) and isinstance(present, list) and len(loaded) == len(present):
-        return [_exact(old, new) for old, new in zip(loaded, present, strict=True)]
-    return present

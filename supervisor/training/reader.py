@@ -4,18 +4,25 @@
 nothing else, and a path in it that leads out of the directory is refused. Byte items are pickles too; they are only
 loaded after somebody has verified the digests of all files (the supervisor before it answers ``resume``, library mode
 before it offers a candidate).
+
+What goes wrong is of three kinds. *Damage* (CheckpointError): a file is missing, too short, or not what it should be.
+*Storage* (StorageError): it would not give the bytes now (ESTALE, EIO), or this process had no room for them (EMFILE, no
+memory); tried again a few times, and no judgement on the checkpoint. *Misfit* (StateMismatchError): whole, but not of this
+training. An object that cannot be unpickled counts as damage, and its item is named.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+import tenacity
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -26,11 +33,21 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from supervisor.errors import CheckpointError, StateMismatchError
+from supervisor.errors import CheckpointError, StateMismatchError, StorageError
 from supervisor.training.items import STATE, Path, owner_of
 
+T = TypeVar("T")
+
+_GONE: Final = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+)  # damage; any other errno is storage's
+_TRIES: Final = 4
 _SHOWN: Final = 4  # of each kind in an error
 _ALLOWED: Final = {
     "torch.distributed.checkpoint.metadata": {
@@ -57,11 +74,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: FilePath) -> Metadata:
-    """The ``.metadata`` of a checkpoint, checked. Raises CheckpointError."""
+    """The ``.metadata`` of a checkpoint, checked. Raises CheckpointError and StorageError."""
+    data = _patiently(directory / ".metadata", (directory / ".metadata").read_bytes)
     try:
-        metadata = _Unpickler(io.BytesIO((directory / ".metadata").read_bytes())).load()
-    except OSError as error:
-        raise CheckpointError(f"{directory / '.metadata'}: {error.strerror}") from error
+        metadata = _Unpickler(io.BytesIO(data)).load()
+    except MemoryError as error:
+        raise StorageError(f"{directory / '.metadata'} cannot be read: out of memory") from error
     except Exception as error:
         raise CheckpointError(f"{directory / '.metadata'} is damaged or no DCP metadata: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -72,10 +90,7 @@ def read_metadata(directory: FilePath) -> Metadata:
         if not isinstance(name, str) or FilePath(name).name != name or name in ("", ".", ".."):
             raise CheckpointError(f"{directory / '.metadata'} leads out of the checkpoint: {name!r}")
         if name not in sizes:
-            try:
-                sizes[name] = (directory / name).lstat().st_size
-            except OSError as error:
-                raise CheckpointError(f"{directory / name}: {error.strerror}") from error
+            sizes[name] = _patiently(directory / name, (directory / name).lstat).st_size
         if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
             raise CheckpointError(f"{directory / name} is truncated: {sizes[name]} bytes")
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -125,11 +140,15 @@ class Mismatch:
 
 
 class Stored:
-    """A checkpoint, opened for one rank. Raises CheckpointError for damage, here and in every method."""
+    """A checkpoint, opened for one rank. Raises CheckpointError and StorageError, here and in every method.
+
+    ``resharded``: whether it was written by another number of ranks.
+    """
 
     def __init__(self, directory: FilePath, rank: int) -> None:
         self.directory = directory
         self.rank = rank
+        self.resharded = False
         self._metadata = read_metadata(directory)
         paths: Mapping[str, Path] = self._metadata.planner_data or {}
         self._by_owner: dict[int, dict[Path, str]] = {}
@@ -186,7 +205,10 @@ class Stored:
     def _read(self, values: dict[str, Any]) -> None:
         if not values:
             return
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        _patiently(self.directory, lambda: self._read_once(values))
+
+    def _read_once(self, values: dict[str, Any]) -> None:
+        planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -198,9 +220,30 @@ class Stored:
                 )
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, (OSError, MemoryError)):
+                raise cause from error
+            if isinstance(cause, _ItemError):
+                raise CheckpointError(f"{self.directory}: {cause}") from error
             raise CheckpointError(
                 f"{self.directory} cannot be loaded: {type(cause).__name__}: {cause}"
             ) from error
+
+
+class _ItemError(Exception):
+    """The object under a key could not be made again from its bytes."""
+
+
+class _Planner(DefaultLoadPlanner):
+    """Stock, but an object that fails to load is named."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            super().load_bytes(read_item, value)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            key = read_item.dest_index.fqn
+            raise _ItemError(f"{key!r} cannot be unpickled: {type(error).__name__}: {error}") from error
 
 
 class _Reader(FileSystemReader):
@@ -212,3 +255,20 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
+
+
+def _patiently(path: FilePath, action: Callable[[], T]) -> T:
+    """Try again what storage refuses for a moment. Raises CheckpointError for what is gone, else StorageError."""
+    retry = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, OSError) and e.errno not in _GONE),
+        wait=tenacity.wait_exponential(multiplier=0.1),
+        stop=tenacity.stop_after_attempt(_TRIES),
+        reraise=True,
+    )
+    try:
+        return retry(action)
+    except OSError as error:
+        kind = CheckpointError if error.errno in _GONE else StorageError
+        raise kind(f"{error.filename or path}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise StorageError(f"{path} cannot be loaded: out of memory") from error

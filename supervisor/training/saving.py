@@ -1,7 +1,11 @@
 """The save point: is it one, are all ranks clean, where to, and then the save.
 
 One small collective per save point settles all of it: the ranks take the maximum of (unclean, target, next due), where only
-rank 0 has a target and a due step to offer.
+rank 0 has a target and a due step to offer. It also tells whether all of them are at the same step.
+
+The last step of a loop is a save point like any other: another loop may follow (an epoch's), so a save that is unclean
+there is carried to that loop's first step. What is still carried when the Session is left is saved then, as it is, with a
+note of what was pending.
 """
 
 from __future__ import annotations
@@ -11,28 +15,31 @@ import time
 from typing import Final
 
 from supervisor.edge.control import Phase, Word
-from supervisor.errors import StorageError
+from supervisor.errors import StorageError, UsageError
 from supervisor.model import ProposalFlag
 from supervisor.training.gradients import Gradients
 from supervisor.training.items import Items
-from supervisor.training.keeper import Keeper, Target
+from supervisor.training.keeper import Keeper, Target, Unkept
 from supervisor.training.metrics import Metrics
 from supervisor.training.state import TrainingState
 from supervisor.training.supervised import Supervised, set_phase
 from supervisor.training.world import World, say
-from supervisor.training.writer import DcpWriter, SnapshotWriter, Written
+from supervisor.training.writer import DcpWriter, SnapshotWriter, UnsavableError, Written
 
-_LONG: Final = 256  # steps that a save may be put off before that is said
+PATIENCE: Final = (
+    256  # steps that a save is put off for pending gradients; rather a save without them than none
+)
 LAST_TRIES: Final = 3  # more, for the save after the last step
 
 
 class Saver:
-    """Carries out what the keeper wants. ``due`` is the next step to look at."""
+    """Carries out what the keeper wants. ``due`` is the next step to look at, ``saved`` the last that was saved."""
 
     def __init__(
         self, keeper: Keeper, training: TrainingState, gradients: Gradients, world: World, metrics: Metrics
     ) -> None:
         self.due = 0
+        self.saved = -1
         self._keeper = keeper
         self._training = training
         self._gradients = gradients
@@ -56,32 +63,64 @@ class Saver:
         self.due = self._keeper.due
         if flags is None:
             return False
-        before = set_phase(self._keeper.words, Phase.SAVE)
-        try:
-            stop = self._save_point(completed, flags, is_last=is_last)
-            for _ in range(LAST_TRIES if is_last else 0):  # no later save point will make up for this one
-                if self._failed:
-                    stop = self._save_point(completed, flags, is_last=True)
-            return stop
-        finally:
-            set_phase(self._keeper.words, before)
+        return self._in_phase(completed, flags, is_last=is_last, forced=False)
+
+    def leave(self, step: int, *, broken_out: bool, asked: bool) -> int:
+        """The Session is left in order, ``step`` steps complete: save what is still to be saved, clean or not.
+
+        ``broken_out``: the loop was left in a step, which counts as complete if a save was ``asked`` for at its end.
+        Returns the steps complete. Collective, if there is something to save and all ranks leave in order.
+        """
+        if broken_out and not asked:  # part of the step may have been done: its start can no longer be saved
+            kept = not isinstance(self._keeper, Unkept)
+            if kept and self._world.rank == 0 and self.saved != step:
+                say(f"step {step} was broken out of: it is not counted, and what it did is not saved")
+            return step
+        if not broken_out and self._carried is None:
+            return step
+        if not self._world.all_left_in_order():
+            say("the save at the end is lost: another rank did not leave the Session in order")
+            return step
+        if broken_out:
+            step += 1
+            self._keeper.words[Word.STEP] = step
+            self.end_of_step(step, is_last=False)
+        if self.saved != step:
+            flags = ProposalFlag.CHECKPOINT | (self._carried or ProposalFlag(0))
+            self._in_phase(step, flags, is_last=True, forced=True)
+        return step
 
     def flush(self) -> None:
         """Wait for what is under way."""
         self._writer.flush()
 
-    def _save_point(self, completed: int, flags: ProposalFlag, *, is_last: bool) -> bool:
-        unclean = False if is_last else self._is_unclean()
+    def _in_phase(self, completed: int, flags: ProposalFlag, *, is_last: bool, forced: bool) -> bool:
+        before = set_phase(self._keeper.words, Phase.SAVE)
+        try:
+            stop = self._save_point(completed, flags, forced=forced)
+            for _ in range(LAST_TRIES if is_last else 0):  # no later save point will make up for this one
+                if self._failed:
+                    stop = self._save_point(completed, flags, forced=forced)
+            return stop
+        finally:
+            set_phase(self._keeper.words, before)
+
+    def _save_point(self, completed: int, flags: ProposalFlag, *, forced: bool) -> bool:
+        unclean = self._is_unclean() and not forced
         code, due = self._keeper.offer(completed, flags) if self._world.rank == 0 else (0, 0)
-        agreed_unclean, code, due = self._world.largest([int(unclean), code, due])
-        if agreed_unclean:
+        agreed_unclean, code, due = self._world.agreed(completed, [int(unclean), code, due])
+        self._failed = False
+        if agreed_unclean and self._put_off < PATIENCE:
             self._carried = flags
             self._put_off += 1
             self.due = completed + 1
-            if self._put_off % _LONG == 0 and self._world.rank == 0:
-                names = ", ".join(self._gradients.pending()) or "another rank's optimizers"
-                say(f"no save for {self._put_off} steps: gradients of {names} are pending at the end of each")
             return False
+        if agreed_unclean and self._world.rank == 0:
+            names = ", ".join(self._gradients.pending()) or "another rank's optimizers"
+            say(
+                f"gradients of {names} were pending at the end of {PATIENCE} steps: step {completed} is saved without them, "
+                "and a run that resumes there differs by them"
+            )
         self._carried = None
         self._put_off = 0
         saved = code != 0 and self._save(self._keeper.target(code, completed), completed)
@@ -97,20 +136,26 @@ class Saver:
     def _save(self, target: Target, completed: int) -> bool:
         started = time.monotonic()
         metrics = {name: value for name, value in self._metrics.numbers().items() if math.isfinite(value)}
-        self._failed = False
+        pending = self._gradients.pending()
 
         def gather() -> Items:
             self._keeper.prepare(target)
-            return self._training.gather(completed)
+            return self._training.gather(completed, pending)
 
         def finished(outcome: Written | StorageError) -> None:
+            problem: str | None
             if isinstance(outcome, Written):
                 seconds = time.monotonic() - started
                 own = metrics if self._world.rank == 0 else {}
-                self._keeper.saved(target, completed, seconds, outcome.bytes, own)
+                problem = self._keeper.saved(target, completed, seconds, outcome.bytes, own, outcome.names)
             else:
-                self._failed = True
-                self._keeper.failed(target, completed, str(outcome))
+                problem = str(outcome)
+                self._keeper.failed(target, completed, problem)
+            self._failed = problem is not None
+            if problem is None:
+                self.saved = completed
+            if isinstance(outcome, UnsavableError):
+                raise UsageError(f"the state cannot be saved, now or later: {outcome}")
 
         self._writer.write(target.directory, gather, finished)
         self._keeper.words[Word.HEARTBEAT_NS] = time.monotonic_ns()

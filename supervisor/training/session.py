@@ -29,10 +29,11 @@ from typing import Any, Final, Self
 from supervisor.decide.retention import KeepBest, RetentionPolicy
 from supervisor.edge.control import Phase, ProposalFlag, ProposalState, SessionFlag, Word
 from supervisor.edge.link import current
-from supervisor.errors import CheckpointError, EverstepError, StateMismatchError, UsageError
+from supervisor.errors import UsageError
 from supervisor.training.gradients import Gradients
-from supervisor.training.keeper import NEVER, Keeper, Unkept
-from supervisor.training.metrics import Metrics
+from supervisor.training.keeper import NEVER, Keeper, Stopped, Unkept
+from supervisor.training.metrics import Metrics, loss_bits
+from supervisor.training.resuming import resume
 from supervisor.training.saving import Saver
 from supervisor.training.standalone import Every, Standalone
 from supervisor.training.state import TrainingState, check_objects
@@ -40,13 +41,6 @@ from supervisor.training.supervised import Supervised, set_phase
 from supervisor.training.world import World, say
 
 _PHASES: Final = {"setup": Phase.SETUP, "evaluate": Phase.EVALUATE}
-
-
-class Stopped(SystemExit):
-    """Raised out of ``steps`` when the job was asked to stop, after its state was saved: the worker exits with code 0."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
 
 
 class Session:
@@ -71,6 +65,8 @@ class Session:
         UsageError: an object that cannot be kept, one given twice, a parameter that is in no module given.
         ConfigError: an option that is not understood.
         CheckpointError: (entering) nothing could be loaded although a checkpoint is there.
+        StorageError: (entering) storage would not give the checkpoint, though it may be good.
+        JobError: (entering) another run uses ``dir``.
         StateMismatchError: (entering) the checkpoint has other keys, shapes or dtypes than the training.
     """
 
@@ -86,7 +82,7 @@ class Session:
     ) -> None:
         check_objects(objects)
         self._objects = objects
-        self._root = None if dir is None else Path(dir)
+        self._root = None if dir is None else Path(dir).absolute()
         self._every = Every.parse(checkpoint_every)
         best = None if keep_best is None else KeepBest.parse(keep_best)
         self._policy = RetentionPolicy(keep_last=keep_last, keep_every=keep_every, keep_best=best)
@@ -95,8 +91,9 @@ class Session:
         self._step = 0
         self._total: int | None = None
         self._resumed = False
-        self._entered = self._open = self._looping = self._stopping = False
+        self._entered = self._open = self._looping = self._in_body = self._stopping = False
         self._due = 0
+        self._requested = 0  # the last step that save() asked for
         self._keeper: Keeper = Unkept()
         self._metrics = Metrics(self._publish)
 
@@ -139,9 +136,11 @@ class Session:
         """Save at the end of the step that is running, and make the snapshot a checkpoint.
 
         Call it on all ranks. Under a supervisor one rank is enough: it saves at the end of this step if no rank is past it,
-        else a few steps later.
+        else a few steps later. A step that is broken out of after ``save()`` counts as complete, and is saved when the
+        ``with`` block is left.
         """
         self._check_open("save()")
+        self._requested = self._step + 1
         self._keeper.request(self._step + 1)
         self._due = min(self._due, self._keeper.due)
 
@@ -164,6 +163,14 @@ class Session:
         if self._entered:
             raise UsageError("a Session is entered once: make another")
         self._entered = True
+        try:
+            self._enter()
+        except BaseException:
+            self._keeper.close()
+            raise
+        return self
+
+    def _enter(self) -> None:
         started = time.monotonic()
         link = current()
         if link is not None:
@@ -180,24 +187,33 @@ class Session:
             say("dir= is ignored: the supervisor keeps the checkpoints")
         self._world = world
         self._training = TrainingState(self._objects, self.state, world)
-        self._resume(started)
-        self._gradients = Gradients(self._training.optimizers)
+        step = resume(self._keeper, self._training, world)
+        if step is not None:
+            self._step, self._resumed = step, True
+            self._keeper.tell("resumed", step=step, seconds=time.monotonic() - started)
+        self._gradients = Gradients(self._training.optimizers, self._training.modules, self._training.others)
         self._saver = Saver(self._keeper, self._training, self._gradients, world, self._metrics)
         self._keeper.words[Word.STEP] = self._step
         set_phase(self._keeper.words, Phase.SETUP)
         self._open = True
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave. An exception goes on its way, and nothing is saved."""
+        """Leave. An exception goes on its way, and nothing is saved; in order, what is still to be saved is."""
         in_order = kind is None or issubclass(kind, Stopped)
-        if in_order:
-            self._saver.flush()
-            self._metrics.flush()
-        self._open = False
-        self._gradients.close()
+        try:
+            self._world.leave(in_order=in_order)
+            if kind is None:
+                asked = self._requested == self._step + 1
+                self._step = self._saver.leave(self._step, broken_out=self._in_body, asked=asked)
+            if in_order:
+                self._saver.flush()
+                self._metrics.flush()
+        finally:
+            self._open = False
+            self._gradients.close()
+            self._keeper.close()
         words = self._keeper.words
         set_phase(words, Phase.CLOSED)
         if in_order:
@@ -205,36 +221,17 @@ class Session:
         completed = kind is None and self._total is not None and self._step >= self._total
         self._keeper.tell("closed", step=self._step, completed=completed)
 
-    def _resume(self, started: float) -> None:
-        while (candidate := self._keeper.candidate()) is not None:
-            failure: EverstepError | None = None
-            try:
-                self._step = self._training.load(candidate.path)
-                if self._step != candidate.step:
-                    raise CheckpointError(
-                        f"{candidate.path} holds step {self._step}, not {candidate.step}: it was written over"
-                    )
-            except (CheckpointError, StateMismatchError) as error:
-                failure = error
-            failures = self._world.gather(None if failure is None else (str(failure), type(failure)))
-            reasons = [reason for reason in failures if reason is not None]
-            if not reasons:
-                self._resumed = True
-                self._keeper.tell("resumed", step=self._step, seconds=time.monotonic() - started)
-                return
-            text, fault = failures[self._world.rank] or reasons[0]
-            damaged = fault is CheckpointError
-            self._step = 0
-            if not self._keeper.rejected(candidate, text, damaged=damaged):
-                raise fault(text)
-
     # ------------------------------------------------------------------ the loop
 
     def steps(self, total: int | None = None) -> Iterator[int]:
         """The steps to run: from the one resumed at, up to ``total`` (None: until the loop is left).
 
-        A job that has completed ``total`` steps yields nothing. The last step is always saved. Fetch a step's data in its
+        A job that has completed ``total`` steps yields nothing. Fetch a step's data in its
         body: what is fetched before the previous step ends (``zip(loader, session.steps(n))``) is lost on resume.
+
+        A step has ended when the loop asks for the next one: one that is broken out of is not counted, and runs again in a
+        later loop, unless ``save()`` was called in it. The last step is saved as soon as no gradients are pending: at the
+        latest when the Session is left.
 
         Raises Stopped after the save when the job was asked to stop, UsageError outside the ``with`` block and for a second
         loop inside a loop.
@@ -244,6 +241,8 @@ class Session:
             raise UsageError("a loop over steps() is running already")
         if total is not None and total < 0:
             raise UsageError(f"steps({total}): a number of steps, 0 or more, is required")
+        if self._stopping and (total is None or total > self._step):
+            raise Stopped
         self._total = total
         self._keeper.words[Word.TOTAL_STEPS] = total or 0
         self._keeper.tell("session", total_steps=total)
@@ -251,18 +250,23 @@ class Session:
 
     def _loop(self, total: int) -> Iterator[int]:
         self._check_open("steps()")
-        self._looping = True
+        self._looping, self._in_body = True, False
         keeper, words, now = self._keeper, self._keeper.words, time.monotonic_ns
         stepped, none_stepped = self._gradients.stepped, self._gradients.none_stepped
         at_step, at_heartbeat, at_proposal = int(Word.STEP), int(Word.HEARTBEAT_NS), int(Word.PROPOSAL)
-        self._training.restore_rng()
         completed = self._step
+        if (
+            completed < total
+        ):  # what precedes an epoch's loop has drawn already, also in the run that is resumed
+            self._training.restore_rng()
         self._due = completed + 1  # the first step is looked at in any case
         set_phase(words, Phase.STEP)
         try:
             while completed < total:
                 stepped[:] = none_stepped
+                self._in_body = True
                 yield completed
+                self._in_body = False
                 completed += 1
                 self._step = completed
                 words[at_step] = completed
@@ -278,9 +282,10 @@ class Session:
             words[Word.FIRST_STEP_NS] = time.monotonic_ns()
         stop = self._saver.end_of_step(completed, is_last=is_last)
         self._due = self._saver.due
-        if stop and not is_last:
+        if stop:
             self._stopping = True
-            raise Stopped
+            if not is_last:  # else the script may have no more to do: the next steps() knows
+                raise Stopped
 
     def _check_open(self, what: str) -> None:
         if not self._open:
@@ -291,10 +296,3 @@ class Session:
             self._keeper.words[Word.LOSS] = loss_bits(loss)
         if self._open and self._world.rank == 0:
             self._keeper.tell("metrics", step=self._step, values=values)
-
-
-def loss_bits(loss: float) -> int:
-    """A double as the word that holds it."""
-    import struct
-
-    return int(struct.unpack("Q", struct.pack("d", loss))[0])

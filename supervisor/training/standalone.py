@@ -1,7 +1,8 @@
 """The keeper of a Session without a supervisor: ``dir=`` and a plain library.
 
 Checkpoints go to ``dir/checkpoints``, in the same format as a supervisor's. All ranks write, rank 0 seals (syncs, hashes,
-writes the manifest) and prunes. An interval in seconds becomes a number of steps that rank 0 estimates from the time they
+writes the manifest) and prunes, and the others wait for the verdict on the Session's own group, which is patient, rather than
+in the training's next collective, which is not. What happens to the files is in ``shelf``. An interval in seconds becomes a number of steps that rank 0 estimates from the time they
 take and hands to all ranks whenever they come together; until the first estimate they do so after 1, 2, 4, 8 … steps.
 """
 
@@ -11,22 +12,25 @@ import platform
 import re
 import time
 import uuid
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
 from supervisor.about import version
-from supervisor.checkpoint import catalog, directory
-from supervisor.checkpoint.commit import seal
-from supervisor.checkpoint.manifest import Key, Origin
-from supervisor.decide.retention import RetentionPolicy, to_remove
+from supervisor.checkpoint import catalog
+from supervisor.checkpoint.manifest import Origin
+from supervisor.decide.retention import RetentionPolicy
 from supervisor.edge.control import SIZE
 from supervisor.errors import ConfigError, EverstepError
 from supervisor.model import ProposalFlag
 from supervisor.training.keeper import NEVER, Candidate, Target
+from supervisor.training.shelf import Shelf
 from supervisor.training.world import World, say
+
+T = TypeVar("T")
 
 _INTERVAL: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(steps?|s|m|h)")
 _SECONDS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -53,7 +57,7 @@ class Every:
 
 
 class Standalone:
-    """Saves to ``root/checkpoints`` and resumes from it."""
+    """Saves to ``root/checkpoints`` and resumes from it. Raises JobError, on all ranks, when another run holds it."""
 
     def __init__(self, root: Path, every: Every, policy: RetentionPolicy, world: World) -> None:
         self.words = memoryview(bytearray(SIZE)).cast("Q")
@@ -62,51 +66,45 @@ class Standalone:
         self.settled = 0
         self._checkpoints = root / "checkpoints"
         self._every = every
-        self._policy = policy
         self._world = world
-        self._key = Key.from_environment()
         self._run_id = uuid.uuid4().hex[:12]
         self._rejected: list[Path] = []
         self._requested = False
         self._started: tuple[int, float] | None = None  # step and time where the measuring began
         self._last_save = 0.0
-        self._good: int | None = None
+        self._shelf: Shelf | None = None  # rank 0's
+
+        def open_shelf() -> None:
+            self._shelf = Shelf(root, policy)
+
+        self._on_first(open_shelf)
 
     # ------------------------------------------------------------------ resuming
 
     def candidate(self) -> Candidate | None:
-        """The newest checkpoint that verifies; rank 0 looks, all ranks hear."""
-        found: tuple[str, int, int, str] | EverstepError | None = None
-        if self._world.rank == 0:
-            try:
-                found = self._find()
-            except EverstepError as error:
-                found = error
-        found = self._world.from_first(found)
-        if isinstance(found, EverstepError):
-            raise found
+        """The newest checkpoint that verifies; rank 0 looks, all ranks hear. Raises CheckpointError if all are refused."""
+
+        def find() -> tuple[str, int, int, str] | None:
+            record = self._of_first().newest(self._rejected)
+            if record is None or record.manifest is None:
+                return None
+            origin = record.manifest.origin
+            return str(record.path), record.step, origin.attempt + 1, origin.run_id
+
+        found = self._on_first(find)
         if found is None:
             return None
         path, step, self.attempt, self._run_id = found
-        self._good = step
         return Candidate(Path(path), step)
 
-    def _find(self) -> tuple[str, int, int, str] | None:
-        record, bad = catalog.newest_good(self._checkpoints, self._key, self._rejected)
-        for rejected in bad:
-            say(f"{rejected.path} is skipped: {rejected.problem}")
-        if record is None or record.manifest is None:
-            return None
-        origin = record.manifest.origin
-        return str(record.path), record.step, origin.attempt + 1, origin.run_id
-
     def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:
-        """A damaged one is passed over for an older one; one that does not fit is not."""
-        if damaged and self._world.rank == 0:
+        """One that has been damaged meanwhile is passed over for an older one; a good one never is."""
+        if not damaged or self._on_first(lambda: self._of_first().is_good(candidate.path)):
+            return False
+        if self._world.rank == 0:
             say(f"{candidate.path} is skipped: {reason}")
         self._rejected.append(candidate.path)
-        self._good = None
-        return damaged
+        return True
 
     # ------------------------------------------------------------------ when
 
@@ -146,11 +144,9 @@ class Standalone:
         return Target(code, catalog.step_directory(self._checkpoints, completed))
 
     def prepare(self, target: Target) -> None:
-        """Rank 0 clears away what lies there (it was rejected, or we would have resumed from it)."""
+        """Rank 0 makes room; what lies there is set aside unless it is a leftover."""
         if self._world.rank == 0:
-            if target.directory.exists():
-                directory.discard(target.directory)
-            directory.begin(target.directory)
+            self._of_first().begin(target.directory)
 
     def agreed(self, completed: int, due: int) -> None:
         """The next step to come together at is known to all."""
@@ -169,34 +165,67 @@ class Standalone:
     # ------------------------------------------------------------------ what was saved
 
     def saved(
-        self, target: Target, completed: int, seconds: float, size: int, metrics: dict[str, float]
-    ) -> None:
+        self,
+        target: Target,
+        completed: int,
+        seconds: float,
+        size: int,
+        metrics: dict[str, float],
+        names: Collection[str],
+    ) -> str | None:
         """Rank 0 makes it a checkpoint, and removes those that are no longer wanted."""
-        self._last_save = time.monotonic()
-        if self._world.rank != 0:
-            return
         origin = Origin(
             step=completed, attempt=self.attempt, epoch=0, run_id=self._run_id, world_size=self._world.size,
             created=time.time(), metrics=metrics,
             versions={"torch": torch.__version__, "everstep": version(), "python": platform.python_version()},
         )  # fmt: skip
-        try:
-            seal(target.directory, origin, key=self._key)
-            self._good = completed
-            records = catalog.list_checkpoints(self._checkpoints, self._key)
-            doomed = to_remove(records, self._policy, protected={completed})
-            for record in records:
-                if record.step in doomed and record.problem is None:
-                    catalog.remove(record)
-        except EverstepError as error:
-            say(f"the checkpoint of step {completed} failed: {error}; training goes on")
+
+        def commit() -> str | None:
+            try:
+                self._of_first().commit(target.directory, origin, names)
+            except EverstepError as error:
+                say(f"the checkpoint of step {completed} failed: {error}; training goes on")
+                return str(error)
+            try:
+                self._of_first().prune(completed)
+            except EverstepError as error:
+                say(f"an old checkpoint stays: {error}")
+            return None
+
+        problem = self._on_first(commit)
+        self._last_save = time.monotonic()
+        return problem
 
     def failed(self, target: Target, completed: int, reason: str) -> None:
-        """Nothing older was touched; what was written of it goes."""
+        """Nothing older was touched; what was written of it goes, once no rank is at work on it any more."""
+        self._world.largest([0])
         if self._world.rank == 0:
             say(f"the checkpoint of step {completed} failed: {reason}; training goes on")
-            if directory.is_leftover(target.directory):
-                directory.discard(target.directory)
+            self._of_first().abandon(target.directory)
 
     def tell(self, kind: str, **values: object) -> None:
         """Nobody listens."""
+
+    def close(self) -> None:
+        """Let another run have the directory."""
+        if self._shelf is not None:
+            self._shelf.close()
+
+    # ------------------------------------------------------------------ rank 0's work
+
+    def _of_first(self) -> Shelf:
+        assert self._shelf is not None
+        return self._shelf
+
+    def _on_first(self, work: Callable[[], T]) -> T:
+        """Have rank 0 do it; its result, or its error, on all ranks. Collective."""
+        outcome: tuple[T | None, EverstepError | None] = (None, None)
+        if self._world.rank == 0:
+            try:
+                outcome = (work(), None)
+            except EverstepError as error:
+                outcome = (None, error)
+        value, failure = self._world.from_first(outcome)
+        if failure is not None:
+            raise failure
+        return value  # type: ignore[return-value]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from supervisor.errors import CheckpointError, UsageError
 from supervisor.training import rng
 from supervisor.training.ddp import Buckets
+from supervisor.training.gradients import hidden_in
 from supervisor.training.items import OWN, STATE, Items, Owner
 from supervisor.training.loaders import LoaderState, is_stateful_loader
 from supervisor.training.modules import ModulePart
@@ -67,7 +70,11 @@ class TrainingState:
         self._world = world
         self._values = values
         self.modules: dict[str, nn.Module] = {n: o for n, o in objects.items() if isinstance(o, nn.Module)}
-        self.optimizers: dict[str, Optimizer] = {n: o for n, o in objects.items() if _is_standard(o)}
+        self.optimizers: dict[str, Optimizer] = {}
+        for name, value in objects.items():
+            if (optimizer := unwrapped(name, value)) is not None:
+                self.optimizers[name] = optimizer
+        self.others = {n: o for n, o in objects.items() if n not in self.modules and n not in self.optimizers}
         self.buckets = Buckets(self.modules)
         self._rng: dict[str, Any] | None = None
         self._derive_rng = False
@@ -94,8 +101,11 @@ class TrainingState:
             *trees,
         ]
 
-    def gather(self, step: int) -> Items:
-        """Everything of this rank, after ``step`` completed steps. Tensors are those in use, not copies."""
+    def gather(self, step: int, pending: Sequence[str] = ()) -> Items:
+        """Everything of this rank, after ``step`` completed steps; ``pending`` notes the gradients that are lost.
+
+        Tensors are those in use, not copies.
+        """
         items = Items(self._world.rank)
         for part in self._parts:
             part.gather(items)
@@ -105,6 +115,7 @@ class TrainingState:
             "world_size": self._world.size,
             "rng": rng.capture(devices),
             "buckets": self.buckets.capture(),
+            "pending": list(pending),
         }
         items.add((OWN,), own, Owner(self._world.rank))
         return items
@@ -112,13 +123,14 @@ class TrainingState:
     def load(self, directory: Path) -> int:
         """Take over the state in ``directory``; returns its step. The random state follows with ``restore_rng``.
 
-        Raises CheckpointError for damage and StateMismatchError, before anything is changed, for what does not fit.
+        Raises CheckpointError for damage, StorageError for what storage would not give, and StateMismatchError, before anything is changed, for what does not fit.
         """
         stored = Stored(directory, self._world.rank)
         key = stored.find((OWN,), self._world.rank)
         if key is None:
             raise CheckpointError(f"{directory} was not written by a Session: it has no {OWN!r} item")
         own = stored.objects([key])[key]
+        stored.resharded = own["world_size"] != self._world.size
         mismatch = Mismatch()
         targets: dict[str, torch.Tensor] = {}
         for part in self._parts:
@@ -134,6 +146,11 @@ class TrainingState:
             say(
                 f"resuming {own['world_size']} ranks on {self._world.size}: the state of {', '.join(names)} differs between "
                 "ranks, and ranks that are new get rank 0's; check the data position"
+            )
+        if (pending := own.get("pending")) and self._world.rank == 0:
+            say(
+                f"the state of step {own['step']} was saved while gradients of {', '.join(pending)} were accumulated: they are "
+                "lost, and going on differs by them from a run that was never interrupted"
             )
         self._rng = own["rng"]
         self._derive_rng = stored.owned((OWN,), self._world.rank) is None
@@ -154,9 +171,26 @@ class TrainingState:
         self._values.update(values)
 
 
-def _is_standard(value: object) -> bool:
-    """Whether it is an optimizer like torch's own; wrappers that never call ``Optimizer.__init__`` are just Stateful."""
-    return isinstance(value, Optimizer) and hasattr(value, "_optimizer_step_post_hooks")
+def unwrapped(name: str, value: Any) -> Optimizer | None:
+    """The optimizer that ``value`` is, or merely hands on; None for what is kept as any Stateful is.
+
+    Wrappers that never call ``Optimizer.__init__`` are just Stateful, but not over sharded parameters: their state has no
+    names to be resharded or even loaded by. Raises UsageError for one that cannot be seen through.
+    """
+    if isinstance(value, Optimizer) and hasattr(value, "_optimizer_step_post_hooks"):
+        return value
+    if isinstance(value, LRScheduler):
+        return None
+    for inner in hidden_in(value):
+        sharded = any(isinstance(p, DTensor) for group in inner.param_groups for p in group["params"])
+        if sharded and "param_groups" in (state := value.state_dict()):
+            if isinstance(value, Optimizer) and state.keys() == {"state", "param_groups"}:
+                return inner
+            raise UsageError(
+                f"{name!r} ({type(value).__name__}) wraps an optimizer of sharded parameters and has a state of its own: "
+                f"give the {type(inner).__name__} inside it"
+            )
+    return None
 
 
 def _names(parts: list[Part]) -> set[str]:

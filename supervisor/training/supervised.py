@@ -6,6 +6,7 @@ The worker's half of the save protocol; its theory is in ``decide/savepoint.py``
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,7 @@ from supervisor.training.keeper import NEVER, Candidate, Target
 
 _NAP: Final = 0.0002  # seconds between two looks at the page
 _ANSWER: Final = 5.0  # seconds that a request may take to become a proposal before training goes on
+SLOT_PATIENCE: Final = 60.0  # seconds that a save may wait for a free slot
 _UNSETTLED: Final = 1 << 63  # no PROPOSAL word looks like this
 
 
@@ -37,7 +39,7 @@ class Supervised:
 
     def candidate(self) -> Candidate | None:
         """What the supervisor has verified and chosen for all ranks."""
-        answer = self._link.ask("resume")
+        answer = self._link.ask("resume", deadline=None)
         return Candidate(Path(answer["path"]), int(answer["step"])) if answer.get("path") else None
 
     def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:
@@ -76,12 +78,17 @@ class Supervised:
         return flags
 
     def offer(self, completed: int, flags: ProposalFlag) -> tuple[int, int]:
-        """The free slot; a save that was asked for waits for one, a periodic one is skipped."""
+        """The free slot; a save that was asked for waits a while for one, a periodic one is skipped."""
+        patience = time.monotonic() + SLOT_PATIENCE
         while True:
             slot = self.words[Word.FREE_SLOT]
             if slot not in (0, self._last_slot):
                 return slot, 0
             if not flags:
+                return 0, 0
+            if time.monotonic() > patience:
+                reason = f"no slot was free for {SLOT_PATIENCE:g} s"
+                self._link.tell("save_failed", step=completed, slot=-1, reason=reason)
                 return 0, 0
             self._nap()
 
@@ -97,14 +104,21 @@ class Supervised:
         self._plan(completed)
 
     def saved(
-        self, target: Target, completed: int, seconds: float, size: int, metrics: dict[str, float]
-    ) -> None:
+        self,
+        target: Target,
+        completed: int,
+        seconds: float,
+        size: int,
+        metrics: dict[str, float],
+        names: Collection[str],
+    ) -> str | None:
         """Tell it; the supervisor declares the snapshot whole when every rank has."""
         self._last_slot = target.code
         self.words[Word.SAVED_STEP] = completed + 1
         self._link.tell(
             "saved", step=completed, slot=target.code - 1, seconds=seconds, bytes=size, metrics=metrics
         )
+        return None
 
     def failed(self, target: Target, completed: int, reason: str) -> None:
         """Tell it; another slot will be offered."""
@@ -121,6 +135,9 @@ class Supervised:
     def tell(self, kind: str, **values: object) -> None:
         """Send it."""
         self._link.tell(kind, **values)
+
+    def close(self) -> None:
+        """The link outlives the Session."""
 
     def _awaits_proposal(self, word: int, step: int, completed: int, patience: float) -> bool:
         """Whether a request for this step was made and not yet answered by a proposal for it or a later one."""

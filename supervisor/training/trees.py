@@ -82,6 +82,37 @@ def placements_of(marker: Mapping[str, Any]) -> list[Placement] | None:
     return [Shard(dim) if kind == "shard" else Replicate() for kind, dim in recorded]
 
 
+def is_like(value: DTensor, parameter: torch.Tensor | None) -> bool:
+    """Whether both are laid out over the ranks alike."""
+    return (
+        isinstance(parameter, DTensor)
+        and value.shape == parameter.shape
+        and value.placements == parameter.placements
+        and value.device_mesh == parameter.device_mesh
+    )
+
+
+def exact(loaded: Any, present: Any) -> Any:
+    """``present``, but where ``load_state_dict`` cast a tensor to its parameter's dtype, the tensor as it was saved."""
+    if isinstance(loaded, torch.Tensor) and isinstance(present, torch.Tensor):
+        return present if present.dtype == loaded.dtype else loaded.to(present.device)
+    if isinstance(loaded, dict) and isinstance(present, dict):
+        return {key: exact(loaded[key], value) if key in loaded else value for key, value in present.items()}
+    if isinstance(loaded, list) and isinstance(present, list) and len(loaded) == len(present):
+        return [exact(old, new) for old, new in zip(loaded, present, strict=True)]
+    return present
+
+
+def in_place(loaded: Any, former: Any) -> Any:
+    """``former`` filled with ``loaded`` if both are tensors alike (others may hold it: a learning rate), else ``loaded``."""
+    tensors = isinstance(loaded, torch.Tensor) and isinstance(former, torch.Tensor)
+    if not tensors or loaded.shape != former.shape or loaded.dtype != former.dtype or loaded is former:
+        return loaded
+    with torch.no_grad():
+        former.copy_(loaded)
+    return former
+
+
 def _marker(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     marker: dict[str, Any] = {MARK: name}
     if tensor.device.type != "cpu":

@@ -1,15 +1,20 @@
 """This rank among the others: its number, and the Session's own group for what the ranks must agree on.
 
 The group is a gloo one apart from the training's: its collectives cannot interleave with those of the training, and they
-work on the CPU whatever the training runs on. It is used at save points and on resume, never in an ordinary step.
+work on the CPU whatever the training runs on. It is used at save points and on resume, never in an ordinary step. It is
+patient: whoever seals or verifies a large checkpoint on slow storage keeps the others waiting for that long, and a rank that
+has died ends the wait by its closed connection.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import uuid
 from collections.abc import Sequence
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +22,9 @@ import torch.distributed as dist
 from supervisor.errors import UsageError
 
 T = TypeVar("T")
+_torch_dist: Any = dist  # its private names
+_LEAVING: Final = timedelta(minutes=5)  # that one rank may leave the Session after another
+_PATIENCE: Final = timedelta(hours=24)
 
 
 class World:
@@ -34,7 +42,9 @@ class World:
             self.rank = dist.get_rank()
             self.size = dist.get_world_size()
             if self.size > 1:
-                self.group = dist.new_group(backend="gloo")
+                self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+                self._store: Any = _torch_dist.distributed_c10d._get_default_store()
+                self._name = f"everstep/{self.from_first(uuid.uuid4().hex)}"
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised: "
@@ -48,6 +58,36 @@ class World:
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return [int(value) for value in tensor.tolist()]
+
+    def agreed(self, step: int, values: Sequence[int]) -> list[int]:
+        """``largest`` of the values, at a point where all ranks are at the same step. Collective.
+
+        Raises UsageError, on every rank, when they are not.
+        """
+        last, negated_first, *largest = self.largest([step, -step, *values])
+        if last != -negated_first:
+            raise UsageError(
+                f"the ranks are not at the same step: one has completed {-negated_first}, another {last}; "
+                "every rank must run the same steps"
+            )
+        return largest
+
+    def leave(self, *, in_order: bool) -> None:
+        """Tell the others that this rank leaves the Session. Not collective."""
+        if self.group is not None:
+            with contextlib.suppress(RuntimeError):  # the store's host is gone: nobody asks
+                self._store.set(f"{self._name}/{self.rank}", "in order" if in_order else "by an error")
+
+    def all_left_in_order(self, patience: timedelta = _LEAVING) -> bool:
+        """Whether every rank has left in order, so that they can still do something together; waits for them."""
+        if self.group is None:
+            return True
+        keys = [f"{self._name}/{rank}" for rank in range(self.size)]
+        try:
+            self._store.wait(keys, patience)
+            return all(self._store.get(key) == b"in order" for key in keys)
+        except RuntimeError:  # in vain, or the store's host is gone
+            return False
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank, on every rank. Collective; the value must pickle."""

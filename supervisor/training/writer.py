@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -25,18 +25,33 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from supervisor.checkpoint.directory import SLOT_NAME
-from supervisor.errors import StorageError
+from supervisor.errors import StorageError, UsageError
 from supervisor.training.items import Items
 from supervisor.training.world import World
+
+#: errors of the objects in the state, not of the place where it goes
+_UNSAVABLE: Final = (
+    pickle.PicklingError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    ValueError,
+    UsageError,
+)
 
 Gather = Callable[[], Items]
 
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank wrote: in bytes."""
+    """What one rank wrote, in bytes; on rank 0, also the names of the files that all ranks wrote."""
 
     bytes: int
+    names: frozenset[str] = frozenset()
+
+
+class UnsavableError(StorageError):
+    """What no later save will mend: something in the state cannot be saved at all."""
 
 
 class SnapshotWriter(Protocol):
@@ -88,23 +103,32 @@ class DcpWriter:
                     no_dist=self._world.group is None,
                 )
         except CheckpointException as error:
-            rank, (cause, _) = next(iter(error.failures.items()))
             with contextlib.suppress(OSError):
                 for name in _files_of(directory, self._world.rank):
                     (directory / name).unlink()
                 if self._world.rank == 0:
                     (directory / ".metadata").unlink(missing_ok=True)
                     (directory / ".metadata.tmp").unlink(missing_ok=True)
-            finished(StorageError(f"rank {rank}: {type(cause).__name__}: {cause}"))
+            finished(failure_of(error))
             return
         size = sum((directory / name).stat().st_size for name in _files_of(directory, self._world.rank))
-        finished(Written(size))
+        finished(Written(size, frozenset(storage.names)))
 
     def poll(self) -> None:
         """Nothing is ever under way."""
 
     def flush(self) -> None:
         """Nothing is ever under way."""
+
+
+def failure_of(error: CheckpointException) -> StorageError:
+    """What a failed save is reported as: an UnsavableError if, on any rank, the state itself is at fault."""
+    causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+    for rank, cause in causes.items():
+        if isinstance(cause, _UNSAVABLE):
+            return UnsavableError(f"rank {rank}: {type(cause).__name__}: {cause}")
+    rank, cause = next(iter(causes.items()))
+    return StorageError(f"rank {rank}: {type(cause).__name__}: {cause}")
 
 
 class _Planner(DefaultSavePlanner):
@@ -140,12 +164,14 @@ class _Storage(FileSystemWriter):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, single_file_per_rank=True, sync_files=False, thread_count=1)
+        self.names: set[str] = set()  # of all ranks' files, on the rank that writes the index
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta(save_id=self.save_id)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)  # completes ``metadata``, too
+        self.names = {".metadata", *(info.relative_path for info in metadata.storage_data.values())}
         path = Path(self.path) / ".metadata"
         temporary = path.with_name(".metadata.tmp")
         temporary.write_bytes(portable(metadata))
