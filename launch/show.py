@@ -17,8 +17,9 @@ HOME_AND_CLEAR = "\x1b[H\x1b[2J"
 def status(job: Path, *, json: bool, watch: bool) -> int:
     """Print the status; with ``watch`` every second: one JSON object a line, or a page that is renewed on a terminal."""
     terminal = sys.stdout.isatty()
+    looker = statuses.Watch(job)
     while True:
-        found = statuses.read_status(job, clock.now())
+        found = looker.look(clock.now())
         text = (
             dumps(statuses.to_json(found), indent=None if watch else 2) if json else statuses.to_text(found)
         )
