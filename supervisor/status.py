@@ -115,7 +115,7 @@ def describe(
         for point in (record.snapshot, record.checkpoint)
     )
     if live and live.saved_step is not None and (snapshot is None or live.saved_step > snapshot.step):
-        snapshot = Held(step=live.saved_step, time=None)
+        snapshot = Held(step=live.saved_step, time=live.saved_time)
     return Status(
         path=path,
         now=now,

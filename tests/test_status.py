@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,17 @@ def test_a_live_job_shows_what_its_slowest_rank_has_done(held: Job) -> None:
     assert shown["metrics"] == {"loss": 1.5}
     assert shown["rate"] > 0
     assert 0 < shown["goodput"] < 1
+
+
+def test_a_snapshot_ahead_of_the_journal_has_the_age_that_its_last_rank_says(held: Job) -> None:
+    held.journal(running())
+    now = time.time()
+    ago = [time.monotonic_ns() - seconds * 10**9 for seconds in (3, 2)]
+    for rank in (0, 1):
+        held.page(rank, STEP=125, TOTAL_STEPS=200, SAVED_STEP=120, SAVED_NS=ago[rank])
+    snapshot = held.read(now=now)["snapshot"]
+    assert snapshot["step"] == 119
+    assert 1.5 < snapshot["age_s"] < 60  # the clocks of this very test
 
 
 def test_a_snapshot_that_the_journal_knows_has_its_age(held: Job) -> None:

@@ -37,6 +37,7 @@ class Word(enum.IntEnum):
     SAVED_STEP = 6  # step of the newest snapshot this rank completed, plus one; 0: none
     LOSS = 7  # a double
     SESSION = 8  # SessionFlag
+    SAVED_NS = 10  # CLOCK_MONOTONIC when that was; written before SAVED_STEP
     FIRST_STEP_NS = 9  # CLOCK_MONOTONIC when the attempt's first step was completed; 0: not yet
 
     PROPOSAL = 64  # serial << 2 | ProposalState

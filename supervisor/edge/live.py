@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from supervisor.edge import clock
 from supervisor.edge.control import ControlPage, Word
 from supervisor.edge.link import control_folder
 
@@ -19,6 +20,7 @@ class Live:
     step: int
     total_steps: int | None = None
     saved_step: int | None = None  # newest snapshot of every rank
+    saved_time: float | None = None  # Unix seconds when the last rank completed its newest one
     loss: float | None = None
 
 
@@ -57,10 +59,12 @@ def _read_pages(pages: list[ControlPage]) -> Live | None:
     if not pages:
         return None
     saved = min(page[Word.SAVED_STEP] for page in pages)
+    moment = max(page[Word.SAVED_NS] for page in pages)
     loss = pages[0].loss
     return Live(
         step=min(page[Word.STEP] for page in pages),
         total_steps=max(page[Word.TOTAL_STEPS] for page in pages) or None,
         saved_step=saved - 1 if saved else None,
+        saved_time=clock.unix_of(moment) if saved and moment else None,
         loss=None if math.isnan(loss) else loss,
     )

@@ -114,6 +114,7 @@ class Supervised:
     ) -> str | None:
         """Tell it; the supervisor declares the snapshot whole when every rank has."""
         self._last_slot = target.code
+        self.words[Word.SAVED_NS] = time.monotonic_ns()
         self.words[Word.SAVED_STEP] = completed + 1
         self._link.tell(
             "saved", step=completed, slot=target.code - 1, seconds=seconds, bytes=size, metrics=metrics
