@@ -187,6 +187,7 @@ class Attempt:
     def _worker_ended(self, seat: Seat) -> None:
         if self._launcher_fd is not None and select.select([self._launcher_fd], [], [], 0)[0]:
             self._launcher_ended()  # both at once: a worker dies with torchrun, never the other way round
+        launcher_goes = self._launcher_fd is not None and self._launcher_is_going(seat)
         if seat.end is not None:
             return
         how = None
@@ -214,7 +215,9 @@ class Attempt:
         )
         if self.ended.is_set():
             return
-        if seat.end.signal is not None and seat.end.signal != signal.SIGABRT:
+        if launcher_goes:
+            self._decide_in(ECHO_GRACE)  # its own end, in milliseconds, says how
+        elif seat.end.signal is not None and seat.end.signal != signal.SIGABRT:
             self._decide_in(0)
         elif code is None:
             self._decide_in(UNKNOWN_GRACE)
@@ -226,6 +229,13 @@ class Attempt:
             self.finished = True
             self._decide_in(0)
 
+    def _launcher_is_going(self, seat: Seat) -> bool:
+        """Whether torchrun was dying before this worker of its: note when, as its pidfd will be late to say so."""
+        if self._launcher is None or self._launcher == seat.pid or not processes.is_exiting(self._launcher):
+            return False
+        self._launcher_end = self._launcher_end or clock.monotonic()
+        return True
+
     def _launcher_ended(self) -> None:
         assert self._launcher is not None
         if self._launcher_fd is not None:
@@ -234,7 +244,7 @@ class Attempt:
             os.close(self._launcher_fd)
             self._launcher_fd = None
             if not self._killed:
-                self._launcher_exit, self._launcher_end = how, clock.monotonic()
+                self._launcher_exit, self._launcher_end = how, self._launcher_end or clock.monotonic()
         if self._killed or self.ended.is_set():
             return
         by_signal = self._launcher_exit is not None and self._launcher_exit.signal is not None

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
+PF_EXITING = 0x4  # include/linux/sched.h
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_INFO_SIZE = 64  # struct pidfd_info, first version: mask, cgroupid, then 11 u32 ids and the exit code
 _PIDFD_GET_INFO = (3 << 30) | (_PIDFD_INFO_SIZE << 16) | (0xFF << 8) | 11
@@ -87,6 +88,19 @@ def _exit_of_zombie(pid: int) -> Exit | None:
     except (OSError, IndexError):
         return None
     return Exit.of_status(int(fields[49])) if fields[0] == b"Z" else None
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether the process's main thread is on its way out (or gone), though other threads may keep its pidfd silent yet.
+
+    The kernel sends a parent-death signal when the *thread* that forked exits, so a child can be dead of it before its
+    parent counts as dead.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()
+    except (OSError, IndexError):
+        return True
+    return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & PF_EXITING)
 
 
 def reap() -> dict[int, Exit]:
