@@ -19,7 +19,7 @@ from typing import Any
 
 from supervisor.decide.symptoms import LATE_SIGNALS
 from supervisor.edge import clock, forensics, processes
-from supervisor.edge.control import ControlPage, SessionFlag, Word
+from supervisor.edge.control import SLOT_BITS, ControlPage, SessionFlag, Word
 from supervisor.edge.link import page_path
 from supervisor.model import AttemptEvidence, Raised, RankEnd
 
@@ -81,6 +81,7 @@ class Attempt:
         self._launcher_exit: processes.Exit | None = None
         self._launcher_end: float | None = None
         self._killed = False
+        self._offer_serial = 0
         self._decision: asyncio.TimerHandle | None = None
         self._oom_before = forensics.oom_kills()
 
@@ -146,8 +147,13 @@ class Attempt:
 
     def offer_slot(self, slot: int | None) -> None:
         """Write the slot that may be written next on every rank's page; None: no slot is free."""
+        word = 0 if slot is None else self._offer_serial << SLOT_BITS | slot + 1
         for seat in self.seats.values():
-            seat.page[Word.FREE_SLOT] = 0 if slot is None else slot + 1
+            seat.page[Word.FREE_SLOT] = word
+
+    def void_offer(self) -> None:
+        """What was written on an offer came to nothing on some rank only: the next offer, of any slot, is a new one."""
+        self._offer_serial += 1
 
     # ------------------------------------------------------------------ ends
 

@@ -130,9 +130,13 @@ class Reception:
 
     def _on_save_failed(self, seat: Seat, message: Message) -> None:
         step = int(message["step"])
-        self._snapshots.abandon(step)
+        torn = bool(message.get("torn", False))
+        self._snapshots.abandon(step, torn=torn)
         self._savepoints.failed(step)
-        if seat.rank == 0:
+        if torn:
+            self._attempt.void_offer()
+            self._attempt.offer_slot(self._snapshots.offer())
+        if seat.rank == 0 or torn:
             self._console.say(f"the snapshot of step {step} failed: {message['reason']}; training goes on")
 
     def _on_request(self, seat: Seat, message: Message) -> None:

@@ -71,6 +71,7 @@ class Snapshots:
         self._checkpoints = checkpoints
         self._stamp, self._key, self._policy, self._fence, self._fact = stamp, key, policy, fence, fact
         self._saves: dict[int, _Save] = {}
+        self._torn: set[int] = set()  # steps of which some rank's part is no good
         self._complete: dict[int, slots.SlotRecord] = {}  # slot → its complete snapshot
         self._offered: int | None = None
         self._draining: int | None = None
@@ -118,6 +119,7 @@ class Snapshots:
     def reset(self) -> None:
         """The attempt is over: its half-written saves are void."""
         self._saves.clear()
+        self._torn.clear()
         self._offered = None
         self.flush_fact()
 
@@ -129,6 +131,8 @@ class Snapshots:
         metrics: dict[str, float],
     ) -> bool:  # fmt: skip
         """One rank's part of the snapshot of ``step`` is whole; returns whether all are now."""
+        if step in self._torn:
+            return False
         if slot != self._offered:
             raise ValueError(f"slot {slot} was not offered")
         save = self._saves.setdefault(step, _Save(slot))
@@ -160,9 +164,12 @@ class Snapshots:
         )
         return True
 
-    def abandon(self, step: int) -> None:
-        """A rank could not write its part of ``step``."""
+    def abandon(self, step: int, *, torn: bool = False) -> None:
+        """A rank could not write its part of ``step``; ``torn``: the others do not know, and may still tell of theirs."""
         self._saves.pop(step, None)
+        if torn:
+            self._torn.add(step)
+            self._offered = None
 
     def _tell(self, fact: SnapshotCompleted) -> None:
         self._said = fact

@@ -19,10 +19,23 @@ from pathlib import Path
 
 from supervisor.model import ProposalFlag, ProposalState
 
-__all__ = ["MAGIC", "SIZE", "ControlPage", "Phase", "ProposalFlag", "ProposalState", "SessionFlag", "Word"]
+__all__ = [
+    "MAGIC",
+    "SIZE",
+    "SLOT_BITS",
+    "SLOT_MASK",
+    "ControlPage",
+    "Phase",
+    "ProposalFlag",
+    "ProposalState",
+    "SessionFlag",
+    "Word",
+]
 
 MAGIC = 0x45565253_54455031  # "EVRSTEP1"
 SIZE = 4096
+SLOT_BITS = 8
+SLOT_MASK = (1 << SLOT_BITS) - 1
 
 
 class Word(enum.IntEnum):
@@ -42,7 +55,7 @@ class Word(enum.IntEnum):
     PROPOSAL = 64  # serial << 2 | ProposalState
     PROPOSAL_STEP = 65  # save when this many steps are complete
     PROPOSAL_FLAGS = 66  # ProposalFlag
-    FREE_SLOT = 67  # snapshot slot to write next, plus one; 0: none is free, skip the save point
+    FREE_SLOT = 67  # serial << SLOT_BITS | snapshot slot to write next, plus one; 0: none is free, skip the save point
 
 
 class Phase(enum.IntEnum):

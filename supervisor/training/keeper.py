@@ -74,8 +74,8 @@ class Keeper(Protocol):
         """This rank's part is whole, and so is every other's."""
         ...
 
-    def failed(self, target: Target, completed: int, reason: str) -> None:
-        """The save failed on all ranks alike."""
+    def failed(self, target: Target, completed: int, reason: str, *, torn: bool) -> None:
+        """The save failed: on all ranks alike, or ``torn`` on this one."""
         ...
 
     def request(self, step: int) -> None:
@@ -129,7 +129,7 @@ class Unkept:
     ) -> None:
         """Never called."""
 
-    def failed(self, target: Target, completed: int, reason: str) -> None:
+    def failed(self, target: Target, completed: int, reason: str, *, torn: bool) -> None:
         """Never called."""
 
     def request(self, step: int) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 from supervisor.edge.control import Phase, Word
 from supervisor.errors import StorageError
 from supervisor.model import ProposalFlag
+from supervisor.training.engine import ArenaWriter
 from supervisor.training.gradients import Gradients
 from supervisor.training.items import Items
 from supervisor.training.keeper import Keeper, Target
@@ -20,7 +21,7 @@ from supervisor.training.metrics import Metrics
 from supervisor.training.state import TrainingState
 from supervisor.training.supervised import Supervised, set_phase
 from supervisor.training.world import World, say
-from supervisor.training.writer import DcpWriter, SnapshotWriter, Written
+from supervisor.training.writer import DcpWriter, SnapshotWriter, TornError, Written
 
 _LONG: Final = 256  # steps that a save may be put off before that is said
 
@@ -37,9 +38,15 @@ class Saver:
         self._gradients = gradients
         self._world = world
         self._metrics = metrics
-        local = isinstance(keeper, Supervised)
-        self._writer: SnapshotWriter = DcpWriter(
-            world, cleans=(world.local_rank if local else world.rank) == 0
+        self._writer: SnapshotWriter = (
+            ArenaWriter(
+                world,
+                cleans=world.local_rank == 0,
+                optimizers=training.optimizers,
+                stepped=lambda: all(gradients.stepped),
+            )
+            if isinstance(keeper, Supervised)
+            else DcpWriter(world, cleans=world.rank == 0)
         )
         self._carried: ProposalFlag | None = None  # what an unclean save point was for
         self._put_off = 0
@@ -47,6 +54,13 @@ class Saver:
 
     def end_of_step(self, completed: int, *, is_last: bool) -> bool:
         """Save if this is a save point and all ranks are clean. Returns whether the job is to stop now. Collective."""
+        self._writer.poll()
+        stop = self._end_of_step(completed, is_last=is_last)
+        if self._writer.is_busy:
+            self.due = completed + 1
+        return stop
+
+    def _end_of_step(self, completed: int, *, is_last: bool) -> bool:
         flags = self._keeper.wants(completed)
         if self._carried is not None:
             flags = (flags or ProposalFlag(0)) | self._carried
@@ -65,7 +79,12 @@ class Saver:
         """Wait for what is under way."""
         self._writer.flush()
 
+    def close(self) -> None:
+        """Wait for what is under way; nothing is saved any more."""
+        self._writer.close()
+
     def _save_point(self, completed: int, flags: ProposalFlag, *, is_last: bool) -> bool:
+        self._writer.flush()  # before rank 0 looks for a free slot
         unclean = False if is_last else self._is_unclean()
         code, due = self._keeper.offer(completed, flags) if self._world.rank == 0 else (0, 0)
         agreed_unclean, code, due = self._world.largest([int(unclean), code, due])
@@ -79,7 +98,8 @@ class Saver:
             return False
         self._carried = None
         self._put_off = 0
-        saved = code != 0 and self._save(self._keeper.target(code, completed), completed)
+        asked = is_last or bool(flags)
+        saved = code != 0 and self._save(self._keeper.target(code, completed), completed, behind=not asked)
         self._keeper.agreed(completed, due)
         self.due = self._keeper.due
         return saved and bool(flags & ProposalFlag.STOP)
@@ -89,8 +109,7 @@ class Saver:
         settled = self._training.buckets.is_settled()
         return bool(self._gradients.pending()) or not settled
 
-    def _save(self, target: Target, completed: int) -> bool:
-        started = time.monotonic()
+    def _save(self, target: Target, completed: int, *, behind: bool) -> bool:
         metrics = {name: value for name, value in self._metrics.numbers().items() if math.isfinite(value)}
         self._failed = False
 
@@ -100,13 +119,13 @@ class Saver:
 
         def finished(outcome: Written | StorageError) -> None:
             if isinstance(outcome, Written):
-                seconds = time.monotonic() - started
                 own = metrics if self._world.rank == 0 else {}
-                self._keeper.saved(target, completed, seconds, outcome.bytes, own)
+                self._keeper.saved(target, completed, outcome.seconds, outcome.bytes, own)
             else:
                 self._failed = True
-                self._keeper.failed(target, completed, str(outcome))
+                torn = isinstance(outcome, TornError)
+                self._keeper.failed(target, completed, str(outcome), torn=torn)
 
-        self._writer.write(target.directory, gather, finished)
+        self._writer.write(target.directory, gather, finished, behind=behind)
         self._keeper.words[Word.HEARTBEAT_NS] = time.monotonic_ns()
         return not self._failed

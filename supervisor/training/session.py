@@ -151,6 +151,7 @@ class Session:
         if name not in _PHASES:
             raise UsageError(f"phase({name!r}): one of {', '.join(_PHASES)} is required")
         self._check_open("phase()")
+        self._saver.flush()  # an evaluation may swap weights
         before = set_phase(self._keeper.words, _PHASES[name])
         try:
             yield
@@ -194,8 +195,7 @@ class Session:
         """Leave. An exception goes on its way, and nothing is saved."""
         self._open = False
         in_order = kind is None or issubclass(kind, Stopped)
-        if in_order:
-            self._saver.flush()
+        self._saver.close()
         self._gradients.close()
         words = self._keeper.words
         set_phase(words, Phase.CLOSED)

@@ -191,7 +191,7 @@ class Standalone:
         except EverstepError as error:
             say(f"the checkpoint of step {completed} failed: {error}; training goes on")
 
-    def failed(self, target: Target, completed: int, reason: str) -> None:
+    def failed(self, target: Target, completed: int, reason: str, *, torn: bool) -> None:
         """Nothing older was touched; what was written of it goes."""
         if self._world.rank == 0:
             say(f"the checkpoint of step {completed} failed: {reason}; training goes on")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from supervisor.decide.savepoint import Move, judge_word
-from supervisor.edge.control import Phase, ProposalFlag, ProposalState, Word
+from supervisor.edge.control import SLOT_MASK, Phase, ProposalFlag, ProposalState, Word
 from supervisor.edge.link import Link
 from supervisor.errors import ProtocolError
 from supervisor.training.keeper import NEVER, Candidate, Target
@@ -33,7 +33,7 @@ class Supervised:
         self.settled = _UNSETTLED
         self._served = 0
         self._requested: int | None = None
-        self._last_slot = 0  # plus one
+        self._last_slot = 0  # the word that offered it
 
     def candidate(self) -> Candidate | None:
         """What the supervisor has verified and chosen for all ranks."""
@@ -78,16 +78,16 @@ class Supervised:
     def offer(self, completed: int, flags: ProposalFlag) -> tuple[int, int]:
         """The free slot; a save that was asked for waits for one, a periodic one is skipped."""
         while True:
-            slot = self.words[Word.FREE_SLOT]
-            if slot not in (0, self._last_slot):
-                return slot, 0
+            offer = self.words[Word.FREE_SLOT]
+            if offer not in (0, self._last_slot):
+                return offer, 0
             if not flags:
                 return 0, 0
             self._nap()
 
     def target(self, code: int, completed: int) -> Target:
         """The slot's directory."""
-        return Target(code, self._link.runtime / "slots" / str(code - 1))
+        return Target(code, self._link.runtime / "slots" / str((code & SLOT_MASK) - 1))
 
     def prepare(self, target: Target) -> None:
         """The writer clears a slot; the supervisor has declared it void before it offered it."""
@@ -103,13 +103,13 @@ class Supervised:
         self._last_slot = target.code
         self.words[Word.SAVED_STEP] = completed + 1
         self._link.tell(
-            "saved", step=completed, slot=target.code - 1, seconds=seconds, bytes=size, metrics=metrics
+            "saved", step=completed, slot=_slot_of(target), seconds=seconds, bytes=size, metrics=metrics
         )
 
-    def failed(self, target: Target, completed: int, reason: str) -> None:
-        """Tell it; the slot may be offered again."""
-        self._last_slot = 0
-        self._link.tell("save_failed", step=completed, slot=target.code - 1, reason=reason)
+    def failed(self, target: Target, completed: int, reason: str, *, torn: bool) -> None:
+        """Tell it. What failed on all ranks may be tried again in that slot; else the supervisor offers it anew."""
+        self._last_slot = target.code if torn else 0
+        self._link.tell("save_failed", step=completed, slot=_slot_of(target), reason=reason, torn=torn)
 
     def request(self, step: int) -> None:
         """Have the supervisor propose that step."""
@@ -140,6 +140,10 @@ class Supervised:
         self.due = min(((completed // every + 1) * every for every in self._every), default=NEVER)
         if self._requested is not None:
             self.due = min(self.due, self._requested)
+
+
+def _slot_of(target: Target) -> int:
+    return (target.code & SLOT_MASK) - 1
 
 
 def set_phase(words: memoryview, phase: Phase) -> Phase:

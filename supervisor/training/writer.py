@@ -11,6 +11,7 @@ import copyreg
 import io
 import os
 import pickle
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,23 +35,39 @@ Gather = Callable[[], Items]
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank wrote: in bytes."""
+    """What one rank wrote: in bytes, and the seconds that took, whether the training stood or not."""
 
     bytes: int
+    seconds: float
+
+
+class TornError(StorageError):
+    """This rank's copy changed under way: the snapshot is no good, though the other ranks may not know that."""
 
 
 class SnapshotWriter(Protocol):
     """Writes snapshots, all ranks together.
 
-    ``write`` is called by every rank at the same step. It reports the outcome through ``finished``: at once, or later from
-    ``poll`` or ``flush`` (an engine that copies behind the next step), but always on the thread of the training and before
-    the next ``write`` returns. An outcome is alike on all ranks: StorageError everywhere if any rank failed.
+    ``write`` is called by every rank at the same step. It reports the outcome through ``finished``: at once, or with
+    ``behind`` perhaps later (an engine that copies behind the next step), but always on the thread of the training and
+    before the next ``write`` returns. An outcome is alike on all ranks, StorageError everywhere if any rank failed, but for
+    TornError, which a rank has for itself.
     """
 
     def write(
-        self, directory: Path, gather: Gather, finished: Callable[[Written | StorageError], None]
+        self,
+        directory: Path,
+        gather: Gather,
+        finished: Callable[[Written | StorageError], None],
+        *,
+        behind: bool = False,
     ) -> None:
-        """Write what ``gather`` returns into ``directory``, whose former contents are removed first."""
+        """Write what ``gather`` returns into ``directory``, instead of its former contents."""
+        ...
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an outcome is outstanding."""
         ...
 
     def poll(self) -> None:
@@ -58,7 +75,11 @@ class SnapshotWriter(Protocol):
         ...
 
     def flush(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until nothing is under way. Not collective."""
+        ...
+
+    def close(self) -> None:
+        """As ``flush``, and for good."""
         ...
 
 
@@ -70,12 +91,20 @@ class DcpWriter:
         self._world = world
         self._cleans = cleans
 
+    is_busy = False
+
     def write(
-        self, directory: Path, gather: Gather, finished: Callable[[Written | StorageError], None]
+        self,
+        directory: Path,
+        gather: Gather,
+        finished: Callable[[Written | StorageError], None],
+        *,
+        behind: bool = False,
     ) -> None:
         """As the protocol says; the outcome is there when it returns."""
-        planner = _Planner(gather, directory, cleans=self._cleans)
-        storage = _Storage(directory)
+        started = time.monotonic()
+        planner = PlannerOfItems(gather, directory, cleans=self._cleans)
+        storage = Storage(directory)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -98,7 +127,7 @@ class DcpWriter:
             finished(StorageError(f"rank {rank}: {type(cause).__name__}: {cause}"))
             return
         size = sum((directory / name).stat().st_size for name in _files_of(directory, self._world.rank))
-        finished(Written(size))
+        finished(Written(size, time.monotonic() - started))
 
     def poll(self) -> None:
         """Nothing is ever under way."""
@@ -106,8 +135,11 @@ class DcpWriter:
     def flush(self) -> None:
         """Nothing is ever under way."""
 
+    def close(self) -> None:
+        """Nothing is held."""
 
-class _Planner(DefaultSavePlanner):
+
+class PlannerOfItems(DefaultSavePlanner):
     """Stock planning of items that are flat already.
 
     Gathering them happens here, where DCP turns one rank's exception into a failure on all ranks. So does the clearing of
@@ -129,13 +161,17 @@ class _Planner(DefaultSavePlanner):
         items = self._gather()
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._cleans:
-            _clear(self._directory)
+            self.clear()
         self.state_dict = items.values
         self.mappings = items.paths
         self.is_coordinator = is_coordinator
 
+    def clear(self) -> None:
+        """Remove what a former snapshot left."""
+        _clear(self._directory)
 
-class _Storage(FileSystemWriter):
+
+class Storage(FileSystemWriter):
     """Stock files; the index without what differs between versions of torch or Python, or tells where it was written."""
 
     def __init__(self, directory: Path) -> None:

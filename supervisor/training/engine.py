@@ -1,0 +1,318 @@
+"""The snapshot engine: lay out once, then only copy; and copy behind the next step where that is safe.
+
+The first snapshot goes through DCP: its planner decides, with collectives, who writes what. What comes out is a *layout*
+(``planning``): a place in this rank's file for every item, and the index that says so to stock readers. Every later
+snapshot copies tensors into their places (``moves``) and writes the few blobs anew; it plans nothing, and pickles little.
+
+A snapshot is laid out anew when the items are not those of the layout any more: other keys, shapes, dtypes, placements, or
+a blob that outgrew its room. Every rank looks at its own items, and one small collective settles it for all: *copy*, *lay
+out*, or *fail*. Everything that can fail (collecting the state, pickling, room in memory) comes before that collective;
+behind it there are only copies between mapped pages. So the ranks agree on the outcome without a second one.
+
+The one outcome that a rank has for itself is a *torn* copy behind a step (``overlap``). It says so, and the supervisor
+drops that snapshot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.optim import Optimizer
+
+from supervisor.errors import StorageError
+from supervisor.training.arena import Arena
+from supervisor.training.bindings import Bindings
+from supervisor.training.items import Items
+from supervisor.training.layout import OutgrownError
+from supervisor.training.moves import Moves
+from supervisor.training.overlap import TORN, CopyingThread, Fence, Flight, owned_by
+from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, make_place
+from supervisor.training.world import World, say
+from supervisor.training.writer import Gather, TornError, Written
+
+Finished = Callable[[Written | StorageError], None]
+
+
+class Way(enum.IntEnum):
+    """How a snapshot is written; the ranks take the largest."""
+
+    COPY = 0
+    LAY_OUT = 1
+    FAIL = 2
+
+
+@dataclass
+class _Slot:
+    """A slot that is laid out: its arena, the blobs that it holds, and what is prepared for copying."""
+
+    arena: Arena | None  # None: this rank writes nothing
+    blobs: list[bytes | None]
+    generation: int = -1
+    now: Moves = field(default_factory=Moves)
+    behind: Moves = field(default_factory=Moves)
+
+
+@dataclass
+class _Pending:
+    flight: Flight
+    finished: Finished
+    stall: float  # seconds that the training stood
+
+
+class ArenaWriter:
+    """A SnapshotWriter that writes into arenas. ``stepped`` says whether every optimizer stepped in this step."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        cleans: bool,
+        optimizers: Mapping[str, Optimizer] | None = None,
+        stepped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._world = world
+        self._cleans = cleans
+        self._optimizers = list((optimizers or {}).values())
+        self._stepped = stepped
+        self._layout: Layout | None = None
+        self._bindings: Bindings | None = None
+        self._slots: dict[Path, _Slot] = {}
+        self._thread = CopyingThread()
+        self._home = threading.get_ident()
+        self._pending: _Pending | None = None
+        self._fence = Fence(self._at_fence) if self._optimizers else None
+        self._proof: Moves | None = None
+        self._proven = False
+        self._trusted = True
+
+    # ------------------------------------------------------------------ writing
+
+    def write(self, directory: Path, gather: Gather, finished: Finished, *, behind: bool = False) -> None:
+        """As the protocol says."""
+        self.flush()
+        self._proof = None
+        started = time.monotonic()
+        way, items, archives, reason = self._prepare(directory, gather)
+        agreed = Way(self._world.largest([way])[0])
+        if agreed is Way.FAIL:
+            reasons = self._world.gather(reason)
+            rank, text = next((rank, text) for rank, text in enumerate(reasons) if text is not None)
+            finished(StorageError(f"rank {rank}: {text}"))
+        elif agreed is Way.LAY_OUT:
+            assert items is not None
+            self._lay_out(directory, items, finished, started)
+        else:
+            assert items is not None
+            self._copy(self._slots[directory], archives, finished, started, behind=behind)
+
+    def _prepare(self, directory: Path, gather: Gather) -> tuple[Way, Items | None, list[bytes], str | None]:
+        """Everything that can fail."""
+        try:
+            items = gather()
+            if self._layout is None or self._bindings is None or not self._bindings.fit(items):
+                return Way.LAY_OUT, items, [], None
+            archives = self._bindings.archives(items)
+            self._open(directory)
+        except OutgrownError:
+            return Way.LAY_OUT, items, [], None
+        except Exception as error:  # noqa: BLE001 (a failure of the snapshot, on all ranks; the training goes on)
+            return Way.FAIL, None, [], f"{type(error).__name__}: {error}"
+        return Way.COPY, items, archives, None
+
+    def _copy(
+        self, slot: _Slot, archives: list[bytes], finished: Finished, started: float, *, behind: bool
+    ) -> None:
+        assert self._layout is not None
+        self._fill_blobs(slot, archives)
+        self._prepare_moves(slot)
+        slot.now.run()
+        ready = self._is_ready()
+        if ready and self._proven and behind and slot.behind.sources:
+            flight = Flight(slot.behind)
+            self._thread.start(flight)
+            self._pending = _Pending(flight, finished, time.monotonic() - started)
+            return
+        slot.behind.run()
+        if ready and not self._proven:
+            self._proof = slot.behind
+        finished(Written(self._layout.size, time.monotonic() - started))
+
+    def _prepare_moves(self, slot: _Slot) -> None:
+        bindings = self._bindings
+        assert bindings is not None
+        if slot.generation == bindings.generation:
+            return
+        slot.generation = bindings.generation
+        slot.now, slot.behind = Moves(), Moves()
+        if slot.arena is None:
+            return
+        owned = owned_by(self._optimizers)
+        for place, source in bindings.sources:
+            moves = slot.behind if source.address in owned else slot.now
+            moves.add(slot.arena, place.payload, source)
+
+    def _fill_blobs(self, slot: _Slot, archives: list[bytes]) -> None:
+        assert self._layout is not None
+        for number, (place, data) in enumerate(zip(self._layout.blobs, archives, strict=True)):
+            if slot.arena is not None and slot.blobs[number] is not data:
+                slot.arena.put(place.offset, data)
+                slot.blobs[number] = data
+
+    # ------------------------------------------------------------------ slots
+
+    def _open(self, directory: Path) -> None:
+        """Lay out this slot, if it is not. Raises OSError."""
+        slot = self._slots.get(directory)
+        if slot is not None and (slot.arena is None or slot.arena.is_in_place):
+            return
+        layout = self._layout
+        assert layout is not None
+        self._slots.pop(directory, None)
+        if self._cleans:
+            make_place(directory, self._world.size)
+        self._slots[directory] = self._new_slot(directory, layout)
+        if layout.index is not None:
+            temporary = directory / ".metadata.tmp"
+            temporary.write_bytes(layout.index)
+            temporary.rename(directory / ".metadata")
+
+    def _new_slot(self, directory: Path, layout: Layout) -> _Slot:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / layout.name
+        if layout.size == 0:
+            path.unlink(missing_ok=True)
+            return _Slot(None, [None] * len(layout.blobs))
+        arena = Arena(path, layout.size)
+        end = 0
+        spans = [(place.offset, place.archive.length) for place in layout.tensors]
+        spans += [(place.offset, place.room.length) for place in layout.blobs]
+        for offset, length in sorted(spans):
+            arena.put(end, bytes(offset - end))
+            end = offset + length
+        for place in layout.tensors:
+            arena.put(place.offset, place.archive.head)
+            arena.put(place.payload + place.archive.payload, place.archive.tail)
+        return _Slot(arena, [None] * len(layout.blobs))
+
+    # ------------------------------------------------------------------ laying out
+
+    def _lay_out(self, directory: Path, items: Items, finished: Finished, started: float) -> None:
+        self._layout, self._bindings = None, None
+        self._slots.clear()
+        planner = ArenaPlanner(items, directory, cleans=self._cleans, ranks=self._world.size)
+
+        def fill(layout: Layout) -> None:
+            self._slots[directory] = slot = self._new_slot(directory, layout)
+            self._layout = layout
+            self._bindings = Bindings(layout, items, _resolve)
+            self._fill_blobs(slot, self._bindings.archives(items))
+            self._prepare_moves(slot)
+            slot.now.run()
+            slot.behind.run()
+
+        storage = ArenaStorage(directory, self._world.rank, items, fill)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
+                dcp_save(
+                    {},
+                    storage_writer=storage,
+                    planner=planner,
+                    process_group=self._world.group,
+                    no_dist=self._world.group is None,
+                )
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            self._layout, self._bindings = None, None
+            self._slots.clear()
+            with contextlib.suppress(OSError):
+                self._remove(directory, storage.layout.name)
+            finished(StorageError(f"rank {rank}: {type(cause).__name__}: {cause}"))
+            return
+        self._is_ready()  # begins to count anew
+        finished(Written(storage.layout.size, time.monotonic() - started))
+
+    def _remove(self, directory: Path, name: str) -> None:
+        (directory / name).unlink(missing_ok=True)
+        if self._world.rank == 0:
+            (directory / ".metadata").unlink(missing_ok=True)
+            (directory / ".metadata.tmp").unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ behind the step
+
+    def _is_ready(self) -> bool:
+        """Whether every optimizer stepped in this step and came through the fence."""
+        passed = self._fence is not None and self._fence.all_passed(self._optimizers)
+        return passed and self._trusted and self._stepped()
+
+    def _at_fence(self) -> None:
+        """An optimizer is about to step."""
+        if self._pending is not None:
+            self._pending.flight.close()
+            if threading.get_ident() == self._home:
+                self._report()
+        if self._proof is not None:
+            proof, self._proof = self._proof, None
+            if proof.differs():
+                self._distrust()
+            else:
+                self._proven = True
+
+    def _distrust(self) -> None:
+        self._trusted = False
+        say(f"rank {self._world.rank}: {TORN}: snapshots are copied while the training waits from here on")
+
+    def poll(self) -> None:
+        """As the protocol says."""
+        if self._pending is not None and self._pending.flight.is_over:
+            self._report()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether ``poll`` has something to wait for."""
+        return self._pending is not None
+
+    def flush(self) -> None:
+        """As the protocol says."""
+        if self._pending is not None:
+            self._report()
+
+    def close(self) -> None:
+        """Wait for what is under way, and let go of everything."""
+        self.flush()
+        self._thread.close()
+        if self._fence is not None:
+            self._fence.close()
+        self._slots.clear()
+        self._layout, self._bindings = None, None
+
+    def _report(self) -> None:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        assert self._layout is not None
+        flight = pending.flight
+        flight.close()
+        if flight.problem is None:
+            pending.finished(Written(self._layout.size, pending.stall + flight.seconds))
+            return
+        self._distrust()
+        pending.finished(TornError(flight.problem))
+
+
+def _resolve(items: Items, item: WriteItem) -> Any:
+    planner = DefaultSavePlanner()
+    planner.state_dict = items.values
+    return planner.resolve_data(item)
