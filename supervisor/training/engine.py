@@ -93,7 +93,7 @@ class ArenaWriter:
         self._home = threading.get_ident()
         self._pending: _Pending | None = None
         self._fence = Fence(self._at_fence) if self._optimizers else None
-        self._proof: Moves | None = None
+        self._proof: tuple[Path, Moves] | None = None
         self._proven = False
         self._trusted = True
 
@@ -102,7 +102,8 @@ class ArenaWriter:
     def write(self, directory: Path, gather: Gather, finished: Finished, *, behind: bool = False) -> None:
         """As the protocol says."""
         self.flush()
-        self._proof = None
+        if self._proof is not None and self._proof[0] == directory:
+            self._proof = None  # what it compares with is about to be written over
         started = time.monotonic()
         way, items, archives, reason = self._prepare(directory, gather)
         agreed = Way(self._world.largest([way])[0])
@@ -115,7 +116,7 @@ class ArenaWriter:
             self._lay_out(directory, items, finished, started)
         else:
             assert items is not None
-            self._copy(self._slots[directory], archives, finished, started, behind=behind)
+            self._copy(directory, archives, finished, started, behind=behind)
 
     def _prepare(self, directory: Path, gather: Gather) -> tuple[Way, Items | None, list[bytes], str | None]:
         """Everything that can fail."""
@@ -132,9 +133,10 @@ class ArenaWriter:
         return Way.COPY, items, archives, None
 
     def _copy(
-        self, slot: _Slot, archives: list[bytes], finished: Finished, started: float, *, behind: bool
+        self, directory: Path, archives: list[bytes], finished: Finished, started: float, *, behind: bool
     ) -> None:
         assert self._layout is not None
+        slot = self._slots[directory]
         self._fill_blobs(slot, archives)
         self._prepare_moves(slot)
         slot.now.run()
@@ -146,7 +148,7 @@ class ArenaWriter:
             return
         slot.behind.run()
         if ready and not self._proven:
-            self._proof = slot.behind
+            self._proof = directory, slot.behind
         finished(Written(self._layout.size, time.monotonic() - started))
 
     def _prepare_moves(self, slot: _Slot) -> None:
@@ -209,7 +211,7 @@ class ArenaWriter:
     # ------------------------------------------------------------------ laying out
 
     def _lay_out(self, directory: Path, items: Items, finished: Finished, started: float) -> None:
-        self._layout, self._bindings = None, None
+        self._layout, self._bindings, self._proof = None, None, None
         self._slots.clear()
         planner = ArenaPlanner(items, directory, cleans=self._cleans, ranks=self._world.size)
 
@@ -265,8 +267,8 @@ class ArenaWriter:
             if threading.get_ident() == self._home:
                 self._report()
         if self._proof is not None:
-            proof, self._proof = self._proof, None
-            if proof.differs():
+            (_, copied), self._proof = self._proof, None
+            if copied.differs():
                 self._distrust()
             else:
                 self._proven = True

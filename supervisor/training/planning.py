@@ -119,6 +119,7 @@ class ArenaStorage(Storage):
         )
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Lay out this rank's file and fill it."""
         results = _lay_out(plan, planner, self._items, self.layout)
         self._written(self.layout)
         future: Future[list[WriteResult]] = Future()
@@ -126,6 +127,7 @@ class ArenaStorage(Storage):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index."""
         super().finish(metadata, results)
         self.layout.index = (Path(self.path) / ".metadata").read_bytes()
 

@@ -158,6 +158,7 @@ class PlannerOfItems(DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
+        """Gather; then clear."""
         items = self._gather()
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._cleans:
@@ -178,9 +179,11 @@ class Storage(FileSystemWriter):
         super().__init__(directory, single_file_per_rank=True, sync_files=False, thread_count=1)
 
     def storage_meta(self) -> StorageMeta:
+        """Nothing that differs from run to run but the id."""
         return StorageMeta(save_id=self.save_id)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index."""
         super().finish(metadata, results)  # completes ``metadata``, too
         path = Path(self.path) / ".metadata"
         temporary = path.with_name(".metadata.tmp")
