@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from supervisor.training.items import Items
 from supervisor.training.layout import blob
+from supervisor.training.memory import Places
 from supervisor.training.moves import Source, local_of
 from supervisor.training.planning import BlobPlace, Layout, TensorPlace, signature
 
@@ -44,6 +46,9 @@ class Bindings:
             _Bound(key, items.values[key], places.get(key), planned)
             for key, planned in layout.signatures.items()
         ]
+        self._others = [key for key in layout.paths if key not in layout.signatures]
+        self._values = [bound.value for bound in self._bound]
+        self._places = Places(self._placed)
         self._blobs: dict[int, tuple[object, bytes]] = {}  # by place: print of the value, its archive
 
     @property
@@ -54,9 +59,23 @@ class Bindings:
     def fit(self, items: Items) -> bool:
         """Take over new values; whether the layout still fits them."""
         values = items.values
-        if values.keys() != self._layout.paths.keys() or items.paths != self._layout.paths:
+        if items.paths != self._layout.paths:
             return False
-        tensors = 0
+        if any(isinstance(values[key], torch.Tensor) for key in self._others):
+            return False
+        now = [values[key] for key in self._layout.signatures]
+        if all(map(operator.is_, now, self._values)) and self._places.are_same():
+            return True
+        fits = self._rebind(values)
+        self._values = now
+        self._places = Places(self._placed)
+        return fits
+
+    @property
+    def _placed(self) -> list[torch.Tensor]:
+        return [bound.value for bound in self._bound if bound.place is not None]
+
+    def _rebind(self, values: dict[str, Any]) -> bool:
         for bound in self._bound:
             value = values[bound.key]
             if value is not bound.value:
@@ -72,8 +91,7 @@ class Bindings:
                         return False
                     bound.source = Source(local)
                     self.generation += 1
-            tensors += 1
-        return tensors == sum(isinstance(value, torch.Tensor) for value in values.values())
+        return True
 
     def archives(self, items: Items) -> list[bytes]:
         """The archive of each blob. One whose value is as before is the same object. Raises OutgrownError."""
