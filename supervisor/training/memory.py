@@ -25,7 +25,8 @@ class Places:
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = [local_of(tensor) for tensor in tensors]
-        self._held = tensors
+        pairs = zip(tensors, self._tensors, strict=True)
+        self._distributed = [(held, local) for held, local in pairs if held is not local]
         self._places = self._look()
 
     def _look(self) -> tuple[list[int], list[Any], list[Any]]:
@@ -38,7 +39,7 @@ class Places:
 
     def are_same(self) -> bool:
         """Whether all of them are where they were, and of the same shape."""
-        if any(local_of(held) is not tensor for held, tensor in zip(self._held, self._tensors, strict=True)):
+        if any(local_of(held) is not local for held, local in self._distributed):
             return False
         return self._look() == self._places
 
@@ -92,7 +93,7 @@ def of_optimizer(optimizer: Optimizer, items: Items) -> Memory | None:
     if len(states) != len(optimizer.state) or not all(isinstance(value, torch.Tensor) for value in tensors):
         return None
     groups = [dict(enumerate(group["params"])) for group in optimizer.param_groups]
-    return OptimizerMemory(optimizer, items, [optimizer.state, *states], tensors, groups)
+    return OptimizerMemory(optimizer, items, [optimizer.state, *states], groups)
 
 
 class OptimizerMemory(Memory):
@@ -103,10 +104,9 @@ class OptimizerMemory(Memory):
         optimizer: Optimizer,
         items: Items,
         containers: list[dict[Any, Any]],
-        tensors: list[torch.Tensor],
         groups: list[dict[int, Any]],
     ) -> None:
-        super().__init__(items, containers, tensors)
+        super().__init__(items, containers, [])  # the items are the tensors in use
         self._optimizer = optimizer
         self._groups = [_ids(group) for group in groups]
 

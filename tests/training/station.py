@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.decide.savepoint import word
-from supervisor.edge.control import ControlPage, Word
+from supervisor.edge.control import SLOT_BITS, ControlPage, Word
 from supervisor.edge.link import page_path, socket_path
 from supervisor.model import ProposalFlag, ProposalState
 
@@ -23,7 +24,7 @@ class Station:
 
     def __init__(
         self, runtime: Path, world: int, *, every: tuple[int, ...] = (), resume: tuple[Path, int] | None = None,
-        propose_on_request: bool = True,
+        propose_on_request: bool = True, keep: Path | None = None,
     ) -> None:  # fmt: skip
         self.runtime = runtime
         self.world = world
@@ -33,6 +34,9 @@ class Station:
         self._saved: dict[int, set[int]] = {}
         self._slot = 0
         self._serial = 0
+        self._offers = 0
+        self._keep = keep
+        self.newest: tuple[Path, int] | None = None  # slot and step of the newest complete snapshot
         self._news = threading.Condition()
         (runtime / "control").mkdir(parents=True)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -76,6 +80,10 @@ class Station:
         for page in self._pages.values():
             page[Word.PROPOSAL] = word(self._serial, state)
 
+    def _offer(self) -> None:
+        for page in self._pages.values():
+            page[Word.FREE_SLOT] = self._offers << SLOT_BITS | self._slot + 1
+
     def _accept(self) -> None:
         while True:
             connection, _ = self._listener.accept()
@@ -97,8 +105,8 @@ class Station:
         kind = message["kind"]
         if kind == "hello":
             page = ControlPage(page_path(self.runtime, message["local_rank"]))
-            page[Word.FREE_SLOT] = self._slot + 1
             self._pages[message["rank"]] = page
+            self._offer()
             return {"save_every_steps": list(self._every)}
         if kind == "resume":
             path, step = self._resume or (None, 0)
@@ -111,9 +119,14 @@ class Station:
             ranks = self._saved.setdefault(message["step"], set())
             ranks.add(len(ranks))
             if len(ranks) == self.world:
+                self.newest = self.slot(message["slot"]), message["step"]
+                if self._keep is not None:
+                    shutil.copytree(self.newest[0], self._keep / str(message["step"]))
                 self._slot = (self._slot + 1) % 3
-                for page in self._pages.values():
-                    page[Word.FREE_SLOT] = self._slot + 1
+                self._offer()
+        if kind == "save_failed" and message["torn"]:
+            self._offers += 1
+            self._offer()
         if kind == "request" and self._on_request:
             self._on_request = False  # the other ranks ask for the same
             self.propose(message["step"], ProposalFlag.CHECKPOINT)
