@@ -19,7 +19,6 @@ from typing import Any, Final
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from supervisor.errors import CheckpointError, StateMismatchError
 from supervisor.training.items import STATE, Path, owner_of
+from supervisor.training.mapped import MappedReader
 
 _SHOWN: Final = 4  # of each kind in an error
 _ALLOWED: Final = {
@@ -192,7 +192,7 @@ class Stored:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp_load(
                     values,
-                    storage_reader=_Reader(self.directory, self._metadata),
+                    storage_reader=MappedReader(self.directory, self._metadata),
                     planner=planner,
                     no_dist=True,
                 )
@@ -201,14 +201,3 @@ class Stored:
             raise CheckpointError(
                 f"{self.directory} cannot be loaded: {type(cause).__name__}: {cause}"
             ) from error
-
-
-class _Reader(FileSystemReader):
-    """Stock, but for the index: it is read once, through the restricted unpickler."""
-
-    def __init__(self, directory: FilePath, metadata: Metadata) -> None:
-        super().__init__(directory)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
