@@ -20,6 +20,7 @@ from supervisor.checkpoint import catalog, commit, slots
 from supervisor.checkpoint.manifest import Key, Origin
 from supervisor.decide.retention import RetentionPolicy, to_remove
 from supervisor.edge import clock
+from supervisor.edge.control import SLOTS
 from supervisor.errors import CheckpointError, EverstepError
 from supervisor.model import (
     CheckpointCommitted,
@@ -29,7 +30,6 @@ from supervisor.model import (
     SnapshotCompleted,
 )
 
-SLOTS = 3
 SNAPSHOT_FACT_PERIOD = 1.0  # seconds between two journal entries for snapshots
 
 

@@ -34,6 +34,7 @@ __all__ = [
 
 MAGIC = 0x45565253_54455031  # "EVRSTEP1"
 SIZE = 4096
+SLOTS = 3  # of RAM snapshots, on each node
 SLOT_BITS = 8
 SLOT_MASK = (1 << SLOT_BITS) - 1
 

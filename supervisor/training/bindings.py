@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -110,12 +110,14 @@ class Bindings:
 
 def _print(value: object) -> object:
     """Something that is equal only for equal values of plain types; None where that cannot be said cheaply."""
+    return (type(value), repr(value)) if _is_plain(value) else None
+
+
+def _is_plain(value: object) -> bool:
     if type(value) in _SCALARS:
-        return type(value), repr(value)
-    if type(value) in (list, tuple) and _all_plain(value):  # type: ignore[arg-type]
-        return type(value), repr(value)
-    return None
-
-
-def _all_plain(values: Iterable[object]) -> bool:
-    return all(type(value) in _SCALARS for value in values)
+        return True
+    if type(value) is list or type(value) is tuple:
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return False

@@ -20,7 +20,7 @@ import enum
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
+from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.errors import StorageError
 from supervisor.training.arena import Arena
 from supervisor.training.bindings import Bindings
@@ -39,6 +40,7 @@ from supervisor.training.layout import OutgrownError
 from supervisor.training.moves import Moves
 from supervisor.training.overlap import TORN, CopyingThread, Fence, Flight, owned_by
 from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, make_place
+from supervisor.training.slots import Ahead, new_arena
 from supervisor.training.world import World, say
 from supervisor.training.writer import Gather, TornError, Written
 
@@ -72,7 +74,10 @@ class _Pending:
 
 
 class ArenaWriter:
-    """A SnapshotWriter that writes into arenas. ``stepped`` says whether every optimizer stepped in this step."""
+    """A SnapshotWriter that writes into arenas. ``stepped`` says whether every optimizer stepped in this step.
+
+    ``slots`` are made ready ahead, off the training's thread, unless they hold a snapshot.
+    """
 
     def __init__(
         self,
@@ -81,6 +86,7 @@ class ArenaWriter:
         cleans: bool,
         optimizers: Mapping[str, Optimizer] | None = None,
         stepped: Callable[[], bool] = lambda: False,
+        slots: Sequence[Path] = (),
     ) -> None:
         self._world = world
         self._cleans = cleans
@@ -89,6 +95,9 @@ class ArenaWriter:
         self._layout: Layout | None = None
         self._bindings: Bindings | None = None
         self._slots: dict[Path, _Slot] = {}
+        self._ahead: dict[Path, Ahead] = {}
+        self._spare = tuple(slots)
+        self._used: set[Path] = set()
         self._thread = CopyingThread()
         self._home = threading.get_ident()
         self._pending: _Pending | None = None
@@ -104,6 +113,7 @@ class ArenaWriter:
         self.flush()
         if self._proof is not None and self._proof[0] == directory:
             self._proof = None  # what it compares with is about to be written over
+        self._used.add(directory)
         started = time.monotonic()
         way, items, archives, reason = self._prepare(directory, gather)
         agreed = Way(self._world.largest([way])[0])
@@ -143,7 +153,7 @@ class ArenaWriter:
         ready = self._is_ready()
         if ready and self._proven and behind and slot.behind.sources:
             flight = Flight(slot.behind)
-            self._thread.start(flight)
+            self._thread.start(flight.run)
             self._pending = _Pending(flight, finished, time.monotonic() - started)
             return
         slot.behind.run()
@@ -191,28 +201,17 @@ class ArenaWriter:
             temporary.rename(directory / ".metadata")
 
     def _new_slot(self, directory: Path, layout: Layout) -> _Slot:
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / layout.name
-        if layout.size == 0:
-            path.unlink(missing_ok=True)
-            return _Slot(None, [None] * len(layout.blobs))
-        arena = Arena(path, layout.size)
-        end = 0
-        spans = [(place.offset, place.archive.length) for place in layout.tensors]
-        spans += [(place.offset, place.room.length) for place in layout.blobs]
-        for offset, length in sorted(spans):
-            arena.put(end, bytes(offset - end))
-            end = offset + length
-        for place in layout.tensors:
-            arena.put(place.offset, place.archive.head)
-            arena.put(place.payload + place.archive.payload, place.archive.tail)
+        ahead = self._ahead.pop(directory, None)
+        arena = ahead.result() if ahead is not None else None
+        if arena is None or not arena.is_in_place:
+            arena = new_arena(directory, layout)
         return _Slot(arena, [None] * len(layout.blobs))
 
     # ------------------------------------------------------------------ laying out
 
     def _lay_out(self, directory: Path, items: Items, finished: Finished, started: float) -> None:
         self._layout, self._bindings, self._proof = None, None, None
-        self._slots.clear()
+        self._drop_slots()
         planner = ArenaPlanner(items, directory, cleans=self._cleans, ranks=self._world.size)
 
         def fill(layout: Layout) -> None:
@@ -239,13 +238,24 @@ class ArenaWriter:
         except CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             self._layout, self._bindings = None, None
-            self._slots.clear()
+            self._drop_slots()
             with contextlib.suppress(OSError):
                 self._remove(directory, storage.layout.name)
             finished(StorageError(f"rank {rank}: {type(cause).__name__}: {cause}"))
             return
         self._is_ready()  # begins to count anew
+        for spare in self._spare:
+            # one that was written may be about to be declared a snapshot
+            if spare not in self._used and not (spare / SLOT_NAME).exists():
+                self._ahead[spare] = ahead = Ahead(spare, storage.layout)
+                self._thread.start(ahead.run)
         finished(Written(storage.layout.size, time.monotonic() - started))
+
+    def _drop_slots(self) -> None:
+        for ahead in self._ahead.values():
+            ahead.result()
+        self._ahead.clear()
+        self._slots.clear()
 
     def _remove(self, directory: Path, name: str) -> None:
         (directory / name).unlink(missing_ok=True)
@@ -298,7 +308,7 @@ class ArenaWriter:
         self._thread.close()
         if self._fence is not None:
             self._fence.close()
-        self._slots.clear()
+        self._drop_slots()
         self._layout, self._bindings = None, None
 
     def _report(self) -> None:

@@ -90,26 +90,40 @@ def blob(value: Any, room: Room) -> bytes:
     return data if rest == 0 else data[:-2] + struct.pack("<H", rest) + bytes(rest)
 
 
+class _Padding(pickle.Pickler):
+    """Pads what it pickled to the room there is, or makes room."""
+
+    def __init__(self, file: Any, room: _Wanted, **options: Any) -> None:
+        super().__init__(file, **options)
+        self._file = file
+        self._room = room
+
+    def dump(self, obj: Any) -> None:
+        super().dump(obj)
+        size = self._file.tell()
+        if self._room.size is None:
+            self._room.size = -(-(size + max(512, size // 2)) // _ALIGNMENT) * _ALIGNMENT
+        if size > self._room.size:
+            raise OutgrownError
+        self._file.write(bytes(self._room.size - size))
+
+
+@dataclass
+class _Wanted:
+    size: int | None
+
+
 def _save(value: Any, room: int | None) -> tuple[bytes, int]:
-    padded_to = 0
+    wanted = _Wanted(room)
 
-    class Padding(pickle.Pickler):
+    class Pickler(_Padding):  # torch derives from it
         def __init__(self, file: Any, **options: Any) -> None:
-            super().__init__(file, **options)
-            self._file = file
-
-        def dump(self, obj: Any) -> None:
-            nonlocal padded_to
-            super().dump(obj)
-            size = self._file.tell()
-            padded_to = -(-(size + max(512, size // 2)) // _ALIGNMENT) * _ALIGNMENT if room is None else room
-            if size > padded_to:
-                raise OutgrownError
-            self._file.write(bytes(padded_to - size))
+            super().__init__(file, wanted, **options)
 
     file = io.BytesIO()
-    torch.save(value, file, pickle_module=types.SimpleNamespace(Pickler=Padding, __name__="pickle"))
-    return file.getvalue(), padded_to
+    torch.save(value, file, pickle_module=types.SimpleNamespace(Pickler=Pickler, __name__="pickle"))
+    assert wanted.size is not None
+    return file.getvalue(), wanted.size
 
 
 class _Sparse(io.RawIOBase):

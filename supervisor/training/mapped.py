@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -99,12 +100,16 @@ class MappedReader(FileSystemReader):
             except OSError:
                 return None
             try:
-                mapped = mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+                mapped = mmap.mmap(
+                    fd, 0, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0), prot=mmap.PROT_READ
+                )
             except (OSError, ValueError):
                 return None
             finally:
                 os.close(fd)
-            self._maps[name] = torch.frombuffer(mapped, dtype=torch.uint8)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The given buffer is not writable")
+                self._maps[name] = torch.frombuffer(mapped, dtype=torch.uint8)
         return self._maps[name]
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import queue
 import threading
 import time
@@ -105,30 +106,32 @@ class Fence:
 
 
 class CopyingThread:
-    """Runs one flight after the other; starts with the first."""
+    """Runs flights, and other work that is to stay out of the training's way, one after the other."""
 
     def __init__(self) -> None:
-        self._flights: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
+        self._works: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def start(self, flight: Flight) -> None:
-        """Run it."""
+    def start(self, work: Callable[[], None]) -> None:
+        """Run it; it raises nothing."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="everstep-snapshot", daemon=True)
             self._thread.start()
-        self._flights.put(flight)
+        self._works.put(work)
 
     def close(self) -> None:
         """End, when what was started is over."""
         if self._thread is not None:
-            self._flights.put(None)
+            self._works.put(None)
             self._thread.join()
             self._thread = None
 
     def _work(self) -> None:
-        while (flight := self._flights.get()) is not None:
-            flight.run()
-            del flight  # and the tensors that it holds
+        with contextlib.suppress(OSError):  # of this thread: do not take the core of the one that wakes it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        while (work := self._works.get()) is not None:
+            work()
+            del work  # and the tensors that it holds
 
 
 def _hide_from_compiler(function: Any) -> None:

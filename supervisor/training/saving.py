@@ -42,6 +42,7 @@ class Saver:
             ArenaWriter(
                 world,
                 cleans=world.local_rank == 0,
+                slots=keeper.slots,
                 optimizers=training.optimizers,
                 stepped=lambda: all(gradients.stepped),
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from supervisor.decide.savepoint import Move, judge_word
-from supervisor.edge.control import SLOT_MASK, Phase, ProposalFlag, ProposalState, Word
+from supervisor.edge.control import SLOT_MASK, SLOTS, Phase, ProposalFlag, ProposalState, Word
 from supervisor.edge.link import Link
 from supervisor.errors import ProtocolError
 from supervisor.training.keeper import NEVER, Candidate, Target
@@ -87,7 +87,12 @@ class Supervised:
 
     def target(self, code: int, completed: int) -> Target:
         """The slot's directory."""
-        return Target(code, self._link.runtime / "slots" / str((code & SLOT_MASK) - 1))
+        return Target(code, self.slots[(code & SLOT_MASK) - 1])
+
+    @property
+    def slots(self) -> list[Path]:
+        """Where snapshots go."""
+        return [self._link.runtime / "slots" / str(index) for index in range(SLOTS)]
 
     def prepare(self, target: Target) -> None:
         """The writer clears a slot; the supervisor has declared it void before it offered it."""

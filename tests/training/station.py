@@ -38,7 +38,7 @@ class Station:
         self._keep = keep
         self.newest: tuple[Path, int] | None = None  # slot and step of the newest complete snapshot
         self._news = threading.Condition()
-        (runtime / "control").mkdir(parents=True)
+        (runtime / "control").mkdir(parents=True, exist_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(socket_path(runtime)))
         self._listener.listen()

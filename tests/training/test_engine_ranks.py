@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,17 @@ def test_torn_on_one_rank_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -
     assert saved.count(torn[1]) == 1, "by the other rank"
     assert {step: saved.count(step) for step in saved if step > torn[1]}
     assert saved.count(14) == 2
+
+
+def test_slots_made_ready_ahead_leave_a_snapshot_alone(tmp_path: Path) -> None:
+    station = Station(tmp_path / "r", 1, every=(2,))
+    plan = replace(WIDE, kind="plain", steps=3)
+    launch(train, 1, plan, environ=station.environ)
+    other = tmp_path / "s" / "slots" / "1"
+    (station.slot(0) / "slot.json").touch()
+    shutil.copytree(station.slot(0), other)
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    again = Station(tmp_path / "s", 1, every=(3,))
+    launch(train, 1, plan, environ=again.environ)
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    assert (again.slot(2) / "__0_0.distcp").stat().st_size == (again.slot(0) / "__0_0.distcp").stat().st_size
