@@ -7,6 +7,7 @@ file that an earlier attempt left is taken over as it is, pages and all.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from pathlib import Path
@@ -26,7 +27,7 @@ class Arena:
             if present.st_size > size:
                 os.ftruncate(fd, size)
             if present.st_size < size or present.st_blocks * 512 < size:
-                os.posix_fallocate(fd, 0, size)
+                _allocate(fd, path, size)
             self._identity = _identity(os.fstat(fd))
             populate = getattr(mmap, "MAP_POPULATE", 0)
             self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | populate)
@@ -53,6 +54,15 @@ class Arena:
         for length in shape:
             size *= length
         return self.memory[offset : offset + size].view(dtype).view(shape)
+
+
+def _allocate(fd: int, path: Path, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # and give back what there was
+        raise
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from supervisor.training.items import Items
@@ -37,10 +37,9 @@ class Bindings:
     ``generation`` counts up when tensors have moved in memory: what was prepared for copying them is void then.
     """
 
-    def __init__(self, layout: Layout, items: Items, resolve: Callable[[Items, WriteItem], Any]) -> None:
+    def __init__(self, layout: Layout, items: Items) -> None:
         self.generation = 0
         self._layout = layout
-        self._resolve = resolve
         places = {place.key: place for place in layout.tensors}
         self._bound = [
             _Bound(key, items.values[key], places.get(key), planned)
@@ -98,7 +97,7 @@ class Bindings:
         return [self._archive(place, number, items) for number, place in enumerate(self._layout.blobs)]
 
     def _archive(self, place: BlobPlace, number: int, items: Items) -> bytes:
-        value = self._resolve(items, place.item) if place.item is not None else items.values[place.key]
+        value = _resolved(items, place.item) if place.item is not None else items.values[place.key]
         seen = _print(value)
         known = self._blobs.get(number)
         if known is not None and seen is not None and known[0] == seen:
@@ -106,6 +105,12 @@ class Bindings:
         data = blob(value, place.room)
         self._blobs[number] = (seen, data)
         return data
+
+
+def _resolved(items: Items, item: WriteItem) -> Any:
+    planner = DefaultSavePlanner()
+    planner.state_dict = items.values
+    return planner.resolve_data(item)
 
 
 def _print(value: object) -> object:

@@ -17,32 +17,26 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.errors import StorageError
-from supervisor.training.arena import Arena
 from supervisor.training.bindings import Bindings
 from supervisor.training.items import Items
 from supervisor.training.layout import OutgrownError
 from supervisor.training.moves import Moves
 from supervisor.training.overlap import TORN, CopyingThread, Fence, Flight, owned_by
 from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, make_place
-from supervisor.training.slots import Ahead, new_arena
+from supervisor.training.slots import Ahead, Slot, new_arena
 from supervisor.training.world import World, say
-from supervisor.training.writer import Gather, TornError, Written
+from supervisor.training.writer import Gather, TornError, Written, save_with_dcp
 
 Finished = Callable[[Written | StorageError], None]
 
@@ -53,17 +47,6 @@ class Way(enum.IntEnum):
     COPY = 0
     LAY_OUT = 1
     FAIL = 2
-
-
-@dataclass
-class _Slot:
-    """A slot that is laid out: its arena, the blobs that it holds, and what is prepared for copying."""
-
-    arena: Arena | None  # None: this rank writes nothing
-    blobs: list[bytes | None]
-    generation: int = -1
-    now: Moves = field(default_factory=Moves)
-    behind: Moves = field(default_factory=Moves)
 
 
 @dataclass
@@ -94,12 +77,13 @@ class ArenaWriter:
         self._stepped = stepped
         self._layout: Layout | None = None
         self._bindings: Bindings | None = None
-        self._slots: dict[Path, _Slot] = {}
+        self._slots: dict[Path, Slot] = {}
         self._ahead: dict[Path, Ahead] = {}
         self._spare = tuple(slots)
         self._used: set[Path] = set()
         self._thread = CopyingThread()
         self._home = threading.get_ident()
+        self._process = os.getpid()
         self._pending: _Pending | None = None
         self._fence = Fence(self._at_fence) if self._optimizers else None
         self._proof: tuple[Path, Moves] | None = None
@@ -147,7 +131,7 @@ class ArenaWriter:
     ) -> None:
         assert self._layout is not None
         slot = self._slots[directory]
-        self._fill_blobs(slot, archives)
+        slot.fill(self._layout, archives)
         self._prepare_moves(slot)
         slot.now.run()
         ready = self._is_ready()
@@ -161,7 +145,7 @@ class ArenaWriter:
             self._proof = directory, slot.behind
         finished(Written(self._layout.size, time.monotonic() - started))
 
-    def _prepare_moves(self, slot: _Slot) -> None:
+    def _prepare_moves(self, slot: Slot) -> None:
         bindings = self._bindings
         assert bindings is not None
         if slot.generation == bindings.generation:
@@ -174,13 +158,6 @@ class ArenaWriter:
         for place, source in bindings.sources:
             moves = slot.behind if source.address in owned else slot.now
             moves.add(slot.arena, place.payload, source)
-
-    def _fill_blobs(self, slot: _Slot, archives: list[bytes]) -> None:
-        assert self._layout is not None
-        for number, (place, data) in enumerate(zip(self._layout.blobs, archives, strict=True)):
-            if slot.arena is not None and slot.blobs[number] is not data:
-                slot.arena.put(place.offset, data)
-                slot.blobs[number] = data
 
     # ------------------------------------------------------------------ slots
 
@@ -200,12 +177,12 @@ class ArenaWriter:
             temporary.write_bytes(layout.index)
             temporary.rename(directory / ".metadata")
 
-    def _new_slot(self, directory: Path, layout: Layout) -> _Slot:
+    def _new_slot(self, directory: Path, layout: Layout) -> Slot:
         ahead = self._ahead.pop(directory, None)
         arena = ahead.result() if ahead is not None else None
         if arena is None or not arena.is_in_place:
             arena = new_arena(directory, layout)
-        return _Slot(arena, [None] * len(layout.blobs))
+        return Slot(arena, [None] * len(layout.blobs))
 
     # ------------------------------------------------------------------ laying out
 
@@ -217,31 +194,20 @@ class ArenaWriter:
         def fill(layout: Layout) -> None:
             self._slots[directory] = slot = self._new_slot(directory, layout)
             self._layout = layout
-            self._bindings = Bindings(layout, items, _resolve)
-            self._fill_blobs(slot, self._bindings.archives(items))
+            self._bindings = Bindings(layout, items)
+            slot.fill(layout, self._bindings.archives(items))
             self._prepare_moves(slot)
             slot.now.run()
             slot.behind.run()
 
         storage = ArenaStorage(directory, self._world.rank, items, fill)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
-                dcp_save(
-                    {},
-                    storage_writer=storage,
-                    planner=planner,
-                    process_group=self._world.group,
-                    no_dist=self._world.group is None,
-                )
-        except CheckpointException as error:
-            rank, (cause, _) = next(iter(error.failures.items()))
+        error = save_with_dcp(self._world, storage, planner)
+        if error is not None:
             self._layout, self._bindings = None, None
             self._drop_slots()
             with contextlib.suppress(OSError):
                 self._remove(directory, storage.layout.name)
-            finished(StorageError(f"rank {rank}: {type(cause).__name__}: {cause}"))
+            finished(error)
             return
         self._is_ready()  # begins to count anew
         for spare in self._spare:
@@ -272,6 +238,8 @@ class ArenaWriter:
 
     def _at_fence(self) -> None:
         """An optimizer is about to step."""
+        if os.getpid() != self._process:
+            return  # a forked child has its own memory, and no copying thread
         if self._pending is not None:
             self._pending.flight.close()
             if threading.get_ident() == self._home:
@@ -322,9 +290,3 @@ class ArenaWriter:
             return
         self._distrust()
         pending.finished(TornError(flight.problem))
-
-
-def _resolve(items: Items, item: WriteItem) -> Any:
-    planner = DefaultSavePlanner()
-    planner.state_dict = items.values
-    return planner.resolve_data(item)

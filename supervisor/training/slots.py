@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor.training.arena import Arena
+from supervisor.training.moves import Moves
 from supervisor.training.planning import Layout
 
 
@@ -27,6 +29,24 @@ def new_arena(directory: Path, layout: Layout) -> Arena | None:
         arena.put(place.offset, place.archive.head)
         arena.put(place.payload + place.archive.payload, place.archive.tail)
     return arena
+
+
+@dataclass
+class Slot:
+    """A slot that is laid out: its arena, the blobs that it holds, and what is prepared for copying."""
+
+    arena: Arena | None  # None: this rank writes nothing
+    blobs: list[bytes | None]
+    generation: int = -1
+    now: Moves = field(default_factory=Moves)
+    behind: Moves = field(default_factory=Moves)
+
+    def fill(self, layout: Layout, archives: list[bytes]) -> None:
+        """Write the blobs that it does not hold yet."""
+        for number, (place, data) in enumerate(zip(layout.blobs, archives, strict=True)):
+            if self.arena is not None and self.blobs[number] is not data:
+                self.arena.put(place.offset, data)
+                self.blobs[number] = data
 
 
 class Ahead:

@@ -105,26 +105,15 @@ class DcpWriter:
         started = time.monotonic()
         planner = PlannerOfItems(gather, directory, cleans=self._cleans)
         storage = Storage(directory)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
-                dcp_save(
-                    {},
-                    storage_writer=storage,
-                    planner=planner,
-                    process_group=self._world.group,
-                    no_dist=self._world.group is None,
-                )
-        except CheckpointException as error:
-            rank, (cause, _) = next(iter(error.failures.items()))
+        error = save_with_dcp(self._world, storage, planner)
+        if error is not None:
             with contextlib.suppress(OSError):
                 for name in _files_of(directory, self._world.rank):
                     (directory / name).unlink()
                 if self._world.rank == 0:
                     (directory / ".metadata").unlink(missing_ok=True)
                     (directory / ".metadata.tmp").unlink(missing_ok=True)
-            finished(StorageError(f"rank {rank}: {type(cause).__name__}: {cause}"))
+            finished(error)
             return
         size = sum((directory / name).stat().st_size for name in _files_of(directory, self._world.rank))
         finished(Written(size, time.monotonic() - started))
@@ -137,6 +126,27 @@ class DcpWriter:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def save_with_dcp(
+    world: World, storage: FileSystemWriter, planner: DefaultSavePlanner
+) -> StorageError | None:
+    """Plan and write, all ranks together; the error, alike on all, if any of them failed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
+            dcp_save(
+                {},
+                storage_writer=storage,
+                planner=planner,
+                process_group=world.group,
+                no_dist=world.group is None,
+            )
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return StorageError(f"rank {rank}: {type(cause).__name__}: {cause}")
+    return None
 
 
 class PlannerOfItems(DefaultSavePlanner):
