@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+import torch.distributed.checkpoint
+import torch.multiprocessing
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -47,6 +47,8 @@ from supervisor.training.state import TrainingState
 from supervisor.training.world import World
 
 WIDTH = 1024
+dcp: Any = torch.distributed.checkpoint  # neither is typed to the end
+mp: Any = torch.multiprocessing
 Stalls = list[float]
 
 
@@ -113,7 +115,9 @@ def ours(training: Training, root: Path, rounds: int, *, behind: bool) -> tuple[
 
     if writer._fence is not None:
         writer._fence._wait = at_fence
-    stalls, steps, first = [], [], []
+    stalls: Stalls = []
+    steps: Stalls = []
+    first: Stalls = []
     for number in range(5 + rounds):
         fence[0] = 0.0
         begun = time.perf_counter()
