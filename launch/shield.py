@@ -11,7 +11,8 @@ them with ``sigwaitinfo``, which says who sent each:
 - anybody else: it is dropped while the Session is open, and delivered otherwise.
 
 A Python handler runs on the main thread, which may be inside a system call that the signal was to interrupt: so another
-signal, whose handler does nothing, interrupts it there. What the child executes with ``subprocess`` starts with the
+signal, whose handler does nothing, interrupts it there; more than once, because one that comes just before the thread enters
+the call is lost on it. What the child executes with ``subprocess`` starts with the
 mask that there was without us (a mask goes through an exec, other than handlers). Limits: a signal that a thread sends to itself
 (``raise_signal``) stays blocked, and a child that never lets go of the GIL can only be killed.
 
@@ -40,6 +41,9 @@ _SIGINFO_BYTES = 128
 #: rt_tgsigqueueinfo(2) has no wrapper in the C library
 _QUEUE_TO_THREAD = {"x86_64": 297, "ppc64le": 322, "s390x": 330}.get(platform.machine(), 240)
 
+#: gaps between one interruption of the main thread and the next, in seconds
+_AGAIN = tuple(0.001 * 2**n for n in range(11))
+
 #: signals that are blocked because of us, and were not before
 added: frozenset[signal.Signals] = frozenset()
 
@@ -55,13 +59,15 @@ def attach(is_open: Callable[[], bool], parent: int | None, before: Iterable[int
     added = added | (frozenset(SHIELDED) - frozenset(signal.Signals(number) for number in before))
     interrupt = _interrupter(threading.get_ident())
 
-    def take(info: signal.struct_siginfo) -> None:
-        if info.si_pid in (os.getppid(), os.getpid(), parent) or not is_open():
-            _deliver(info)
-            interrupt()
+    def take(info: signal.struct_siginfo) -> bool:
+        if info.si_pid not in (os.getppid(), os.getpid(), parent) and is_open():
+            return False
+        _deliver(info)
+        interrupt()
+        return True
 
     try:
-        _thread.start_new_thread(_watch, (take,))
+        _thread.start_new_thread(_watch, (take, interrupt))
     except RuntimeError:  # no more threads: better unshielded than never to be ended
         signal.pthread_sigmask(signal.SIG_UNBLOCK, added)
         added = frozenset()
@@ -84,9 +90,14 @@ def attach_spawned(
     attach(is_open, parent, before)
 
 
-def _watch(take: Callable[[signal.struct_siginfo], None]) -> None:
+def _watch(take: Callable[[signal.struct_siginfo], bool], interrupt: Callable[[], None]) -> None:
+    again: list[float] = []
     while True:
-        take(signal.sigwaitinfo(SHIELDED))
+        info = signal.sigtimedwait(SHIELDED, again.pop(0)) if again else signal.sigwaitinfo(SHIELDED)
+        if info is None:
+            interrupt()
+        elif take(info):
+            again = list(_AGAIN)
 
 
 def _deliver(info: signal.struct_siginfo) -> None:
@@ -115,7 +126,7 @@ def _interrupter(main: int) -> Callable[[], None]:
     return lambda: signal.pthread_kill(main, number)
 
 
-def _execute_unblocked(take: Callable[[signal.struct_siginfo], None]) -> None:
+def _execute_unblocked(take: Callable[[signal.struct_siginfo], bool]) -> None:
     """Have ``subprocess`` start programs with the mask of before.
 
     The calling thread is open for some microseconds only (a stranger's signal in them does its worst): what is pending is taken

@@ -111,7 +111,7 @@ def everstep_works(python: Path, folder: Path) -> None:
 
 
 def supervisord_works(python: Path, folder: Path) -> None:
-    """It starts, runs a program to its end, and is shut down by its own control command."""
+    """It starts, runs a program, and is shut down by its own control command."""
     marker = folder / "marker"
     marker.unlink(missing_ok=True)
     configuration = folder / "supervisord.conf"
@@ -126,8 +126,8 @@ file={folder}/socket
 supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
 [supervisorctl]
 serverurl=unix://{folder}/socket
-[program:once]
-command=/bin/sh -c "echo ran > {marker}"
+[program:stays]
+command=/bin/sh -c "echo ran > {marker}; exec sleep 600"
 autostart=false
 autorestart=false
 startsecs=0
@@ -136,7 +136,7 @@ startsecs=0
     control = [python.parent / "supervisorctl", "-c", configuration]
     run(python.parent / "supervisord", "-c", configuration, cwd=folder)  # leaves a daemon behind
     try:
-        run(*control, "start", "once")
+        run(*control, "start", "stays")  # one that ends could do so before supervisorctl looks
         deadline = time.monotonic() + 60
         while not (marker.exists() and marker.read_text() == "ran\n"):
             assert time.monotonic() < deadline, (folder / "supervisord.log").read_text()
