@@ -14,7 +14,8 @@ A Python handler runs on the main thread, which may be inside a system call that
 signal, whose handler does nothing, interrupts it there; more than once, because one that comes just before the thread enters
 the call is lost on it. What the child executes with ``subprocess`` starts with the
 mask that there was without us (a mask goes through an exec, other than handlers). Limits: a signal that a thread sends to itself
-(``raise_signal``) stays blocked, and a child that never lets go of the GIL can only be killed.
+(``raise_signal``) stays blocked; the parent's signal is lost when a stranger's of the same number came just before it and was
+not taken yet (the kernel keeps one of a kind); and a child that never lets go of the GIL can only be killed.
 
 Standard library only.
 """
