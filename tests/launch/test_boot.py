@@ -248,7 +248,10 @@ STRANGER = """
         # until they were taken: the kernel keeps one of a kind, so that the parent's would be lost on a stranger's
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            lines = open(f"/proc/{pid}/status").readlines()
+            try:
+                lines = open(f"/proc/{pid}/status").readlines()
+            except FileNotFoundError:  # it was the end of it
+                return
             if not any(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd")):
                 return
         print("not taken")
