@@ -250,7 +250,7 @@ STRANGER = """
         while time.monotonic() < deadline:
             try:
                 lines = open(f"/proc/{pid}/status").readlines()
-            except FileNotFoundError:  # it was the end of it
+            except (FileNotFoundError, ProcessLookupError):  # it was the end of it
                 return
             if not any(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd")):
                 return
