@@ -76,6 +76,7 @@ class Attempt:
         self.world_size: int | None = None
         self.seats: dict[int, Seat] = {}
         self.metrics: dict[str, float] = {}  # the newest logged values
+        self.restore_seconds = 0.0  # of the rank that took longest
         self.ended = asyncio.Event()
         self.finished = False  # every rank left with code 0
         self.stopping = False  # a stop was asked for: leaving early is what we want
@@ -85,6 +86,7 @@ class Attempt:
         self._launcher_exit: processes.Exit | None = None
         self._launcher_end: float | None = None
         self._killed = False
+        self._killed_at: float | None = None
         self._decision: asyncio.TimerHandle | None = None
         self._oom_before = forensics.oom_kills()
         self._yields = False
@@ -311,7 +313,7 @@ class Attempt:
 
     def _kill_seated(self) -> set[int]:
         """The quick part: whoever is known to belong to it."""
-        self._killed = True
+        self._killed, self._killed_at = True, clock.monotonic()
         if self._decision is not None:
             self._decision.cancel()
         self.ended.set()
@@ -338,6 +340,15 @@ class Attempt:
             seat.pidfd = None
             seat.page.close()
         shutil.rmtree(control_folder(self.runtime, self.number), ignore_errors=True)
+
+    @property
+    def noticed(self) -> float | None:
+        """Unix seconds of the first sign of its end: a death, an exception, or our own decision to kill it."""
+        signs = [self._launcher_end, self._killed_at]
+        for seat in self.seats.values():
+            signs += [seat.end.monotonic if seat.end else None, seat.raised_at or None]
+        first = min((sign for sign in signs if sign is not None), default=None)
+        return None if first is None else clock.unix_of(int(first * 1e9))
 
     def evidence(self) -> AttemptEvidence:
         """All that is known after the teardown; only ends that were not our doing."""

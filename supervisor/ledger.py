@@ -6,7 +6,8 @@ from typing import Final
 
 from supervisor import replay
 from supervisor.edge.journal import Journal
-from supervisor.model import Fact, JobRecord
+from supervisor.model import Fact
+from supervisor.record import JobRecord
 from supervisor.replay import Replay
 
 SAVE_EVERY: Final = (

@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 
 class State(enum.StrEnum):
@@ -229,6 +228,7 @@ class FirstStep(Fact):
     attempt: int
     step: int
     total_steps: int | None = None
+    restore_seconds: float = 0.0  # of the rank that took longest to read its state back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +249,9 @@ class SnapshotCompleted(Fact):
     step: int
     seconds: float
     bytes: int
+    stalled: float | None = (
+        None  # … and of the snapshots before it that were not journaled; None: ``seconds``
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +307,7 @@ class AttemptEnded(Fact):
     stopped: bool = False  # it ended because of a StopRequested
     finished: bool = False  # every rank exited with code 0 by itself
     failure: Failure | None = None
+    noticed: float | None = None  # when its end was (Unix seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,70 +330,3 @@ class RunEnded(Fact):
 
 #: every fact by the name it bears in the journal
 FACTS: dict[str, type[Fact]] = {cls.__name__: cls for cls in Fact.__subclasses__()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A consistent state of the job at ``step``."""
-
-    step: int
-    time: float
-    bytes: int = 0
-    seconds: float = 0.0
-    path: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobRecord:
-    """A job as its journal tells it: ``decide/lifecycle.py`` folds facts into this, and nothing else does."""
-
-    state: State = State.NEW
-    epoch: int = 0
-    host: str | None = None
-    pid: int | None = None
-    command: tuple[str, ...] = ()
-    limits: Limits = Limits()
-    attempt: int | None = None  # the newest attempt; None before the first
-    world_size: int | None = None
-    step: int = 0  # completed steps, as far as the journal knows
-    total_steps: int | None = None
-    restarts: int = 0  # verdicts that relaunched after a failure
-    preemptions: int = 0  # stops by preemption, over the job's life
-    preemptions_since_progress: int = 0
-    preemption_committed_step: int = -1  # committed_step at the time of the last preemption
-    failures_since_progress: int = 0
-    committed_step: int = -1  # newest step ever held whole (snapshot or checkpoint)
-    failure_committed_step: int = -1  # committed_step at the time of the last failure
-    last_failure: Failure | None = None
-    previous_fingerprint: str | None = None  # of the failure before, if nothing was committed since
-    snapshot: Point | None = None
-    checkpoint: Point | None = None
-    stop: StopRequested | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    resumed_step: int | None = None  # where the newest attempt resumed; None: not yet, or it has no Session
-    rate: float | None = None  # steps a second, smoothed over about a minute
-    # goodput, kept by decide/goodput.py
-    supervised: bool = False  # a run is open: its supervisor has not said that it leaves
-    first_time: float | None = None  # of the first RunStarted
-    last_time: float | None = None  # of the newest fact
-    supervised_seconds: float = 0.0  # wall time with a supervisor in charge, up to last_time
-    productive_seconds: float = 0.0  # of it, spent on steps that still count
-    lost_steps: int = 0  # steps done again because a state was lost, over the job's life
-    attempt_first_time: float | None = None  # when the current attempt completed its first step
-    attempt_first_step: int | None = None
-    attempt_last_time: float | None = None  # when its newest known step was completed
-    stretch_step: int = 0  # the step at which the newest attempt that made steps began
-    stretch_seconds: float = 0.0  # the part of productive_seconds that belongs to it
-    furthest_step: int = 0  # completed steps of the furthest rank since the last resume
-    exit_code: int | None = None
-    reason: str | None = None
-
-    def with_(self, **changes: Any) -> JobRecord:
-        """``dataclasses.replace``, ten times as fast: a journal can hold 100 000 facts."""
-        if not changes.keys() <= self.__dict__.keys():
-            raise TypeError(f"a JobRecord has no {sorted(changes.keys() - self.__dict__.keys())}")
-        record = object.__new__(JobRecord)
-        record.__dict__.update(self.__dict__)
-        record.__dict__.update(changes)
-        return record

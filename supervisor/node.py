@@ -289,6 +289,7 @@ class Node:
             stopped=stopped,
             finished=failure is None and not stopped,
             failure=failure if not stopped else None,  # a failure while stopping is charged to nobody
+            noticed=None if failure is None or stopped else attempt.noticed,
         )
         attempt.close()
         self._ledger.add(ended)

@@ -99,7 +99,7 @@ class Pulse:
     def _auto_seconds(self) -> float:
         record = self._ledger.record
         mtbf = interval.estimate_mtbf(
-            failures=record.restarts + record.preemptions, seconds=record.supervised_seconds, prior=MTBF_PRIOR
+            failures=record.restarts + record.preemptions, seconds=record.spent.supervised, prior=MTBF_PRIOR
         )
         cost = self._snapshots.drain_seconds or COST_PRIOR
         return interval.young_daly(cost, mtbf, shortest=SHORTEST_AUTO, longest=LONGEST_AUTO)
@@ -121,6 +121,7 @@ class Pulse:
                     attempt=attempt.number,
                     step=min(attempt.steps),
                     total_steps=self._attempt.total_steps,
+                    restore_seconds=attempt.restore_seconds,
                 )
             )
             self._on_first_step()

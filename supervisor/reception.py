@@ -115,8 +115,10 @@ class Reception:
         }
 
     def _on_resumed(self, seat: Seat, message: Message) -> None:
+        seconds = float(message["seconds"])
+        self._attempt.restore_seconds = max(self._attempt.restore_seconds, seconds)
         if seat.rank == 0 and int(message["step"]):
-            self._console.say(f"resumed at step {message['step']} in {float(message['seconds']):.2f} s")
+            self._console.say(f"resumed at step {message['step']} in {seconds:.2f} s")
 
     def _on_rejected(self, seat: Seat, message: Message) -> None:
         path, reason = Path(str(message["path"])), str(message["reason"])

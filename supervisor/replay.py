@@ -22,13 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from supervisor import model
+from supervisor import model, record, timesheet
 from supervisor.about import version
 from supervisor.decide import goodput, lifecycle
 from supervisor.edge import journal, plain
 from supervisor.edge.journal import OutOfOrderError, Place, Reader
 from supervisor.errors import ProtocolError
-from supervisor.model import CheckpointCommitted, CheckpointRejected, Fact, JobRecord, Resumed, Tier
+from supervisor.model import CheckpointCommitted, CheckpointRejected, Fact, Resumed, Tier
+from supervisor.record import JobRecord
 
 FILE: Final = "fold.json"
 MOST_PROBLEMS: Final = 100
@@ -157,7 +158,7 @@ def _load(path: Path) -> _Fold | None:
 @functools.cache
 def _rules() -> int:
     """Differs wherever the same journal might be folded into something else."""
-    sources = [module.__file__ for module in (model, lifecycle, goodput, plain, journal)]
+    sources = [module.__file__ for module in (model, record, timesheet, lifecycle, goodput, plain, journal)]
     try:
         return zlib.crc32(b"".join(Path(source or "").read_bytes() for source in (*sources, __file__)))
     except OSError:  # compiled code alone

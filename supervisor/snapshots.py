@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from supervisor.checkpoint import catalog, commit, slots
@@ -188,7 +188,8 @@ class Snapshots:
         return None if self._failed is None else jobdir.move_slot_to_disk(self._slots[self._failed])
 
     def _tell(self, fact: SnapshotCompleted) -> None:
-        self._said = fact
+        unsaid = self._said.stalled or 0.0 if self._said is not None else 0.0
+        self._said = replace(fact, stalled=unsaid + fact.seconds)
         if fact.time - self._said_at >= SNAPSHOT_FACT_PERIOD:
             self.flush_fact()
 

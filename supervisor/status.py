@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from supervisor.decide import goodput, lifecycle
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.live import Live, is_held, read_live
 from supervisor.errors import JobError
-from supervisor.model import JobRecord, State
+from supervisor.model import State
+from supervisor.record import JobRecord
 from supervisor.replay import Replay
+from supervisor.timesheet import Timesheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Status:
     step: int
     total_steps: int | None
     rate: float | None
-    goodput: float
+    spent: Timesheet
     snapshot: Held | None
     checkpoint: Held | None
     metrics: dict[str, float]
@@ -105,9 +107,8 @@ def describe(
     """The journal's record and what is known beyond it, put together."""
     state, reason = _state(record, alive=alive)
     step = max(record.step, live.step) if live else record.step
-    productive, supervised = record.productive_seconds, record.supervised_seconds
-    if alive and not lifecycle.is_over(record.state):
-        productive, supervised = goodput.at(record, step, now)
+    over = lifecycle.is_over(record.state)
+    spent = goodput.at(record, step, now) if alive and not over else record.spent
     total = live.total_steps if live and live.total_steps else record.total_steps
     metrics = {**record.metrics, "loss": live.loss} if live and live.loss is not None else record.metrics
     snapshot, checkpoint = (
@@ -126,7 +127,7 @@ def describe(
         step=step,
         total_steps=total,
         rate=_rate(record, step, now) if alive else None,
-        goodput=goodput.ratio(productive, supervised),
+        spent=spent,
         snapshot=snapshot,
         checkpoint=checkpoint,
         metrics=metrics,
@@ -162,7 +163,8 @@ def to_json(status: Status) -> dict[str, Any]:
         },
         "snapshot": _held(status.snapshot, status.now),
         "checkpoint": _held(status.checkpoint, status.now),
-        "goodput": round(status.goodput, 6),
+        "goodput": round(status.spent.goodput, 6),
+        "seconds": {name: round(seconds, 3) for name, seconds in asdict(status.spent).items()},
         "lost_steps": record.lost_steps,
         "limits": {
             "failures_left": _left(record.limits.max_failures, record.failures_since_progress),
@@ -185,6 +187,7 @@ def to_text(status: Status) -> str:
         ("snapshot", _held_text(status.snapshot, status.now)),
         ("checkpoint", _held_text(status.checkpoint, status.now)),
         ("goodput", _goodput(status)),
+        ("time", _time(status.spent)),
     ]
     if failure is not None:
         age = duration(status.now - failure.time)
@@ -254,12 +257,20 @@ def _progress(status: Status) -> str:
 def _goodput(status: Status) -> str:
     record = status.record
     parts = [
-        f"{status.goodput:.1%}",
+        f"{status.spent.goodput:.1%}",
         f"{_count(record.lost_steps, 'step')} done again",
         _count(record.restarts, "restart"),
         _count(record.preemptions, "preemption"),
     ]
     return ", ".join(parts)
+
+
+def _time(spent: Timesheet) -> str:
+    """What it went into, largest first; what is too short to show is left out."""
+    parts = sorted(asdict(spent).items(), key=lambda part: -part[1])
+    return (
+        ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts if seconds >= 0.05) or "none yet"
+    )
 
 
 def _held(held: Held | None, now: float) -> dict[str, Any] | None:

@@ -17,7 +17,6 @@ from supervisor.model import (
     Failure,
     FailureKind,
     FirstStep,
-    JobRecord,
     Progress,
     Resumed,
     RunEnded,
@@ -29,6 +28,7 @@ from supervisor.model import (
     Verdict,
     WorkersReady,
 )
+from supervisor.record import JobRecord
 
 TOTAL = 200
 

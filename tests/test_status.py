@@ -30,7 +30,6 @@ from supervisor.model import (
     Failure,
     FailureKind,
     FirstStep,
-    JobRecord,
     Progress,
     Resumed,
     RunEnded,
@@ -39,6 +38,7 @@ from supervisor.model import (
     State,
     WorkersReady,
 )
+from supervisor.record import JobRecord
 from tests.journals import journals
 
 CRASH = Failure(
@@ -285,6 +285,7 @@ def test_text(job: Job) -> None:
         "snapshot      none",
         "checkpoint    step 80, 2 min ago, checkpoints/step-000000080",
         text.splitlines()[5],
+        "time          productive 3 min, startup 11 s, teardown 10 s, redone 8.9 s",
         "last failure  crash in attempt 0, 3 min ago: rank 1 was killed by SIGKILL (after step 90)",
         f"supervisor    pid 4711 on {socket.gethostname()}, gone",
     ]

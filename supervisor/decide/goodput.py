@@ -1,44 +1,43 @@
-"""How much of the time under supervision went into steps that still count.
+"""What every second of a job went into, and how much of it into steps that still count.
 
     goodput = productive seconds / supervised seconds
 
-*Supervised* is wall time during which a supervisor was in charge. Gaps between two runs (the machine was taken away,
-the user went home) are not ours: from the last fact of one run to the start of the next nothing is counted.
+Each fact puts the time since the one before into the record's current *activity* (``timesheet.py`` lists them), so the
+entries always sum to the wall time since the job's first fact; what turns out later only moves seconds between entries:
 
-*Productive* is the time from an attempt's first completed step to its newest one. The launch, the imports, the restore
-and the first step (it compiles, it allocates) are overhead; so is the time between the last step and the relaunch.
+- While an attempt makes steps, time is *detection* until a newer step is heard of, and *productive* then: if the attempt
+  dies, what is left is the time from its last step to the moment its failure was noticed. What follows is *teardown*.
+- The stall of a snapshot is taken out of the productive time around it.
+- *Start-up* ends with the attempt's first completed step (it compiles, it allocates); the part of it that a rank spent
+  reading its state back is *restore*.
+- *Stopped* is the time without a supervisor (the machine was taken away, the user went home) and the pauses between
+  attempts. It is not supervised time. A supervisor that was killed is missed from its last fact on.
 
 A *stretch* is what one attempt trained from where it resumed. When its successor resumes below the furthest step that
-was reached, the difference is lost: those steps are done again. A stretch that loses a share of its steps loses that
-share of its seconds. Losing more than the stretch (a damaged checkpoint sends the job further back) takes the rest from
-all stretches before, in proportion: they are known only as a sum. So both terms only ever describe work that stands,
-``0 <= productive <= supervised`` holds throughout, and a job's goodput can fall when a loss is found.
+was reached, the difference is lost: those steps are done again, and the time they took becomes *redone*. A stretch that
+loses a share of its steps loses that share of its seconds. Losing more than the stretch (a damaged checkpoint sends the
+job further back) takes the rest from all stretches before, in proportion: they are known only as a sum. So goodput only
+ever describes work that stands, and can fall when a loss is found.
 
 Without a Session nobody says where an attempt resumed, and no loss is counted: the steps of each attempt are its own.
 """
 
 from __future__ import annotations
 
-from supervisor.model import JobRecord
-
-
-def ratio(productive_seconds: float, supervised_seconds: float) -> float:
-    """Goodput as a fraction in [0, 1]; 0 before any time has passed."""
-    if supervised_seconds <= 0:
-        return 0.0
-    return min(1.0, max(0.0, productive_seconds / supervised_seconds))
+from supervisor.record import JobRecord
+from supervisor.timesheet import Activity, Timesheet
 
 
 def advance(record: JobRecord, time: float) -> JobRecord:
     """Let the clock run to ``time``; a wall clock that was set back stands still instead."""
     if record.last_time is None:
-        return record.with_(first_time=time, last_time=time)
+        return record.with_(last_time=time)
     elapsed = max(0.0, time - record.last_time)
-    supervised = record.supervised_seconds + (elapsed if record.supervised else 0.0)
-    return record.with_(last_time=record.last_time + elapsed, supervised_seconds=supervised)
+    spent = record.spent.spent(record.activity, elapsed) if elapsed else record.spent
+    return record.with_(last_time=record.last_time + elapsed, spent=spent)
 
 
-def worked(record: JobRecord, step: int) -> JobRecord:
+def worked(record: JobRecord, step: int, restore_seconds: float = 0.0) -> JobRecord:
     """Count the time up to now (``last_time``) as productive if ``step`` completed steps are news."""
     now = record.last_time
     if not record.supervised or now is None:
@@ -48,6 +47,8 @@ def worked(record: JobRecord, step: int) -> JobRecord:
             record = record.with_(stretch_step=max(0, step - 1), stretch_seconds=0.0, furthest_step=step)
         return record.with_(
             step=step,
+            activity=Activity.DETECTION,
+            spent=record.spent.moved(restore_seconds, Activity.STARTUP, Activity.RESTORE),
             attempt_first_time=now,
             attempt_last_time=now,
             attempt_first_step=step,
@@ -56,64 +57,89 @@ def worked(record: JobRecord, step: int) -> JobRecord:
     if step <= record.step:
         return record
     seconds = now - record.attempt_last_time
+    record = record.with_(
+        rate=_smooth(record.rate, step - record.step, seconds), step=step, attempt_last_time=now
+    )
+    return _productive(record, seconds)
+
+
+def stalled(record: JobRecord, seconds: float) -> JobRecord:
+    """Take the training's stall for a snapshot out of what the attempt did."""
+    seconds = min(seconds, record.stretch_seconds)
     return record.with_(
-        rate=_smooth(record.rate, step - record.step, seconds),
-        step=step,
-        attempt_last_time=now,
-        furthest_step=max(record.furthest_step, step),
-        productive_seconds=record.productive_seconds + seconds,
-        stretch_seconds=record.stretch_seconds + seconds,
+        spent=record.spent.moved(seconds, Activity.PRODUCTIVE, Activity.SNAPSHOT),
+        stretch_seconds=record.stretch_seconds - seconds,
     )
 
 
-def ended(record: JobRecord, step: int | None) -> JobRecord:
-    """Count the steps between the last sign of life and the end, at the attempt's own pace, in the time there was."""
-    if step is None or record.attempt_last_time is None or record.last_time is None or not record.supervised:
+def ended(record: JobRecord, step: int | None, noticed: float | None) -> JobRecord:
+    """Put down the time from the last sign of life to now, when nothing of the attempt is left.
+
+    The steps since count at the attempt's own pace, in the time there was. ``noticed``: Unix seconds of the moment its end
+    was noticed; None: it ended in order.
+    """
+    now = record.last_time
+    if not record.supervised or now is None:
         return record
-    extra = step - record.step
-    if extra <= 0:
-        return record
-    seconds = record.last_time - record.attempt_last_time
-    counted = record.step - (record.attempt_first_step or 0)
-    if counted > 0:
-        seconds = min(seconds, extra * record.stretch_seconds / counted)
+    if record.attempt_last_time is not None:
+        record = _last_steps(record, step, now - record.attempt_last_time)
+    since = 0.0 if noticed is None else noticed
+    begun = record.attempt_last_time if record.attempt_last_time is not None else record.attempt_time
+    seconds = now - max(since, begun if begun is not None else now)
     return record.with_(
-        step=step,
-        furthest_step=max(record.furthest_step, step),
-        productive_seconds=record.productive_seconds + seconds,
-        stretch_seconds=record.stretch_seconds + seconds,
+        spent=record.spent.moved(seconds, record.activity, Activity.TEARDOWN), activity=Activity.TEARDOWN
     )
 
 
 def resumed(record: JobRecord, step: int) -> JobRecord:
     """Begin a new stretch at ``step`` and take out of the account what lies beyond it."""
     lost = max(0, record.furthest_step - step)
-    productive = record.productive_seconds
+    redone = 0.0
     if lost:
         stretch = max(0, record.furthest_step - record.stretch_step)
         from_stretch = min(lost, stretch)
-        before = productive - record.stretch_seconds
-        kept = record.stretch_seconds * (1 - from_stretch / stretch) if stretch else 0.0
+        redone = record.stretch_seconds * from_stretch / stretch if stretch else record.stretch_seconds
         if lost > from_stretch and record.stretch_step > 0:
-            before *= max(0.0, 1 - (lost - from_stretch) / record.stretch_step)
-        productive = max(0.0, before + kept)
+            before = record.spent.productive - record.stretch_seconds
+            redone += before * min(1.0, (lost - from_stretch) / record.stretch_step)
     return record.with_(
         step=step,
         resumed_step=step,
         lost_steps=record.lost_steps + lost,
-        productive_seconds=productive,
+        spent=record.spent.moved(redone, Activity.PRODUCTIVE, Activity.REDONE),
         stretch_step=step,
         stretch_seconds=0.0,
         furthest_step=step,
     )
 
 
-def at(record: JobRecord, step: int, now: float) -> tuple[float, float]:
-    """(productive, supervised) seconds of a job that is alive at ``now`` with ``step`` completed steps."""
+def at(record: JobRecord, step: int, now: float) -> Timesheet:
+    """What the time of a job that is alive went into, at ``now`` with ``step`` completed steps."""
     live = advance(record, now)
     if record.attempt_first_time is not None:
         live = worked(live, step)
-    return live.productive_seconds, live.supervised_seconds
+    return live.spent
+
+
+def _last_steps(record: JobRecord, step: int | None, seconds: float) -> JobRecord:
+    extra = 0 if step is None else step - record.step
+    if extra <= 0:
+        return record
+    counted = record.step - (record.attempt_first_step or 0)
+    if counted > 0:
+        seconds = min(seconds, extra * record.stretch_seconds / counted)
+    last = (record.attempt_last_time or 0.0) + seconds
+    return _productive(record.with_(step=step, attempt_last_time=last), seconds)
+
+
+def _productive(record: JobRecord, seconds: float) -> JobRecord:
+    """``seconds`` that were not accounted for yet went into the steps up to ``record.step``."""
+    spent = record.spent.moved(seconds, Activity.DETECTION, Activity.PRODUCTIVE)
+    return record.with_(
+        furthest_step=max(record.furthest_step, record.step),
+        stretch_seconds=record.stretch_seconds + spent.productive - record.spent.productive,
+        spent=spent,
+    )
 
 
 def _smooth(rate: float | None, steps: int, seconds: float) -> float | None:

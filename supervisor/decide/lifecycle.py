@@ -35,9 +35,7 @@ from supervisor.model import (
     Decided,
     Fact,
     FirstStep,
-    JobRecord,
     Limits,
-    Point,
     Progress,
     Resumed,
     RunEnded,
@@ -50,6 +48,8 @@ from supervisor.model import (
     Tier,
     WorkersReady,
 )
+from supervisor.record import JobRecord, Point
+from supervisor.timesheet import Activity
 
 NEW_JOB: Final = JobRecord()
 
@@ -122,7 +122,7 @@ def apply(record: JobRecord, fact: Fact) -> JobRecord:
     state = _next_state(record, fact)
     _check_attempt(record, fact)
     if isinstance(fact, RunStarted):  # the time since a killed run's last fact was under nobody's supervision
-        record = record.with_(supervised=False)
+        record = record.with_(supervised=False, activity=Activity.STOPPED)
     record = goodput.advance(record, fact.time)
     return _absorb(record, fact).with_(state=state)
 
@@ -191,20 +191,16 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
         case RunStarted():
             return _run_started(record, fact)
         case AttemptStarted():
-            return _between(record).with_(attempt=fact.attempt, world_size=None, resumed_step=None)
+            record = _between(record).with_(attempt_time=record.last_time, activity=Activity.STARTUP)
+            return record.with_(attempt=fact.attempt, world_size=None, resumed_step=None)
         case WorkersReady():
             return record.with_(world_size=fact.world_size)
         case Resumed():
             return _resumed(record, fact)
         case FirstStep() | Progress():
-            metrics = {**record.metrics, **fact.metrics} if isinstance(fact, Progress) else record.metrics
-            total = fact.total_steps if fact.total_steps is not None else record.total_steps
-            return goodput.worked(record, fact.step).with_(metrics=metrics, total_steps=total)
+            return _worked(record, fact)
         case SnapshotCompleted():
-            point = Point(step=fact.step, time=fact.time, bytes=fact.bytes, seconds=fact.seconds)
-            record = _progressed(record.with_(snapshot=point), fact.step)
-            began = record.attempt_first_time is not None and fact.attempt == record.attempt
-            return goodput.worked(record, fact.step) if began else record
+            return _snapshot_completed(record, fact)
         case CheckpointCommitted():
             return _progressed(record.with_(checkpoint=_newest(record.checkpoint, fact)), fact.step)
         case CheckpointRejected():
@@ -220,7 +216,7 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
         case Decided():
             return _decided(record, fact)
         case RunEnded():
-            record = _between(record).with_(supervised=False)
+            record = _between(record).with_(supervised=False, activity=Activity.STOPPED)
             return record.with_(exit_code=fact.exit_code, reason=fact.reason)
         case _:
             return record
@@ -232,6 +228,7 @@ def _run_started(record: JobRecord, fact: RunStarted) -> JobRecord:
         record = record.with_(preemptions_since_progress=0)
     return _between(record).with_(
         supervised=True,
+        activity=Activity.STARTUP,
         epoch=max(record.epoch, fact.epoch),
         host=fact.host,
         pid=fact.pid,
@@ -259,6 +256,24 @@ def _resumed(record: JobRecord, fact: Resumed) -> JobRecord:
     return record
 
 
+def _worked(record: JobRecord, fact: FirstStep | Progress) -> JobRecord:
+    if isinstance(fact, Progress):
+        record = goodput.worked(record, fact.step).with_(metrics={**record.metrics, **fact.metrics})
+    else:
+        record = goodput.worked(record, fact.step, fact.restore_seconds)
+    return record.with_(total_steps=fact.total_steps) if fact.total_steps is not None else record
+
+
+def _snapshot_completed(record: JobRecord, fact: SnapshotCompleted) -> JobRecord:
+    point = Point(step=fact.step, time=fact.time, bytes=fact.bytes, seconds=fact.seconds)
+    record = _progressed(record.with_(snapshot=point), fact.step)
+    if record.attempt_first_time is None or fact.attempt != record.attempt:
+        return record
+    return goodput.stalled(
+        goodput.worked(record, fact.step), fact.seconds if fact.stalled is None else fact.stalled
+    )
+
+
 def _newest(known: Point | None, fact: CheckpointCommitted) -> Point:
     if known is not None and known.step > fact.step:
         return known
@@ -283,7 +298,7 @@ def _progressed(record: JobRecord, step: int) -> JobRecord:
 
 
 def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
-    record = _between(goodput.ended(record, fact.step))
+    record = _between(goodput.ended(record, fact.step, fact.noticed))
     if fact.total_steps is not None:
         record = record.with_(total_steps=fact.total_steps)
     if fact.failure is None:
@@ -300,7 +315,8 @@ def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
 def _decided(record: JobRecord, fact: Decided) -> JobRecord:
     record = record.with_(reason=fact.reason)
     if fact.action is Action.RESTART:
-        return record.with_(restarts=record.restarts + 1)
+        activity = Activity.STOPPED if fact.delay else Activity.STARTUP
+        return record.with_(restarts=record.restarts + 1, activity=activity)
     if fact.action is Action.STOP and record.stop is not None and record.stop.cause is StopCause.PREEMPTION:
         return record.with_(
             preemptions=record.preemptions + 1,

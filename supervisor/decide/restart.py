@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from supervisor.model import Action, Failure, FailureKind, JobRecord, StopCause, StopRequested, Verdict
+from supervisor.model import Action, Failure, FailureKind, StopCause, StopRequested, Verdict
+from supervisor.record import JobRecord
 
 #: why another attempt would be pointless; None: it might work
 Rule = Callable[[JobRecord, Failure], str | None]

@@ -21,7 +21,6 @@ from supervisor.model import (
     Failure,
     FailureKind,
     FirstStep,
-    JobRecord,
     Progress,
     Resumed,
     RunEnded,
@@ -33,6 +32,7 @@ from supervisor.model import (
     Tier,
     WorkersReady,
 )
+from supervisor.record import JobRecord
 from tests.journals import journals
 
 
@@ -197,11 +197,11 @@ class TestAnyJournal:
         record = JobRecord()
         for fact in facts:
             before, record = record, lifecycle.apply(record, fact)
-            assert 0 <= record.productive_seconds <= record.supervised_seconds + 1e-6
-            assert record.supervised_seconds >= before.supervised_seconds
+            assert 0 <= record.spent.productive <= record.spent.supervised + 1e-6
+            assert record.spent.supervised >= before.spent.supervised
             assert record.lost_steps >= before.lost_steps
             assert record.committed_step >= before.committed_step
-            assert 0 <= record.stretch_seconds <= record.productive_seconds + 1e-6
+            assert 0 <= record.stretch_seconds <= record.spent.productive + 1e-6
             assert record.furthest_step >= 0
             assert (
                 min(record.failures_since_progress, record.preemptions_since_progress, record.restarts) >= 0
@@ -237,7 +237,7 @@ class TestAnyJournal:
     def test_lost_lines_are_survived_and_named(self, facts: list[Fact], data: st.DataObject) -> None:
         kept = data.draw(st.lists(st.sampled_from(facts), max_size=30)) if facts else []
         record, problems = lifecycle.replay(kept)
-        assert 0 <= record.productive_seconds <= record.supervised_seconds + 1e-6
+        assert 0 <= record.spent.productive <= record.spent.supervised + 1e-6
         assert len(problems) <= len(kept)
 
     @given(journals())
@@ -246,7 +246,7 @@ class TestAnyJournal:
         now = record.last_time or 0.0
         after = lifecycle.apply(record, run_started(now + 1e6, epoch=99))
         assert (after.state, after.epoch) == (State.STARTING, 99)
-        assert after.supervised_seconds == record.supervised_seconds  # the gap is nobody's
+        assert after.spent.supervised == record.spent.supervised  # the gap is nobody's
 
 
 def test_run_ended_keeps_the_state_and_says_how() -> None:

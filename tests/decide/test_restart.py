@@ -9,12 +9,11 @@ from supervisor.model import (
     Action,
     Failure,
     FailureKind,
-    JobRecord,
     Limits,
-    Point,
     StopCause,
     StopRequested,
 )
+from supervisor.record import JobRecord, Point
 
 HOPEFUL = {
     FailureKind.CRASH,

@@ -17,7 +17,8 @@ import psutil
 
 from supervisor.decide import lifecycle
 from supervisor.edge import journal
-from supervisor.model import Fact, JobRecord
+from supervisor.model import Fact
+from supervisor.record import JobRecord
 
 PROGRAMS = Path(__file__).parent / "programs"
 TRAIN = str(PROGRAMS / "train.py")

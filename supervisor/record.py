@@ -1,0 +1,76 @@
+"""A job as its journal tells it, in one immutable record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from supervisor.model import Failure, Limits, State, StopRequested
+from supervisor.timesheet import Activity, Timesheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A consistent state of the job at ``step``."""
+
+    step: int
+    time: float
+    bytes: int = 0
+    seconds: float = 0.0
+    path: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """A job as its journal tells it: ``decide/lifecycle.py`` folds facts into this, and nothing else does."""
+
+    state: State = State.NEW
+    epoch: int = 0
+    host: str | None = None
+    pid: int | None = None
+    command: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    attempt: int | None = None  # the newest attempt; None before the first
+    world_size: int | None = None
+    step: int = 0  # completed steps, as far as the journal knows
+    total_steps: int | None = None
+    restarts: int = 0  # verdicts that relaunched after a failure
+    preemptions: int = 0  # stops by preemption, over the job's life
+    preemptions_since_progress: int = 0
+    preemption_committed_step: int = -1  # committed_step at the time of the last preemption
+    failures_since_progress: int = 0
+    committed_step: int = -1  # newest step ever held whole (snapshot or checkpoint)
+    failure_committed_step: int = -1  # committed_step at the time of the last failure
+    last_failure: Failure | None = None
+    previous_fingerprint: str | None = None  # of the failure before, if nothing was committed since
+    snapshot: Point | None = None
+    checkpoint: Point | None = None
+    stop: StopRequested | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    resumed_step: int | None = None  # where the newest attempt resumed; None: not yet, or it has no Session
+    rate: float | None = None  # steps a second, smoothed over about a minute
+    # goodput, kept by decide/goodput.py
+    supervised: bool = False  # a run is open: its supervisor has not said that it leaves
+    last_time: float | None = None  # of the newest fact
+    spent: Timesheet = field(default_factory=Timesheet)  # up to last_time
+    activity: Activity = Activity.STOPPED  # what the time from last_time on goes into
+    lost_steps: int = 0  # steps done again because a state was lost, over the job's life
+    attempt_time: float | None = None  # when the current attempt was launched
+    attempt_first_time: float | None = None  # when the current attempt completed its first step
+    attempt_first_step: int | None = None
+    attempt_last_time: float | None = None  # when its newest known step was completed
+    stretch_step: int = 0  # the step at which the newest attempt that made steps began
+    stretch_seconds: float = 0.0  # the part of spent.productive that belongs to it
+    furthest_step: int = 0  # completed steps of the furthest rank since the last resume
+    exit_code: int | None = None
+    reason: str | None = None
+
+    def with_(self, **changes: Any) -> JobRecord:
+        """``dataclasses.replace``, ten times as fast: a journal can hold 100 000 facts."""
+        if not changes.keys() <= self.__dict__.keys():
+            raise TypeError(f"a JobRecord has no {sorted(changes.keys() - self.__dict__.keys())}")
+        record = object.__new__(JobRecord)
+        record.__dict__.update(self.__dict__)
+        record.__dict__.update(changes)
+        return record
