@@ -121,7 +121,7 @@ def ours(training: Training, root: Path, rounds: int, *, behind: bool) -> tuple[
         fence[0] = 0.0
         begun = time.perf_counter()
         training.step()
-        completed += 1
+        completed = number + 1
         writer.poll()
         if number > 5:
             stalls[-1] += fence[0]  # of the snapshot before
