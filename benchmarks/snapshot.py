@@ -38,8 +38,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
+from supervisor.training.direct import DirectReader
 from supervisor.training.engine import ArenaWriter
-from supervisor.training.mapped import MappedReader
 from supervisor.training.moves import local_of
 from supervisor.training.reader import read_metadata
 from supervisor.training.state import TrainingState
@@ -185,7 +185,7 @@ def restore(training: Training, root: Path, rounds: int) -> dict[str, Stalls]:
 
     return {
         "restore, ours": [
-            timed(lambda: load(MappedReader(slot, read_metadata(slot)))) for _ in range(rounds)
+            timed(lambda: load(DirectReader(slot, read_metadata(slot)))) for _ in range(rounds)
         ],
         "restore, dcp.load": [timed(lambda: load(dcp.FileSystemReader(slot))) for _ in range(rounds)],
     }

@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from supervisor.errors import CheckpointError, StateMismatchError, StorageError
+from supervisor.training.direct import DirectReader
 from supervisor.training.items import STATE, Path, owner_of
-from supervisor.training.mapped import MappedReader
 
 T = TypeVar("T")
 
@@ -214,7 +214,7 @@ class Stored:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp_load(
                     values,
-                    storage_reader=MappedReader(self.directory, self._metadata),
+                    storage_reader=DirectReader(self.directory, self._metadata),
                     planner=planner,
                     no_dist=True,
                 )
