@@ -3,16 +3,24 @@
 Fresh pages cost ten times what copying into touched ones does. So the file is allocated in full before anything is
 written (a full file system is then an error like any other, not a SIGBUS), and never truncated while its layout holds. A
 file that an earlier attempt left is taken over as it is, pages and all.
+
+Pages of tmpfs count as used memory: what this host or its container could not bear is refused like a full file system, and
+not found out by the out-of-memory killer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 from pathlib import Path
 
 import torch
+
+from supervisor.edge import memory
+
+_MARGIN = 1 / 8  # of the memory that is available: left to the training
 
 
 class Arena:
@@ -26,7 +34,9 @@ class Arena:
             present = os.fstat(fd)
             if present.st_size > size:
                 os.ftruncate(fd, size)
-            if present.st_size < size or present.st_blocks * 512 < size:
+            missing = size - min(present.st_size, present.st_blocks * 512)
+            if missing > 0:
+                _check_room(path, missing)
                 _allocate(fd, path, size)
             self._identity = _identity(os.fstat(fd))
             populate = getattr(mmap, "MAP_POPULATE", 0)
@@ -54,6 +64,19 @@ class Arena:
         for length in shape:
             size *= length
         return self.memory[offset : offset + size].view(dtype).view(shape)
+
+
+def _check_room(path: Path, missing: int) -> None:
+    """Raises OSError when memory for that many more bytes, on each rank of this node, is not to be had."""
+    room = memory.available()
+    if room is None or not path.resolve().is_relative_to("/dev/shm"):
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if missing * ranks > room * (1 - _MARGIN):
+        raise OSError(
+            errno.ENOMEM,
+            f"{missing / 1e9:.2f} GB for each of {ranks} ranks are needed, {room / 1e9:.2f} GB of memory are available",
+        )
 
 
 def _allocate(fd: int, path: Path, size: int) -> None:
