@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from supervisor.training.layout import Archive, tensor_archive
+from supervisor.training.layout import tensor_archive
 
 _PIECE: Final = 16 << 20  # bytes that one thread reads at a time
 _THREADS: Final = 4
@@ -95,7 +95,7 @@ class DirectReader(FileSystemReader):
         if shape is None or info.transform_descriptors or not isinstance(entry, TensorStorageMetadata):
             return None
         dtype = entry.properties.dtype
-        archive = _archive(shape, dtype)
+        archive = tensor_archive(shape, dtype)
         if archive is None or archive.payload == 0 or archive.length != info.length:
             return None
         name = info.relative_path
@@ -120,13 +120,6 @@ def _shape_of(entry: object, index: MetadataIndex) -> tuple[int, ...] | None:
         if tuple(chunk.offsets) == tuple(offset):
             return tuple(chunk.sizes)
     return None
-
-
-def _archive(shape: tuple[int, ...], dtype: torch.dtype) -> Archive | None:
-    try:
-        return tensor_archive(shape, dtype)
-    except RuntimeError:  # no tensor of that kind here
-        return None
 
 
 def _read_all(reads: Sequence[tuple[torch.Tensor, _Stored]]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import operator
 import os
 import threading
@@ -92,6 +93,7 @@ class ArenaWriter:
         self._home = threading.get_ident()
         self._process = os.getpid()
         self._pending: _Pending | None = None
+        self._flights = itertools.count()
         self._fence = Fence(self._at_fence, completed) if self._optimizers else None
         self._proof: tuple[Path, Moves] | None = None
         self._proven = False
@@ -150,7 +152,7 @@ class ArenaWriter:
         slot.now.run()
         ready = self._is_ready()
         if ready and self._proven and behind and slot.behind.sources:
-            flight = Flight(slot.behind)
+            flight = Flight(slot.behind, next(self._flights))
             self._thread.start(flight.run)
             self._pending = _Pending(flight, finished, time.monotonic() - started)
             return

@@ -47,8 +47,15 @@ class Archive:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
-    """The archive of any contiguous tensor of this shape and dtype."""
+def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> Archive | None:
+    """The archive of any contiguous tensor of this shape and dtype; None where its bytes cannot be told beforehand."""
+    try:
+        return _tensor_archive(shape, dtype)
+    except RuntimeError:  # no such tensor here, or a torch that writes otherwise
+        return None
+
+
+def _tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ComplexHalf")
         tensor = torch.empty(shape, dtype=dtype)  # its memory is never touched

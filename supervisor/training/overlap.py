@@ -13,6 +13,8 @@ through ``.data`` between the save point and the fence, forwards that renormalis
 - *Proof first.* The first time that holds, the snapshot is still copied at once, and at the next fence the tensors are
   compared, bit for bit, with what was copied. If they differ, something changes them outside the fence, and this rank
   copies at once for good.
+- *Samples.* A few bytes of each tensor (of 64 of them in turn, where there are more) are noted at the save point, and must
+  be the same at the fence. That finds what writes whole tensors around the counters, though it be seldom.
 - *Versions.* Every in-place operation on a tensor counts up ``tensor._version`` (but neither fused optimizers nor writes
   through ``.data`` do: hence the fence). The versions at the start of a copy are compared when it is over, before any
   optimizer has stepped. If they differ the snapshot is torn: it is discarded, that is said, and this rank copies at once
@@ -25,13 +27,14 @@ None of this needs another rank: who copies when is each rank's own affair.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
 import torch
 from torch.optim import Optimizer
@@ -39,15 +42,19 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from supervisor.training.moves import Moves, Source, local_of
 
+_SAMPLES: Final = 64  # tensors
+_WINDOW: Final = 64  # bytes of each
+
 TORN = "parameters or optimizer state changed while they were copied, outside of optimizer.step()"
 
 
 class Flight:
-    """One copy that runs behind the training."""
+    """One copy that runs behind the training. ``number`` tells it apart from others: which samples are taken."""
 
-    def __init__(self, moves: Moves) -> None:
+    def __init__(self, moves: Moves, number: int) -> None:
         self._moves = moves
         self._versions = versions(moves.sources)
+        self._samples = _sampled(moves.sources, number)
         self._over = threading.Event()
         self._closed = False
         self.problem: str | None = None
@@ -73,13 +80,32 @@ class Flight:
         self._over.wait()
         if not self._closed:
             self._closed = True
-            if self.problem is None and versions(self._moves.sources) != self._versions:
+            if self.problem is None and self._has_changed():
                 self.problem = TORN
+
+    def _has_changed(self) -> bool:
+        if versions(self._moves.sources) != self._versions:
+            return True
+        return any(ctypes.string_at(at, len(sample)) != sample for at, sample in self._samples)
 
 
 def versions(sources: Iterable[Source]) -> list[int]:
     """How often each tensor was written in place."""
     return [source.tensor._version for source in sources]
+
+
+def _sampled(sources: Sequence[Source], number: int) -> list[tuple[int, bytes]]:
+    """Addresses and what lies there."""
+    samples = []
+    for turn in range(min(_SAMPLES, len(sources))):
+        source = sources[(number * _SAMPLES + turn) % len(sources)]
+        if source.flat and source.bytes:
+            size = min(_WINDOW, source.bytes)
+            at = source.address + (number * 2654435761 + turn) % (
+                source.bytes - size + 1
+            )  # somewhere else each time
+            samples.append((at, ctypes.string_at(at, size)))
+    return samples
 
 
 class Fence:

@@ -142,9 +142,9 @@ def _lay_out(plan: SavePlan, planner: SavePlanner, items: Items, layout: Layout)
     for item in plan.items:
         key = item.index.fqn
         value = items.values[key]
-        if item.type is not WriteItemType.BYTE_IO and count[key] == 1 and _is_whole(item, value):
+        archive = _archive(item, value) if count[key] == 1 else None
+        if archive is not None:
             local = local_of(value)
-            archive = tensor_archive(tuple(local.shape), local.dtype)
             offset = aligned(layout.size, len(archive.head))
             layout.tensors.append(TensorPlace(key, tuple(local.shape), local.dtype, offset, archive))
             size, length = archive.payload, archive.length
@@ -159,15 +159,15 @@ def _lay_out(plan: SavePlan, planner: SavePlanner, items: Items, layout: Layout)
     return results
 
 
-def _is_whole(item: WriteItem, value: Any) -> bool:
-    """Whether the item is all that this rank holds of a strided tensor, so that its memory can be copied."""
-    if not is_storable(value):
-        return False
+def _archive(item: WriteItem, value: Any) -> Archive | None:
+    """The archive, if the item is all that this rank holds of a strided tensor, so that its memory can be copied."""
+    if item.type is WriteItemType.BYTE_IO or item.tensor_data is None or not is_storable(value):
+        return None
     local = local_of(value)
     if type(local) not in (torch.Tensor, torch.nn.Parameter) or not is_storable(local):
-        return False
-    sizes = item.tensor_data.chunk.sizes if item.tensor_data is not None else None
-    return sizes is not None and tuple(sizes) == tuple(local.shape)
+        return None
+    shape = tuple(local.shape)
+    return tensor_archive(shape, local.dtype) if tuple(item.tensor_data.chunk.sizes) == shape else None
 
 
 def _result(index: MetadataIndex, size: int, name: str, offset: int, length: int) -> WriteResult:

@@ -197,8 +197,9 @@ def test_weights_changed_outside_at_every_step_are_found_by_the_proof(
     assert capsys.readouterr().err.count("outside of optimizer.step()") == 1
 
 
+@pytest.mark.parametrize("through_data", [True, False])
 def test_weights_changed_outside_later_tear_the_copy_and_end_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    through_data: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = net()
     optimizer = AdamW(model.parameters())
@@ -207,7 +208,7 @@ def test_weights_changed_outside_later_tear_the_copy_and_end_it(
     def one(step: int) -> None:
         if step == 5:
             with torch.no_grad():
-                model[3].weight.mul_(0.99)
+                (model[3].weight.data if through_data else model[3].weight).mul_(0.99)
         train(model, optimizer)
 
     run.run(8, one)
