@@ -5,9 +5,12 @@ The first snapshot goes through DCP: its planner decides, with collectives, who 
 snapshot copies tensors into their places (``moves``) and writes the few blobs anew; it plans nothing, and pickles little.
 
 A snapshot is laid out anew when the items are not those of the layout any more: other keys, shapes, dtypes, placements, or
-a blob that outgrew its room. Every rank looks at its own items, and one small collective settles it for all: *copy*, *lay
-out*, or *fail*. Everything that can fail (collecting the state, pickling, room in memory) comes before that collective;
+a blob that outgrew its room. Every rank looks at its own items, and one small collective settles it for all: *copy*, *wait*,
+*lay out*, or *fail*. Everything that can fail (collecting the state, pickling, room in memory) comes before that collective;
 behind it there are only copies between mapped pages. So the ranks agree on the outcome without a second one.
+
+Fresh pages cost ten times what a copy does. So the files of a large layout are made by a thread, and a snapshot that nobody
+is in a hurry for is put off (*wait*) until its file is there.
 
 The one outcome that a rank has for itself is a *torn* copy behind a step (``overlap``). It says so, and the supervisor
 drops that snapshot.
@@ -25,7 +28,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+import torch
 from torch.optim import Optimizer
 
 from supervisor.checkpoint.directory import SLOT_NAME
@@ -33,12 +38,13 @@ from supervisor.errors import StorageError
 from supervisor.training.bindings import Bindings
 from supervisor.training.items import Items
 from supervisor.training.layout import OutgrownError
-from supervisor.training.moves import Moves
-from supervisor.training.overlap import TORN, CopyingThread, Fence, Flight, owned_by
+from supervisor.training.moves import Moves, local_of
+from supervisor.training.overlap import TORN, Fence, Flight, Helper, owned_by
 from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, make_place
 from supervisor.training.slots import Ahead, Slot, new_arena
 from supervisor.training.world import World, say
 from supervisor.training.writer import (
+    Finished,
     Gather,
     TornError,
     UnsavableError,
@@ -47,15 +53,16 @@ from supervisor.training.writer import (
     save_with_dcp,
 )
 
-Finished = Callable[[Written | StorageError], None]
+_LARGE: Final = 64 << 20  # bytes; the files of what is smaller are made while the training stands
 
 
 class Way(enum.IntEnum):
     """How a snapshot is written; the ranks take the largest."""
 
     COPY = 0
-    LAY_OUT = 1
-    FAIL = 2
+    WAIT = 1
+    LAY_OUT = 2
+    FAIL = 3
 
 
 @dataclass
@@ -89,7 +96,8 @@ class ArenaWriter:
         self._ahead: dict[Path, Ahead] = {}
         self._spare = tuple(slots)
         self._used: set[Path] = set()
-        self._thread = CopyingThread()
+        self._copying = Helper("everstep-snapshot")
+        self._making = Helper("everstep-arenas")
         self._home = threading.get_ident()
         self._process = os.getpid()
         self._pending: _Pending | None = None
@@ -108,27 +116,34 @@ class ArenaWriter:
             self._proof = None  # what it compares with is about to be written over
         self._used.add(directory)
         started = time.monotonic()
-        way, items, archives, problem = self._prepare(directory, gather)
-        agreed = Way(self._world.largest([way])[0])
-        if agreed is Way.FAIL:
+        way, items, archives, problem = self._prepare(directory, gather, behind=behind)
+        size = _size_of(items) if way is Way.LAY_OUT and items is not None else 0
+        agreed, size = self._world.largest([way, size])
+        if agreed == Way.FAIL:
             self._drop(directory)
             finished(self._worst(problem))
-        elif agreed is Way.LAY_OUT:
+        elif agreed == Way.WAIT:
+            finished(None)
+        elif agreed == Way.LAY_OUT:
             assert items is not None
-            self._lay_out(directory, items, finished, started)
+            self._lay_out(directory, items, finished, started, ahead=behind and size > _LARGE)
         else:
             assert items is not None
             self._copy(directory, archives, finished, started, behind=behind)
 
     def _prepare(
-        self, directory: Path, gather: Gather
+        self, directory: Path, gather: Gather, *, behind: bool
     ) -> tuple[Way, Items | None, list[bytes], StorageError | None]:
         """Everything that can fail."""
         try:
             items = gather()
             if self._layout is None or self._bindings is None or not self._bindings.fit(items):
+                self._bindings = None  # half bound anew
                 return Way.LAY_OUT, items, [], None
             archives = self._bindings.archives(items)
+            ahead = self._ahead.get(directory)
+            if behind and ahead is not None and not ahead.is_over and self._layout.size > _LARGE:
+                return Way.WAIT, items, [], None
             self._open(directory)
         except OutgrownError:
             return Way.LAY_OUT, items, [], None
@@ -153,7 +168,7 @@ class ArenaWriter:
         ready = self._is_ready()
         if ready and self._proven and behind and slot.behind.sources:
             flight = Flight(slot.behind, next(self._flights))
-            self._thread.start(flight.run)
+            self._copying.start(flight.run)
             self._pending = _Pending(flight, finished, time.monotonic() - started)
             return
         slot.behind.run()
@@ -207,15 +222,20 @@ class ArenaWriter:
 
     # ------------------------------------------------------------------ laying out
 
-    def _lay_out(self, directory: Path, items: Items, finished: Finished, started: float) -> None:
-        self._layout, self._bindings, self._proof = None, None, None
+    def _lay_out(
+        self, directory: Path, items: Items, finished: Finished, started: float, *, ahead: bool
+    ) -> None:
+        """Plan, and write at once; or, ``ahead``, have the files made and put the snapshot off."""
+        self._layout, self._bindings, self._proof, self._proven = None, None, None, False
         self._drop_slots()
         planner = ArenaPlanner(items, directory, cleans=self._cleans, ranks=self._world.size)
 
         def fill(layout: Layout) -> None:
-            self._slots[directory] = slot = self._new_slot(directory, layout)
             self._layout = layout
             self._bindings = Bindings(layout, items)
+            if ahead:
+                return
+            self._slots[directory] = slot = self._new_slot(directory, layout)
             slot.fill(layout, self._bindings.archives(items))
             self._prepare_moves(slot)
             slot.now.run()
@@ -230,12 +250,12 @@ class ArenaWriter:
                 self._remove(directory, storage.layout.name)
             finished(error)
             return
-        for spare in self._spare:
-            # one that was written may be about to be declared a snapshot
-            if spare not in self._used and not (spare / SLOT_NAME).exists():
-                self._ahead[spare] = ahead = Ahead(spare, storage.layout)
-                self._thread.start(ahead.run)
-        finished(self._written(time.monotonic() - started))
+        # one that was written may be about to be declared a snapshot
+        spare = [path for path in self._spare if path not in self._used and not (path / SLOT_NAME).exists()]
+        for path in [directory, *spare] if ahead else spare:
+            self._ahead[path] = Ahead(path, storage.layout)
+            self._making.start(self._ahead[path].run)
+        finished(None if ahead else self._written(time.monotonic() - started))
 
     def _drop(self, directory: Path) -> None:
         """Let go of a slot that may be moved elsewhere: nothing of it is at work or mapped when all ranks were told."""
@@ -299,10 +319,11 @@ class ArenaWriter:
     def close(self) -> None:
         """Wait for what is under way, and let go of everything."""
         self.flush()
-        self._thread.close()
+        self._drop_slots()
+        self._copying.close()
+        self._making.close()
         if self._fence is not None:
             self._fence.close()
-        self._drop_slots()
         self._layout, self._bindings = None, None
 
     def _report(self) -> None:
@@ -315,3 +336,8 @@ class ArenaWriter:
             return
         self._distrust()
         pending.finished(TornError(flight.problem))
+
+
+def _size_of(items: Items) -> int:
+    """Bytes of this rank's tensors, whoever stores them."""
+    return sum(local_of(v).nbytes for v in items.values.values() if isinstance(v, torch.Tensor))

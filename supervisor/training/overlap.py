@@ -135,17 +135,18 @@ class Fence:
         self._handle.remove()
 
 
-class CopyingThread:
-    """Runs flights, and other work that is to stay out of the training's way, one after the other."""
+class Helper:
+    """A thread for work that is to stay out of the training's way, one after the other; it starts with the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._works: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, work: Callable[[], None]) -> None:
         """Run it; it raises nothing."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="everstep-snapshot", daemon=True)
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         self._works.put(work)
 

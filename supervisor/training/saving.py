@@ -65,7 +65,7 @@ class Saver:
         """Save if this is a save point and all ranks are clean. Returns whether the job is to stop now. Collective."""
         self._writer.poll()
         stop = self._end_of_step(completed, is_last=is_last)
-        if self._writer.is_busy:
+        if self._writer.is_busy or self._carried is not None:
             self.due = completed + 1
         return stop
 
@@ -162,8 +162,11 @@ class Saver:
             self._keeper.prepare(target)
             return self._training.gather(completed, pending)
 
-        def finished(outcome: Written | StorageError) -> None:
+        def finished(outcome: Written | StorageError | None) -> None:
             problem: str | None
+            if outcome is None:
+                self._carried = ProposalFlag(0)
+                return
             if isinstance(outcome, Written):
                 own = metrics if self._world.rank == 0 else {}
                 problem = self._keeper.saved(

@@ -69,6 +69,11 @@ class Ahead:
             finally:
                 self._over.set()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it was made, or could not be."""
+        return self._over.is_set()
+
     def result(self) -> Arena | None:
         """What was made of it. Waits if it is being made."""
         if self._taken.acquire(blocking=False):

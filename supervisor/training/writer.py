@@ -41,6 +41,7 @@ _UNSAVABLE: Final = (
 )
 
 Gather = Callable[[], Items]
+Finished = Callable[["Written | StorageError | None"], None]
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ class SnapshotWriter(Protocol):
     ``write`` is called by every rank at the same step. It reports the outcome through ``finished``: at once, or with
     ``behind`` perhaps later (an engine that copies behind the next step), but always on the thread of the training and
     before the next ``write`` returns. An outcome is alike on all ranks, StorageError everywhere if any rank failed, but for
-    TornError, which a rank has for itself.
+    TornError, which a rank has for itself. None: not now, ask again after another step (never without ``behind``).
     """
 
     def write(
         self,
         directory: Path,
         gather: Gather,
-        finished: Callable[[Written | StorageError], None],
+        finished: Finished,
         *,
         behind: bool = False,
     ) -> None:
@@ -115,7 +116,7 @@ class DcpWriter:
         self,
         directory: Path,
         gather: Gather,
-        finished: Callable[[Written | StorageError], None],
+        finished: Finished,
         *,
         behind: bool = False,
     ) -> None:

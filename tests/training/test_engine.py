@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from supervisor.errors import StorageError
-from supervisor.training.engine import ArenaWriter
+from supervisor.training import planning
+from supervisor.training.engine import ArenaWriter, Way
 from supervisor.training.items import Items, Owner
 from supervisor.training.world import World
 from supervisor.training.writer import Written
@@ -31,7 +32,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.writer = ArenaWriter(World(), cleans=True)
-        self.outcomes: list[Written | StorageError] = []
+        self.outcomes: list[Written | StorageError | None] = []
 
     def write(self, directory: Path, values: dict[str, Any]) -> Written:
         def gather() -> Items:
@@ -44,6 +45,7 @@ class Engine:
         outcome = self.outcomes[-1]
         if isinstance(outcome, StorageError):
             raise outcome
+        assert outcome is not None
         return outcome
 
     @property
@@ -248,3 +250,30 @@ def test_a_failure_is_said_and_the_next_snapshot_is_whole(engine: Engine, tmp_pa
         engine.write(tmp_path / "0", {"a": lambda: 0})
     engine.write(tmp_path / "0", {"a": torch.ones(3)})
     assert read(tmp_path / "0")["a"].tolist() == [1, 1, 1]
+
+
+def test_a_torch_whose_archives_are_others(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "tensor_archive", lambda shape, dtype: None)
+    for seed in range(3):
+        values = {str(dtype): filled((300, 7), dtype, seed) for dtype in DTYPES}
+        engine.write(tmp_path / str(seed % 2), values)
+        found = read(tmp_path / str(seed % 2))
+        assert all(raw(found[key]) == raw(value) for key, value in values.items())
+
+
+def test_a_layout_that_others_could_not_take_over_is_not_half_used(engine: Engine, tmp_path: Path) -> None:
+    values = {"a": torch.ones(3), "b": torch.ones(4)}
+    engine.write(tmp_path, values)
+    values = {"a": torch.full((3,), 2.0), "b": torch.ones(5)}
+    largest = engine.writer._world.largest
+    engine.writer._world.largest = lambda ways: [max(ways[0], Way.FAIL), 0]  # type: ignore[method-assign]
+    engine.writer._world.gather = lambda value: [value, (False, "rank 1: no")]  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="rank 1"):
+        engine.write(tmp_path, values)
+    engine.writer._world.largest = largest  # type: ignore[method-assign]
+    engine.write(tmp_path, values)
+    found = read(tmp_path)
+    assert found["a"].tolist() == [2.0] * 3
+    assert found["b"].tolist() == [1.0] * 5

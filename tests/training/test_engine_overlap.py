@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from supervisor.errors import StorageError
+from supervisor.training import engine
 from supervisor.training.engine import ArenaWriter
 from supervisor.training.items import Items
 from supervisor.training.state import TrainingState
@@ -32,11 +33,16 @@ class Run:
         world = World()
         self.state = TrainingState(objects, {}, world)
         self.writer = ArenaWriter(
-            world, cleans=True, optimizers=self.state.optimizers, completed=lambda: self.step
+            world,
+            cleans=True,
+            optimizers=self.state.optimizers,
+            completed=lambda: self.step,
+            slots=[root / str(slot) for slot in range(3)],
         )
         self.step = 0
         self.good: list[int] = []
         self.torn: list[int] = []
+        self.put_off: list[int] = []
         self.behind = 0
 
     def run(self, steps: int, one: Callable[[int], object]) -> None:
@@ -47,7 +53,7 @@ class Run:
             self.save()
         self.writer.flush()
 
-    def save(self) -> None:
+    def save(self, *, behind: bool = True) -> None:
         step = self.step
         directory = self.root / str(step % 3)
         expected: dict[str, Any] = {}
@@ -60,7 +66,10 @@ class Run:
                 )
             return items
 
-        def finished(outcome: Written | StorageError) -> None:
+        def finished(outcome: Written | StorageError | None) -> None:
+            if outcome is None:
+                self.put_off.append(step)
+                return
             if isinstance(outcome, TornError):
                 self.torn.append(step)
                 return
@@ -73,7 +82,7 @@ class Run:
             assert found["session"]["step"] == step
             self.good.append(step)
 
-        self.writer.write(directory, gather, finished, behind=True)
+        self.writer.write(directory, gather, finished, behind=behind)
         self.behind += self.writer.is_busy
 
 
@@ -175,6 +184,31 @@ def test_averaged_weights(tmp_path: Path) -> None:
     run.run(8, one)
     assert run.good == list(range(1, 9))
     assert run.behind > 0
+
+
+def test_large_files_are_made_behind_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_LARGE", 0)
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+    while len(run.good) < 6 and run.step < 1000:
+        run.run(1, lambda _: train(model, optimizer))
+    assert run.put_off[0] == 1
+    assert sorted(run.good + run.put_off) == list(range(1, run.step + 1))
+    assert run.behind > 0
+
+
+def test_a_save_that_was_asked_for_does_not_wait_for_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_LARGE", 0)
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+    run.run(1, lambda _: train(model, optimizer))
+    assert run.put_off == [1]
+    run.save(behind=False)
+    assert run.good == [1]
 
 
 @pytest.mark.parametrize("through_data", [True, False])
