@@ -46,7 +46,6 @@ class Seat:
     completed: bool | None = None  # what its Session said when its loop was left
     raised: Raised | None = None
     raised_at: float = 0.0
-    raised_step: int | None = None
     told_code: int | None = None
     end: RankEnd | None = None
 
@@ -180,10 +179,10 @@ class Attempt:
 
     # ------------------------------------------------------------------ ends
 
-    def raised(self, seat: Seat, raised: Raised, step: int | None) -> None:
+    def raised(self, seat: Seat, raised: Raised) -> None:
         """A worker says that an exception is ending it."""
         if seat.raised is None and seat.end is None:
-            seat.raised, seat.raised_at, seat.raised_step = raised, clock.monotonic(), step
+            seat.raised, seat.raised_at = raised, clock.monotonic()
             self._decide_in(RAISED_GRACE)
 
     def _worker_ended(self, seat: Seat) -> None:

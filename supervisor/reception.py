@@ -140,18 +140,21 @@ class Reception:
                 metrics=_numbers(message["metrics"]),
             )
         except EverstepError as error:
-            self._save_failed(step, str(error))
+            self._save_failed(step, str(error), self._snapshots.abandon(step, str(error)))
             return
         if whole:
             self._attempt.offer_slot(self._snapshots.offer())
             self._saved(step, self._savepoints.served(step))
 
     def _on_save_failed(self, seat: Seat, message: Message) -> None:
-        if seat.rank == 0:  # a save fails on all ranks alike
-            self._save_failed(int(message["step"]), str(message["reason"]))
+        step, reason, torn = int(message["step"]), str(message["reason"]), bool(message.get("torn"))
+        if torn:  # on this rank alone
+            if self._snapshots.tear(step, int(message["slot"])):
+                self._save_failed(step, f"rank {seat.rank}: {reason}")
+        elif seat.rank == 0:  # any other failure is alike on all ranks
+            self._save_failed(step, reason, self._snapshots.abandon(step, reason))
 
-    def _save_failed(self, step: int, reason: str) -> None:
-        moved = self._snapshots.abandon(step, reason)
+    def _save_failed(self, step: int, reason: str, moved: str | None = None) -> None:
         self._savepoints.failed(step)
         self._attempt.offer_slot(self._snapshots.offer())
         elsewhere = f"; its slot lies in {moved} from now on" if moved else ""
@@ -179,7 +182,7 @@ class Reception:
             traceback=str(message["traceback"]),
             bases=tuple(str(base) for base in message.get("bases", ())),
         )
-        self._attempt.raised(seat, raised, message.get("step"))
+        self._attempt.raised(seat, raised)
 
     def _on_exiting(self, seat: Seat, message: Message) -> None:
         seat.told_code = int(message["code"])

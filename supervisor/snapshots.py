@@ -20,6 +20,7 @@ from supervisor.checkpoint import catalog, commit, slots
 from supervisor.checkpoint.manifest import Key, Origin
 from supervisor.decide.retention import RetentionPolicy, to_remove
 from supervisor.edge import clock, jobdir
+from supervisor.edge.control import SLOTS
 from supervisor.errors import CheckpointError, EverstepError
 from supervisor.model import (
     CheckpointCommitted,
@@ -29,7 +30,6 @@ from supervisor.model import (
     SnapshotCompleted,
 )
 
-SLOTS = 3
 SNAPSHOT_FACT_PERIOD = 1.0  # seconds between two journal entries for snapshots
 
 
@@ -73,6 +73,7 @@ class Snapshots:
         self._stamp, self._key, self._policy, self._fence, self._fact = stamp, key, policy, fence, fact
         self._report = report
         self._saves: dict[int, _Save] = {}
+        self._torn: set[tuple[int, int]] = set()  # steps and slots of which some rank's part is no good
         self._complete: dict[int, slots.SlotRecord] = {}  # slot → its complete snapshot
         self._offered: int | None = None
         self._failed: int | None = None  # the slot that the last save failed in: another one is tried next
@@ -84,7 +85,6 @@ class Snapshots:
         self._cancelled = False
         self._good: int | None = None  # newest step known to be whole on durable storage
         self.failure: str | None = None  # why the newest drain failed, None once one has succeeded
-        self.failed_at: float | None = None
         self.drain_seconds: float | None = None  # of the last drain that committed
         for index, folder in enumerate(self._slots):
             with contextlib.suppress(CheckpointError):  # damaged, or another key's: as good as empty
@@ -131,6 +131,7 @@ class Snapshots:
     def reset(self) -> None:
         """The attempt is over: its half-written saves are void."""
         self._saves.clear()
+        self._torn.clear()
         self._offered = None
         self.flush_fact()
 
@@ -145,6 +146,8 @@ class Snapshots:
 
         Raises ValueError for a slot that was not offered, StorageError when the snapshot cannot be declared whole.
         """
+        if (step, slot) in self._torn:
+            return False
         if slot != self._offered:
             raise ValueError(f"slot {slot} was not offered")
         save = self._saves.setdefault(step, _Save(slot))
@@ -186,6 +189,18 @@ class Snapshots:
         if self._offered is not None:
             self._failed, self._offered = self._offered, None
         return None if self._failed is None else jobdir.move_slot_to_disk(self._slots[self._failed])
+
+    def tear(self, step: int, slot: int) -> bool:
+        """One rank's part of ``step`` is no good, which the others do not know: theirs count for nothing.
+
+        Another slot is offered next. Returns whether that is news.
+        """
+        if (step, slot) in self._torn or slot != self._offered:
+            return False
+        self._torn.add((step, slot))
+        self._saves.clear()
+        self._failed, self._offered = slot, None
+        return True
 
     def _tell(self, fact: SnapshotCompleted) -> None:
         unsaid = self._said.stalled or 0.0 if self._said is not None else 0.0
@@ -265,7 +280,7 @@ class Snapshots:
                 cancelled=lambda: self._cancelled,
             )
         except (EverstepError, OSError) as error:
-            self.failure, self.failed_at = str(error), clock.monotonic()
+            self.failure = str(error)
             self._fact(CheckpointFailed(time=clock.now(), step=record.step, reason=str(error)))
             return
         self.failure, self._good = None, record.step

@@ -19,10 +19,21 @@ from pathlib import Path
 
 from supervisor.model import ProposalFlag, ProposalState
 
-__all__ = ["MAGIC", "SIZE", "ControlPage", "Phase", "ProposalFlag", "ProposalState", "SessionFlag", "Word"]
+__all__ = [
+    "MAGIC",
+    "SIZE",
+    "SLOTS",
+    "ControlPage",
+    "Phase",
+    "ProposalFlag",
+    "ProposalState",
+    "SessionFlag",
+    "Word",
+]
 
 MAGIC = 0x45565253_54455031  # "EVRSTEP1"
 SIZE = 4096
+SLOTS = 3  # of RAM snapshots, on each node
 
 
 class Word(enum.IntEnum):

@@ -55,6 +55,13 @@ class Items:
         self.values[key] = value
         self.paths[key] = path
 
+    def merge(self, other: Items) -> None:
+        """Contribute all of another's."""
+        if twice := self.values.keys() & other.values.keys():
+            raise ValueError(f"two items are called {min(twice)!r}")
+        self.values.update(other.values)
+        self.paths.update(other.paths)
+
 
 def flat(path: Path) -> str:
     """The flat key of a path, as DCP forms it."""

@@ -91,8 +91,8 @@ class Keeper(Protocol):
         """
         ...
 
-    def failed(self, target: Target, completed: int, reason: str) -> None:
-        """The save failed on all ranks alike. Collective."""
+    def failed(self, target: Target, completed: int, reason: str, *, torn: bool) -> None:
+        """The save failed: on all ranks alike, and then this is collective; or ``torn`` on this rank alone."""
         ...
 
     def request(self, step: int) -> None:
@@ -157,7 +157,7 @@ class Unkept:
         """Never called."""
         raise AssertionError("there was no target")
 
-    def failed(self, target: Target, completed: int, reason: str) -> None:
+    def failed(self, target: Target, completed: int, reason: str, *, torn: bool) -> None:
         """Never called."""
 
     def request(self, step: int) -> None:

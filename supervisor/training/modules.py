@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from supervisor.errors import UsageError
+from supervisor.training import memory
 from supervisor.training.items import Items, Owner, Path, mesh_owner
 from supervisor.training.reader import Mismatch, Stored
 
@@ -74,13 +75,20 @@ class ModulePart:
         self.module = module
         self._rank = rank
         self._targets: dict[str, Any] = {}  # by fully qualified name
+        self._memory: memory.Memory | None = None
         self._keys: dict[str, str] = {}  # stored key by fully qualified name
 
     def gather(self, items: Items) -> None:
         """Contribute every entry of the state dict."""
+        if self._memory is not None and self._memory.recall(items):
+            return
         owners = {held.name: owner(held, self._rank) for held in held_by(self.module)}
+        own = Items(self._rank)
         for fqn, value in get_model_state_dict(self.module).items():
-            items.add((self.name, fqn), value, self._owner(owners, fqn, value))
+            own.add((self.name, fqn), value, self._owner(owners, fqn, value))
+        items.merge(own)
+        plain = all(isinstance(value, torch.Tensor) for value in own.values.values())
+        self._memory = memory.of_module(self.module, own) if plain else None
 
     def prepare(self, stored: Stored, mismatch: Mismatch) -> dict[str, torch.Tensor]:
         """The tensors to load into, by stored key."""

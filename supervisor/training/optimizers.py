@@ -23,7 +23,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 from torch.optim import Optimizer
 
 from supervisor.errors import UsageError
-from supervisor.training import modules, trees
+from supervisor.training import memory, modules, trees
 from supervisor.training.items import Items, Owner, Path
 from supervisor.training.reader import Mismatch, Stored
 
@@ -40,6 +40,7 @@ class OptimizerPart:
         self._rank = rank
         self._local = optimizer
         self._partitioned = False
+        self._memory: memory.Memory | None = None
         zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
         if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer):
             if getattr(optimizer, "_overlap_with_ddp", False):
@@ -107,6 +108,19 @@ class OptimizerPart:
 
     def gather(self, items: Items) -> None:
         """Contribute the state of every parameter that has some, and the groups."""
+        if self._memory is None or not self._memory.recall(items):
+            own = Items(self._rank)
+            self._gather_states(own)
+            items.merge(own)
+            self._memory = memory.of_optimizer(self._local, own)
+        owner = self._group_owner()
+        for index, group in enumerate(self.optimizer.param_groups):
+            for key, value in group.items():
+                if key == "params":
+                    value = [self._named(parameter)[0] for parameter in value]
+                self._add(items, (self.name, "param_groups", index, key), value, owner, None)
+
+    def _gather_states(self, items: Items) -> None:
         parameters = self._numbered()
         states = self._local.state_dict()["state"]
         for number, parameter in enumerate(parameters):
@@ -124,12 +138,6 @@ class OptimizerPart:
                 items.add((self.name, "state", fqn), {}, owner)  # else it would be given rank 0's
         for key in states.keys() - set(range(len(parameters))):
             self._add(items, (self.name, "state", f"@{key}"), states[key], Owner(self._rank), None)
-        owner = self._group_owner()
-        for index, group in enumerate(self.optimizer.param_groups):
-            for key, value in group.items():
-                if key == "params":
-                    value = [self._named(parameter)[0] for parameter in value]
-                self._add(items, (self.name, "param_groups", index, key), value, owner, None)
 
     def _add(
         self, items: Items, path: Path, value: Any, owner: Owner, parameter: torch.Tensor | None

@@ -26,7 +26,6 @@ import tenacity
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from supervisor.errors import CheckpointError, StateMismatchError, StorageError
+from supervisor.training.direct import DirectReader
 from supervisor.training.items import STATE, Path, owner_of
 
 T = TypeVar("T")
@@ -214,7 +214,7 @@ class Stored:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp_load(
                     values,
-                    storage_reader=_Reader(self.directory, self._metadata),
+                    storage_reader=DirectReader(self.directory, self._metadata),
                     planner=planner,
                     no_dist=True,
                 )
@@ -244,17 +244,6 @@ class _Planner(DefaultLoadPlanner):
         except Exception as error:
             key = read_item.dest_index.fqn
             raise _ItemError(f"{key!r} cannot be unpickled: {type(error).__name__}: {error}") from error
-
-
-class _Reader(FileSystemReader):
-    """Stock, but for the index: it is read once, through the restricted unpickler."""
-
-    def __init__(self, directory: FilePath, metadata: Metadata) -> None:
-        super().__init__(directory)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
 
 
 def _patiently(path: FilePath, action: Callable[[], T]) -> T:

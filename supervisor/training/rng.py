@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import random
 import sys
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,7 +18,12 @@ import torch
 
 def capture(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
     """The state of the CPU's generators and of those of ``devices``. Draws nothing."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    version, words, spare = random.getstate()
+    # as bytes: 625 numbers would be pickled one by one
+    state: dict[str, Any] = {
+        "python": (version, array("Q", words).tobytes(), spare),
+        "torch": torch.get_rng_state(),
+    }
     if (numpy := sys.modules.get("numpy")) is not None:
         state["numpy"] = numpy.random.get_state()
     for device in devices:
@@ -27,7 +33,8 @@ def capture(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
 
 def restore(state: dict[str, Any]) -> None:
     """Set every generator that ``capture`` recorded; devices that this process lacks are passed over."""
-    random.setstate(state["python"])
+    version, words, spare = state["python"]
+    random.setstate((version, tuple(array("Q", words)), spare))
     torch.set_rng_state(state["torch"])
     if (recorded := state.get("numpy")) is not None:
         import numpy as np
@@ -63,6 +70,8 @@ def untouched() -> Iterator[None]:
 
 def devices_of(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
     """The accelerators a rank draws on: its current one, if it has begun to use it, and those its parameters are on."""
+    if not torch.accelerator.is_available():
+        return []
     devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
     cuda: Any = torch.cuda
     if cuda.is_available() and cuda.is_initialized():

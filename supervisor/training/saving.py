@@ -17,6 +17,7 @@ from typing import Final
 from supervisor.edge.control import Phase, Word
 from supervisor.errors import StorageError, UsageError
 from supervisor.model import ProposalFlag
+from supervisor.training.engine import ArenaWriter
 from supervisor.training.gradients import Gradients
 from supervisor.training.items import Items
 from supervisor.training.keeper import Keeper, Target, Unkept
@@ -24,7 +25,7 @@ from supervisor.training.metrics import Metrics
 from supervisor.training.state import TrainingState
 from supervisor.training.supervised import Supervised, set_phase
 from supervisor.training.world import World, say
-from supervisor.training.writer import DcpWriter, SnapshotWriter, UnsavableError, Written
+from supervisor.training.writer import DcpWriter, SnapshotWriter, TornError, UnsavableError, Written
 
 PATIENCE: Final = (
     256  # steps that a save is put off for pending gradients; rather a save without them than none
@@ -45,9 +46,16 @@ class Saver:
         self._gradients = gradients
         self._world = world
         self._metrics = metrics
-        local = isinstance(keeper, Supervised)
-        self._writer: SnapshotWriter = DcpWriter(
-            world, cleans=(world.local_rank if local else world.rank) == 0
+        self._writer: SnapshotWriter = (
+            ArenaWriter(
+                world,
+                cleans=world.local_rank == 0,
+                slots=keeper.slots,
+                optimizers=training.optimizers,
+                completed=lambda: keeper.words[Word.STEP],
+            )
+            if isinstance(keeper, Supervised)
+            else DcpWriter(world, cleans=world.rank == 0)
         )
         self._carried: ProposalFlag | None = None  # what an unclean save point was for
         self._put_off = 0
@@ -55,6 +63,13 @@ class Saver:
 
     def end_of_step(self, completed: int, *, is_last: bool) -> bool:
         """Save if this is a save point and all ranks are clean. Returns whether the job is to stop now. Collective."""
+        self._writer.poll()
+        stop = self._end_of_step(completed, is_last=is_last)
+        if self._writer.is_busy or self._carried is not None:
+            self.due = completed + 1
+        return stop
+
+    def _end_of_step(self, completed: int, *, is_last: bool) -> bool:
         flags = self._keeper.wants(completed)
         if self._carried is not None:
             flags = (flags or ProposalFlag(0)) | self._carried
@@ -71,6 +86,7 @@ class Saver:
         ``broken_out``: the loop was left in a step, which counts as complete if a save was ``asked`` for at its end.
         Returns the steps complete. Collective, if there is something to save and all ranks leave in order.
         """
+        self.flush()
         if broken_out and not asked:  # part of the step may have been done: its start can no longer be saved
             kept = not isinstance(self._keeper, Unkept)
             if kept and self._world.rank == 0 and self.saved != step:
@@ -94,6 +110,10 @@ class Saver:
         """Wait for what is under way."""
         self._writer.flush()
 
+    def close(self) -> None:
+        """Wait for what is under way; nothing is saved any more."""
+        self._writer.close()
+
     def _in_phase(self, completed: int, flags: ProposalFlag, *, is_last: bool, forced: bool) -> bool:
         before = set_phase(self._keeper.words, Phase.SAVE)
         try:
@@ -106,6 +126,7 @@ class Saver:
             set_phase(self._keeper.words, before)
 
     def _save_point(self, completed: int, flags: ProposalFlag, *, forced: bool) -> bool:
+        self._writer.flush()  # before rank 0 looks for a free slot
         unclean = self._is_unclean() and not forced
         code, due = self._keeper.offer(completed, flags) if self._world.rank == 0 else (0, 0)
         agreed_unclean, code, due = self._world.agreed(completed, [int(unclean), code, due])
@@ -123,7 +144,7 @@ class Saver:
             )
         self._carried = None
         self._put_off = 0
-        saved = code != 0 and self._save(self._keeper.target(code, completed), completed)
+        saved = code != 0 and self._save(self._keeper.target(code, completed), completed, behind=not flags)
         self._keeper.agreed(completed, due)
         self.due = self._keeper.due
         return saved and bool(flags & ProposalFlag.STOP)
@@ -133,8 +154,7 @@ class Saver:
         settled = self._training.buckets.is_settled()
         return bool(self._gradients.pending()) or not settled
 
-    def _save(self, target: Target, completed: int) -> bool:
-        started = time.monotonic()
+    def _save(self, target: Target, completed: int, *, behind: bool) -> bool:
         metrics = {name: value for name, value in self._metrics.numbers().items() if math.isfinite(value)}
         pending = self._gradients.pending()
 
@@ -142,21 +162,25 @@ class Saver:
             self._keeper.prepare(target)
             return self._training.gather(completed, pending)
 
-        def finished(outcome: Written | StorageError) -> None:
+        def finished(outcome: Written | StorageError | None) -> None:
             problem: str | None
+            if outcome is None:
+                self._carried = ProposalFlag(0)
+                return
             if isinstance(outcome, Written):
-                seconds = time.monotonic() - started
                 own = metrics if self._world.rank == 0 else {}
-                problem = self._keeper.saved(target, completed, seconds, outcome.bytes, own, outcome.names)
+                problem = self._keeper.saved(
+                    target, completed, outcome.seconds, outcome.bytes, own, outcome.names
+                )
             else:
                 problem = str(outcome)
-                self._keeper.failed(target, completed, problem)
+                self._keeper.failed(target, completed, problem, torn=isinstance(outcome, TornError))
             self._failed = problem is not None
             if problem is None:
                 self.saved = completed
             if isinstance(outcome, UnsavableError):
                 raise UsageError(f"the state cannot be saved, now or later: {outcome}")
 
-        self._writer.write(target.directory, gather, finished)
+        self._writer.write(target.directory, gather, finished, behind=behind)
         self._keeper.words[Word.HEARTBEAT_NS] = time.monotonic_ns()
         return not self._failed

@@ -150,6 +150,7 @@ class Session:
         if name not in _PHASES:
             raise UsageError(f"phase({name!r}): one of {', '.join(_PHASES)} is required")
         self._check_open("phase()")
+        self._saver.flush()  # an evaluation may swap weights
         before = set_phase(self._keeper.words, _PHASES[name])
         try:
             yield
@@ -212,6 +213,7 @@ class Session:
                 self._metrics.flush()
         finally:
             self._open = False
+            self._saver.close()
             self._gradients.close()
             self._keeper.close()
         words = self._keeper.words

@@ -196,7 +196,7 @@ class Standalone:
         self._last_save = time.monotonic()
         return problem
 
-    def failed(self, target: Target, completed: int, reason: str) -> None:
+    def failed(self, target: Target, completed: int, reason: str, *, torn: bool) -> None:
         """Nothing older was touched; what was written of it goes, once no rank is at work on it any more."""
         self._world.largest([0])
         if self._world.rank == 0:

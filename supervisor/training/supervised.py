@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from supervisor.decide.savepoint import Move, judge_word
-from supervisor.edge.control import Phase, ProposalFlag, ProposalState, Word
+from supervisor.edge.control import SLOTS, Phase, ProposalFlag, ProposalState, Word
 from supervisor.edge.link import Link
 from supervisor.errors import ProtocolError
 from supervisor.training.keeper import NEVER, Candidate, Target
@@ -29,8 +29,7 @@ class Supervised:
         self._link = link
         self.words = link.page.words
         self.attempt = link.attempt
-        every = link.welcome.get("save_every_steps", link.welcome.get("snapshot_every_steps")) or ()
-        self._every = (every,) if isinstance(every, int) else tuple(int(steps) for steps in every)
+        self._every = tuple(int(steps) for steps in link.welcome.get("save_every_steps") or ())
         self.due = 0
         self.settled = _UNSETTLED
         self._served = 0
@@ -94,7 +93,12 @@ class Supervised:
 
     def target(self, code: int, completed: int) -> Target:
         """The slot's directory."""
-        return Target(code, self._link.runtime / "slots" / str(code - 1))
+        return Target(code, self.slots[code - 1])
+
+    @property
+    def slots(self) -> list[Path]:
+        """Where snapshots go."""
+        return [self._link.runtime / "slots" / str(index) for index in range(SLOTS)]
 
     def prepare(self, target: Target) -> None:
         """The writer clears a slot; the supervisor has declared it void before it offered it."""
@@ -121,10 +125,10 @@ class Supervised:
         )
         return None
 
-    def failed(self, target: Target, completed: int, reason: str) -> None:
+    def failed(self, target: Target, completed: int, reason: str, *, torn: bool) -> None:
         """Tell it; another slot will be offered."""
         self._last_slot = target.code
-        self._link.tell("save_failed", step=completed, slot=target.code - 1, reason=reason)
+        self._link.tell("save_failed", step=completed, slot=target.code - 1, reason=reason, torn=torn)
 
     def request(self, step: int) -> None:
         """Have the supervisor propose that step."""

@@ -11,8 +11,9 @@ import copyreg
 import io
 import os
 import pickle
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -40,13 +41,18 @@ _UNSAVABLE: Final = (
 )
 
 Gather = Callable[[], Items]
+Finished = Callable[["Written | StorageError | None"], None]
 
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank wrote, in bytes; on rank 0, also the names of the files that all ranks wrote."""
+    """What one rank wrote, in bytes, and the seconds that took, whether the training stood or not.
+
+    On rank 0, also the names of the files that all ranks wrote.
+    """
 
     bytes: int
+    seconds: float
     names: frozenset[str] = frozenset()
 
 
@@ -54,18 +60,33 @@ class UnsavableError(StorageError):
     """What no later save will mend: something in the state cannot be saved at all."""
 
 
+class TornError(StorageError):
+    """This rank's copy changed under way: the snapshot is no good, though the other ranks may not know that."""
+
+
 class SnapshotWriter(Protocol):
     """Writes snapshots, all ranks together.
 
-    ``write`` is called by every rank at the same step. It reports the outcome through ``finished``: at once, or later from
-    ``poll`` or ``flush`` (an engine that copies behind the next step), but always on the thread of the training and before
-    the next ``write`` returns. An outcome is alike on all ranks: StorageError everywhere if any rank failed.
+    ``write`` is called by every rank at the same step. It reports the outcome through ``finished``: at once, or with
+    ``behind`` perhaps later (an engine that copies behind the next step), but always on the thread of the training and
+    before the next ``write`` returns. An outcome is alike on all ranks, StorageError everywhere if any rank failed, but for
+    TornError, which a rank has for itself. None: not now, ask again after another step (never without ``behind``).
     """
 
     def write(
-        self, directory: Path, gather: Gather, finished: Callable[[Written | StorageError], None]
+        self,
+        directory: Path,
+        gather: Gather,
+        finished: Finished,
+        *,
+        behind: bool = False,
     ) -> None:
-        """Write what ``gather`` returns into ``directory``, whose former contents are removed first."""
+        """Write what ``gather`` returns into ``directory``, instead of its former contents."""
+        ...
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an outcome is outstanding."""
         ...
 
     def poll(self) -> None:
@@ -73,7 +94,11 @@ class SnapshotWriter(Protocol):
         ...
 
     def flush(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until nothing is under way. Not collective."""
+        ...
+
+    def close(self) -> None:
+        """As ``flush``, and for good."""
         ...
 
 
@@ -85,34 +110,32 @@ class DcpWriter:
         self._world = world
         self._cleans = cleans
 
+    is_busy = False
+
     def write(
-        self, directory: Path, gather: Gather, finished: Callable[[Written | StorageError], None]
+        self,
+        directory: Path,
+        gather: Gather,
+        finished: Finished,
+        *,
+        behind: bool = False,
     ) -> None:
         """As the protocol says; the outcome is there when it returns."""
-        planner = _Planner(gather, directory, cleans=self._cleans)
-        storage = _Storage(directory)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
-                dcp_save(
-                    {},
-                    storage_writer=storage,
-                    planner=planner,
-                    process_group=self._world.group,
-                    no_dist=self._world.group is None,
-                )
-        except CheckpointException as error:
+        started = time.monotonic()
+        planner = PlannerOfItems(gather, directory, cleans=self._cleans)
+        storage = Storage(directory)
+        error = save_with_dcp(self._world, storage, planner)
+        if error is not None:
             with contextlib.suppress(OSError):
                 for name in _files_of(directory, self._world.rank):
                     (directory / name).unlink()
                 if self._world.rank == 0:
                     (directory / ".metadata").unlink(missing_ok=True)
                     (directory / ".metadata.tmp").unlink(missing_ok=True)
-            finished(failure_of(error))
+            finished(error)
             return
         size = sum((directory / name).stat().st_size for name in _files_of(directory, self._world.rank))
-        finished(Written(size, frozenset(storage.names)))
+        finished(Written(size, time.monotonic() - started, frozenset(storage.names)))
 
     def poll(self) -> None:
         """Nothing is ever under way."""
@@ -120,18 +143,44 @@ class DcpWriter:
     def flush(self) -> None:
         """Nothing is ever under way."""
 
+    def close(self) -> None:
+        """Nothing is held."""
 
-def failure_of(error: CheckpointException) -> StorageError:
+
+def save_with_dcp(
+    world: World, storage: FileSystemWriter, planner: DefaultSavePlanner
+) -> StorageError | None:
+    """Plan and write, all ranks together; the error, alike on all, if any of them failed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
+            dcp_save(
+                {},
+                storage_writer=storage,
+                planner=planner,
+                process_group=world.group,
+                no_dist=world.group is None,
+            )
+    except CheckpointException as error:
+        return failure_of({rank: cause for rank, (cause, _) in error.failures.items()})
+    return None
+
+
+def failure_of(causes: Mapping[int, BaseException]) -> StorageError:
     """What a failed save is reported as: an UnsavableError if, on any rank, the state itself is at fault."""
-    causes = {rank: cause for rank, (cause, _) in error.failures.items()}
     for rank, cause in causes.items():
         if isinstance(cause, _UNSAVABLE):
-            return UnsavableError(f"rank {rank}: {type(cause).__name__}: {cause}")
-    rank, cause = next(iter(causes.items()))
-    return StorageError(f"rank {rank}: {type(cause).__name__}: {cause}")
+            return UnsavableError(described(rank, cause))
+    return StorageError(described(*next(iter(causes.items()))))
 
 
-class _Planner(DefaultSavePlanner):
+def described(rank: int, cause: BaseException) -> str:
+    """What went wrong, and where."""
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
+
+
+class PlannerOfItems(DefaultSavePlanner):
     """Stock planning of items that are flat already.
 
     Gathering them happens here, where DCP turns one rank's exception into a failure on all ranks. So does the clearing of
@@ -150,16 +199,21 @@ class _Planner(DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
+        """Gather; then clear."""
         items = self._gather()
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._cleans:
-            _clear(self._directory)
+            self.clear()
         self.state_dict = items.values
         self.mappings = items.paths
         self.is_coordinator = is_coordinator
 
+    def clear(self) -> None:
+        """Remove what a former snapshot left."""
+        _clear(self._directory)
 
-class _Storage(FileSystemWriter):
+
+class Storage(FileSystemWriter):
     """Stock files; the index without what differs between versions of torch or Python, or tells where it was written."""
 
     def __init__(self, directory: Path) -> None:
@@ -167,9 +221,11 @@ class _Storage(FileSystemWriter):
         self.names: set[str] = set()  # of all ranks' files, on the rank that writes the index
 
     def storage_meta(self) -> StorageMeta:
+        """Nothing that differs from run to run but the id."""
         return StorageMeta(save_id=self.save_id)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index."""
         super().finish(metadata, results)  # completes ``metadata``, too
         self.names = {".metadata", *(info.relative_path for info in metadata.storage_data.values())}
         path = Path(self.path) / ".metadata"

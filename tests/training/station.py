@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -24,7 +25,7 @@ class Station:
 
     def __init__(
         self, runtime: Path, world: int, *, every: tuple[int, ...] = (), resume: tuple[Path, int] | None = None,
-        propose_on_request: bool = True,
+        propose_on_request: bool = True, keep: Path | None = None,
     ) -> None:  # fmt: skip
         self.runtime = runtime
         self.world = world
@@ -35,6 +36,8 @@ class Station:
         self._slot = 0
         self._failed = 0
         self._serial = 0
+        self._keep = keep
+        self.newest: tuple[Path, int] | None = None  # slot and step of the newest complete snapshot
         self._news = threading.Condition()
         control_folder(runtime, ATTEMPT).mkdir(parents=True)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -118,8 +121,13 @@ class Station:
             ranks = self._saved.setdefault(message["step"], set())
             ranks.add(len(ranks))
             if len(ranks) == self.world:
+                self.newest = self.slot(message["slot"]), message["step"]
+                if self._keep is not None:
+                    shutil.copytree(self.newest[0], self._keep / str(message["step"]))
                 self._offer_next()
-        if kind == "save_failed":
+        if kind == "save_failed" and message.get("torn"):
+            self._offer_next()
+        elif kind == "save_failed":
             self._failed += 1
             if self._failed % self.world == 0:
                 self._offer_next()

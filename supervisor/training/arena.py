@@ -1,0 +1,92 @@
+"""An arena: one rank's file in one slot, allocated and touched once, mapped, and written in place ever after.
+
+Fresh pages cost ten times what copying into touched ones does. So the file is allocated in full before anything is
+written (a full file system is then an error like any other, not a SIGBUS), and never truncated while its layout holds. A
+file that an earlier attempt left is taken over as it is, pages and all.
+
+Pages of tmpfs count as used memory: what this host or its container could not bear is refused like a full file system, and
+not found out by the out-of-memory killer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+from supervisor.edge import memory
+
+_MARGIN = 1 / 8  # of the memory that is available: left to the training
+
+
+class Arena:
+    """``path``, ``size`` bytes long and mapped: as ``memory``, a tensor of bytes. Raises OSError."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            present = os.fstat(fd)
+            if present.st_size > size:
+                os.ftruncate(fd, size)
+            missing = size - min(present.st_size, present.st_blocks * 512)
+            if missing > 0:
+                _check_room(path, missing)
+                _allocate(fd, path, size)
+            self._identity = _identity(os.fstat(fd))
+            populate = getattr(mmap, "MAP_POPULATE", 0)
+            self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | populate)
+        finally:
+            os.close(fd)
+        self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address = self.memory.data_ptr()
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether ``path`` still is the file that is mapped."""
+        try:
+            return _identity(os.stat(self.path, follow_symlinks=False)) == self._identity
+        except OSError:
+            return False
+
+    def put(self, offset: int, data: bytes) -> None:
+        """Write bytes."""
+        self._map[offset : offset + len(data)] = data
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The memory at ``offset`` as a tensor."""
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        return self.memory[offset : offset + size].view(dtype).view(shape)
+
+
+def _check_room(path: Path, missing: int) -> None:
+    """Raises OSError when memory for that many more bytes, on each rank of this node, is not to be had."""
+    room = memory.available()
+    if room is None or not path.resolve().is_relative_to("/dev/shm"):
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if missing * ranks > room * (1 - _MARGIN):
+        raise OSError(
+            errno.ENOMEM,
+            f"{missing / 1e9:.2f} GB for each of {ranks} ranks are needed, {room / 1e9:.2f} GB of memory are available",
+        )
+
+
+def _allocate(fd: int, path: Path, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # and give back what there was
+        raise
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size

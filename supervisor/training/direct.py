@@ -1,0 +1,172 @@
+"""Reading tensors straight out of files: no archive is opened and nothing unpickled, where that is provably the same.
+
+The archive of a contiguous tensor begins with a head that depends on shape and dtype alone (``layout``). Where the bytes
+in the file are that head, to the last one, the data follow it, and are read into the target: only the part that this
+rank needs, several at a time, with no memory in between. Every other archive (another version of torch wrote it, stock DCP
+did, its tensor is no plain one) goes the stock way.
+
+Files are read, not mapped: setting up the pages of a mapping costs as much as the copy, and storage that fails would
+end the process by SIGBUS where a read raises OSError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from supervisor.training.layout import tensor_archive
+
+_PIECE: Final = 16 << 20  # bytes that one thread reads at a time
+_THREADS: Final = 4
+_AT_ONCE: Final = 256 << 20  # bytes of tensors that are read beside their targets and then copied
+
+_Piece = tuple[int, int, int, int]  # file, its offset, address in memory, bytes
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where the data of a contiguous tensor lie bare: at ``begin`` of an open file, and which part of it is wanted."""
+
+    fd: int
+    begin: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    part: torch.Tensor  # of such a tensor on the meta device
+
+    @property
+    def offset(self) -> int:
+        """Where the part begins in the file."""
+        return self.begin + int(self.part.storage_offset()) * self.dtype.itemsize
+
+
+class DirectReader(FileSystemReader):
+    """A stock reader of ``directory`` whose index was read already, and that copies what it can."""
+
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
+        super().__init__(directory)
+        self._directory = directory
+        self._metadata = metadata
+        self.copied = 0  # tensors that were not unpickled
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index that was given."""
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read straight what can be; leave the rest to the stock reader. Raises OSError, and EOFError for a file too short."""
+        with contextlib.ExitStack() as stack:
+            files: dict[str, int] = {}
+            rest: list[ReadItem] = []
+            found: list[tuple[ReadItem, torch.Tensor, _Stored]] = []
+            for item in plan.items:
+                stored = self._find(item, files, stack) if item.type is LoadItemType.TENSOR else None
+                if stored is None:
+                    rest.append(item)
+                    continue
+                target = planner.resolve_tensor(item).detach()
+                if target.size() != stored.part.size():
+                    raise AssertionError(
+                        f"{item.storage_index} is {stored.part.size()}, its target {target.size()}"
+                    )
+                found.append((item, target, stored))
+            _read_all([(target, stored) for _, target, stored in found])
+        self.copied += len(found)
+        for item, target, _ in found:
+            planner.commit_tensor(item, target)
+        return super().read_data(LoadPlan(rest, plan.storage_data, plan.planner_data), planner)
+
+    def _find(self, item: ReadItem, files: dict[str, int], stack: contextlib.ExitStack) -> _Stored | None:
+        """Where the stored tensor lies, if its data lie bare in the file."""
+        info = self.storage_data[item.storage_index]
+        entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
+        shape = _shape_of(entry, item.storage_index)
+        if shape is None or info.transform_descriptors or not isinstance(entry, TensorStorageMetadata):
+            return None
+        dtype = entry.properties.dtype
+        archive = tensor_archive(shape, dtype)
+        if archive is None or archive.payload == 0 or archive.length != info.length:
+            return None
+        name = info.relative_path
+        if name not in files:
+            files[name] = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, files[name])
+        if os.pread(files[name], len(archive.head), info.offset) != archive.head:
+            return None
+        part = torch.empty(shape, dtype=dtype, device="meta")
+        for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            if offset or length != part.size(dim):
+                part = part.narrow(dim, offset, length)
+        return _Stored(files[name], info.offset + len(archive.head), shape, dtype, part)
+
+
+def _shape_of(entry: object, index: MetadataIndex) -> tuple[int, ...] | None:
+    """The shape of the chunk that is stored under ``index``."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return None
+    offset = index.offset or torch.Size([0] * len(entry.size))
+    for chunk in entry.chunks:
+        if tuple(chunk.offsets) == tuple(offset):
+            return tuple(chunk.sizes)
+    return None
+
+
+def _read_all(reads: Sequence[tuple[torch.Tensor, _Stored]]) -> None:
+    threads = min(_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(
+        threads, thread_name_prefix="everstep-restore"
+    ) as pool:  # starts them when needed
+        pieces: list[_Piece] = []
+        indirect: list[tuple[torch.Tensor, _Stored]] = []
+        for target, stored in reads:
+            plain = target.device.type == "cpu" and target.is_contiguous() and stored.part.is_contiguous()
+            if plain and target.dtype == stored.dtype and not (target.is_conj() or target.is_neg()):
+                pieces += _pieces(stored.fd, stored.offset, target)
+            else:
+                indirect.append((target, stored))
+        _read_pieces(pieces, pool)
+        pieces, copies = [], []
+        for number, (target, stored) in enumerate(indirect):
+            whole = torch.empty(stored.shape, dtype=stored.dtype)
+            part = stored.part
+            pieces += _pieces(stored.fd, stored.begin, whole)
+            copies.append((target, whole.as_strided(part.size(), part.stride(), part.storage_offset())))
+            if sum(piece[3] for piece in pieces) > _AT_ONCE or number == len(indirect) - 1:
+                _read_pieces(pieces, pool)
+                for into, source in copies:
+                    into.copy_(source)
+                pieces, copies = [], []
+
+
+def _pieces(fd: int, offset: int, target: torch.Tensor) -> list[_Piece]:
+    size, address = target.numel() * target.element_size(), target.data_ptr()
+    return [(fd, offset + at, address + at, min(_PIECE, size - at)) for at in range(0, size, _PIECE)]
+
+
+def _read_pieces(pieces: Sequence[_Piece], pool: ThreadPoolExecutor) -> None:
+    if sum(size for _, _, _, size in pieces) <= _PIECE:
+        _read_each(pieces)
+        return
+    shares = [sorted(pieces)[number::_THREADS] for number in range(_THREADS)]
+    list(pool.map(_read_each, shares))
+
+
+def _read_each(pieces: Sequence[_Piece]) -> None:
+    for fd, offset, address, size in pieces:
+        memory = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+        while memory:
+            count = os.preadv(fd, [memory], offset)
+            if count == 0:
+                raise EOFError("a file is shorter than the index says")
+            memory, offset = memory[count:], offset + count

@@ -1,0 +1,371 @@
+"""Copies behind the next step: every snapshot is, bit for bit, the state at its save point; or it is dropped, and that said."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from supervisor.errors import StorageError
+from supervisor.training import engine
+from supervisor.training.engine import ArenaWriter
+from supervisor.training.items import Items
+from supervisor.training.state import TrainingState
+from supervisor.training.world import World
+from supervisor.training.writer import TornError, Written
+
+AdamW = torch.optim.AdamW
+WIDTH = 300  # its matrices are large ones, its biases small
+
+
+class Run:
+    """A training whose every step is a save point; what is read back is compared as soon as it is said to be whole."""
+
+    def __init__(self, root: Path, **objects: Any) -> None:
+        torch.manual_seed(0)
+        self.root = root
+        world = World()
+        self.state = TrainingState(objects, {}, world)
+        self.writer = ArenaWriter(
+            world,
+            cleans=True,
+            optimizers=self.state.optimizers,
+            completed=lambda: self.step,
+            slots=[root / str(slot) for slot in range(3)],
+        )
+        self.step = 0
+        self.good: list[int] = []
+        self.torn: list[int] = []
+        self.put_off: list[int] = []
+        self.behind = 0
+
+    def run(self, steps: int, one: Callable[[int], object]) -> None:
+        for _ in range(steps):
+            one(self.step)
+            self.step += 1
+            self.writer.poll()
+            self.save()
+        self.writer.flush()
+
+    def save(self, *, behind: bool = True) -> None:
+        step = self.step
+        directory = self.root / str(step % 3)
+        expected: dict[str, Any] = {}
+
+        def gather() -> Items:
+            items = self.state.gather(step)
+            for key, value in items.values.items():
+                expected[key] = (
+                    value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+                )
+            return items
+
+        def finished(outcome: Written | StorageError | None) -> None:
+            if outcome is None:
+                self.put_off.append(step)
+                return
+            if isinstance(outcome, TornError):
+                self.torn.append(step)
+                return
+            assert isinstance(outcome, Written), outcome
+            found = _load_state_dict_from_keys(checkpoint_id=directory)
+            flat = _flat(found)
+            for key, value in expected.items():
+                if isinstance(value, torch.Tensor):
+                    assert torch.equal(flat[key], value), f"{key} of step {step}"
+            assert found["session"]["step"] == step
+            self.good.append(step)
+
+        self.writer.write(directory, gather, finished, behind=behind)
+        self.behind += self.writer.is_busy
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, torch.Tensor):
+        return {path: tree}
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {
+        k: v for name, part in pairs for k, v in _flat(part, f"{path}.{name}" if path else str(name)).items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    _global_optimizer_pre_hooks.clear()
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(8, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
+    )
+
+
+def train(model: nn.Module, *optimizers: Any, times: int = 1) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    for _ in range(times):
+        model(torch.randn(16, 8)).pow(2).mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=lambda o: next(iter(o))
+)
+@pytest.mark.parametrize("kind", [AdamW, torch.optim.SGD])
+def test_optimizers(kind: Any, options: dict[str, bool], tmp_path: Path) -> None:
+    model = net()
+    extra = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(model.parameters(), lr=1e-2, **extra, **options)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    run = Run(tmp_path, model=model, optimizer=optimizer, scheduler=scheduler)
+    run.run(8, lambda _: (train(model, optimizer, times=2), scheduler.step()))
+    assert run.good == list(range(1, 9))
+    assert run.behind == 6  # but the one that was laid out, and the one that was proven
+
+
+def test_several_optimizers(tmp_path: Path) -> None:
+    body, head = net(), nn.Linear(1, 1)
+    first, second = AdamW(body.parameters()), torch.optim.SGD(head.parameters(), lr=0.1)
+    run = Run(tmp_path, body=body, head=head, first=first, second=second)
+    run.run(8, lambda _: train(nn.Sequential(body, head), second, first))
+    assert run.good == list(range(1, 9))
+    assert run.behind == 6
+
+
+def test_one_that_does_not_step_each_time(tmp_path: Path) -> None:
+    body, head = net(), nn.Linear(1, 1)
+    first, second = AdamW(body.parameters()), torch.optim.SGD(head.parameters(), lr=0.1)
+    run = Run(tmp_path, body=body, head=head, first=first, second=second)
+    run.run(9, lambda step: train(nn.Sequential(body, head), *([first, second] if step % 2 else [first])))
+    assert run.good == list(range(1, 10))
+    assert 0 < run.behind < 5
+
+
+def test_steps_without_an_optimizer_step(tmp_path: Path) -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(step: int) -> None:
+        model(torch.randn(16, 8)).pow(2).mean().backward()
+        if step % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    run.run(12, one)
+    assert run.good == list(range(1, 13))
+    assert run.behind > 0
+
+
+def test_averaged_weights(tmp_path: Path) -> None:
+    model = net()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, average=average, optimizer=optimizer)
+
+    def one(_: int) -> None:
+        average.update_parameters(model)  # also at the beginning of a step: behind the save point
+        train(model, optimizer)
+
+    run.run(8, one)
+    assert run.good == list(range(1, 9))
+    assert run.behind > 0
+
+
+def test_large_files_are_made_behind_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_LARGE", 0)
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+    while len(run.good) < 6 and run.step < 1000:
+        run.run(1, lambda _: train(model, optimizer))
+    assert run.put_off[0] == 1
+    assert sorted(run.good + run.put_off) == list(range(1, run.step + 1))
+    assert run.behind > 0
+
+
+def test_a_save_that_was_asked_for_does_not_wait_for_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_LARGE", 0)
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+    run.run(1, lambda _: train(model, optimizer))
+    assert run.put_off == [1]
+    run.save(behind=False)
+    assert run.good == [1]
+
+
+@pytest.mark.parametrize("through_data", [True, False])
+def test_weights_changed_outside_at_every_step_are_found_by_the_proof(
+    through_data: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(_: int) -> None:
+        with torch.no_grad():
+            weight = model[3].weight
+            (weight.data if through_data else weight).mul_(0.99)
+        train(model, optimizer)
+
+    run.run(6, one)
+    assert run.good == list(range(1, 7))
+    assert run.behind == 0
+    assert capsys.readouterr().err.count("outside of optimizer.step()") == 1
+
+
+@pytest.mark.parametrize("through_data", [True, False])
+def test_weights_changed_outside_later_tear_the_copy_and_end_it(
+    through_data: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(step: int) -> None:
+        if step == 5:
+            with torch.no_grad():
+                (model[3].weight.data if through_data else model[3].weight).mul_(0.99)
+        train(model, optimizer)
+
+    run.run(8, one)
+    assert run.torn == [5]
+    assert run.good == [1, 2, 3, 4, 6, 7, 8]
+    assert run.behind == 3
+    assert capsys.readouterr().err.count("outside of optimizer.step()") == 1
+
+
+def test_renormalised_embeddings(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(50, 8, max_norm=0.5), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(_: int) -> None:
+        optimizer.zero_grad()
+        model(torch.randint(50, (16,))).mean().backward()
+        optimizer.step()
+
+    run.run(6, one)
+    assert sorted(run.good + run.torn) == list(range(1, 7))
+    assert len(run.torn) <= 1
+
+
+class Foreign:
+    """An optimizer that torch knows nothing of."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.inner = optimizer
+
+    def step(self) -> None:
+        for group in self.inner.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad, alpha=-0.1)
+
+    def zero_grad(self) -> None:
+        self.inner.zero_grad()
+
+
+def test_foreign_optimizers_never_pass_the_fence(tmp_path: Path) -> None:
+    model = net()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = Run(tmp_path, model=model, optimizer=inner)
+    run.run(5, lambda _: train(model, Foreign(inner)))
+    assert run.good == list(range(1, 6))
+    assert run.behind == 0
+
+
+def test_optimizers_inside_the_backward_pass(tmp_path: Path) -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    model, head = net(), nn.Linear(1, 1)
+    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    optimizer = AdamW(head.parameters())
+    run = Run(tmp_path, model=model, head=head, optimizer=optimizer)
+    run.run(6, lambda _: train(nn.Sequential(model, head), optimizer))
+    assert run.good == list(range(1, 7))
+
+
+def test_a_scaler_that_skips_steps(tmp_path: Path) -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    run = Run(tmp_path, model=model, optimizer=optimizer, scaler=scaler)
+
+    def one(step: int) -> None:
+        optimizer.zero_grad()
+        loss = scaler.scale(model(torch.randn(16, 8)).pow(2).mean())
+        (loss * float("inf") if step % 3 == 2 else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    run.run(9, one)
+    assert run.good == list(range(1, 10))
+    assert run.behind > 0
+
+
+def test_lbfgs(tmp_path: Path) -> None:
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+    data = torch.randn(16, 8)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(data).sub(1).pow(2).mean()
+        loss.backward()
+        return loss
+
+    run.run(6, lambda _: optimizer.step(closure))
+    assert run.good == list(range(1, 7))
+
+
+def test_parameters_added_and_moved(tmp_path: Path) -> None:
+    model, late = net(), nn.Linear(WIDTH, WIDTH)
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, late=late, optimizer=optimizer)
+
+    def one(step: int) -> None:
+        train(model, optimizer)
+        if step == 4:
+            optimizer.add_param_group({"params": list(late.parameters())})
+        if step == 7:
+            model[3].weight.data = model[3].weight.data.clone()
+        if step == 9:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    run.run(12, one)
+    assert run.good == list(range(1, 13))
+    assert run.behind > 5
+
+
+def test_compiled_steps(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    @torch.compile(backend="eager")
+    def whole(batch: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        model(batch).pow(2).mean().backward()
+        optimizer.step()
+
+    run.run(6, lambda _: whole(torch.randn(16, 8)))
+    assert run.good == list(range(1, 7))
