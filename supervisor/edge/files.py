@@ -110,6 +110,25 @@ class WatchedFiles:
         self._files.remove(path)
 
 
+class Pace:
+    """At most ``bandwidth`` bytes a second, all threads together."""
+
+    def __init__(self, bandwidth: float, *, now: Callable[[], float] = clock.monotonic) -> None:
+        if not bandwidth > 0:
+            raise ValueError(f"a bandwidth of {bandwidth!r} bytes a second is not positive")
+        self._bandwidth = bandwidth
+        self._now = now
+        self._lock = threading.Lock()
+        self._free_at = now()  # when all that was written so far is paid for
+
+    def spend(self, count: int) -> float:
+        """``count`` bytes go; the seconds to wait until they are paid for."""
+        with self._lock:
+            now = self._now()
+            self._free_at = max(self._free_at, now) + count / self._bandwidth
+            return self._free_at - now
+
+
 class ThrottledFiles(WatchedFiles):
     """Writes at most ``bandwidth`` bytes a second, all threads together, in pieces of a tenth of a second."""
 
@@ -121,23 +140,14 @@ class ThrottledFiles(WatchedFiles):
         now: Callable[[], float] = clock.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not bandwidth > 0:
-            raise ValueError(f"a bandwidth of {bandwidth!r} bytes a second is not positive")
         super().__init__(files, _nothing)
-        self._bandwidth = bandwidth
+        self._pace = Pace(bandwidth, now=now)
         self._piece = max(1, int(bandwidth / 10))
-        self._now = now
         self._sleep = sleep
-        self._lock = threading.Lock()
-        self._free_at = now()  # when all that was written so far is paid for
 
     def write(self, fd: int, data: Buffer) -> int:
         written = self._files.write(fd, memoryview(data)[: self._piece])
-        with self._lock:
-            now = self._now()
-            self._free_at = max(self._free_at, now) + written / self._bandwidth
-            wait = self._free_at - now
-        self._sleep(wait)
+        self._sleep(self._pace.spend(written))
         return written
 
 
