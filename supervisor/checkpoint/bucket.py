@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -182,13 +182,16 @@ class Bucket:
 
     async def delete(self, names: list[str]) -> None:
         """Remove objects; those that are gone already do not matter."""
-        for name in names:  # one by one: not every server has S3's bulk deletion
-            try:
-                await self._again(
-                    f"removing {name}", lambda name=name: obstore.delete_async(self._store, name)
-                )
-            except MissingError:
-                continue
+        limit = asyncio.Semaphore(self.limits.parallel)
+
+        async def one(name: str) -> None:  # one by one: not every server has S3's bulk deletion
+            async with limit:
+                try:
+                    await self._again(f"removing {name}", lambda: obstore.delete_async(self._store, name))
+                except MissingError:
+                    return
+
+        await together(map(one, names))
 
     # ------------------------------------------------------------------ time
 
@@ -207,10 +210,8 @@ class Bucket:
             ):
                 with attempt:
                     return await action()
-        except refusals.BaseError as error:
+        except (refusals.BaseError, OSError, NotImplementedError) as error:  # some of its errors are built in
             raise _translated(error, f"{doing} in {self.where} failed") from None
-        except OSError as error:  # of the source, or a socket's
-            raise StorageError(f"{doing} in {self.where} failed: {error.strerror or error}") from error
         raise AssertionError("tenacity returns or raises")
 
 
@@ -232,9 +233,12 @@ class Feed:
             return data
 
         done = 0
-        fd = await asyncio.to_thread(
-            os.open, file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        )
+        try:
+            fd = await asyncio.to_thread(
+                os.open, file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            )
+        except OSError as error:
+            raise StorageError(f"reading {file} failed: {error.strerror}") from None
         try:
             while data := await asyncio.to_thread(read, fd):
                 if self._stopped():
@@ -271,6 +275,17 @@ def run(
     return asyncio.run(watched())
 
 
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order; the first error ends the others before it is raised."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 # --------------------------------------------------------------------------- errors
 
 
@@ -286,9 +301,9 @@ def reason(error: Exception) -> str:
     return line[:300]
 
 
-def _translated(error: refusals.BaseError, what: str) -> StorageError:
+def _translated(error: Exception, what: str) -> StorageError:
     text = f"{what}: {reason(error)}"
-    if isinstance(error, refusals.NotFoundError):
+    if isinstance(error, refusals.NotFoundError | FileNotFoundError):
         return MissingError(text)
     if isinstance(error, _TAKEN):
         return TakenError(text)
