@@ -15,6 +15,8 @@ SCHEMES: Final = {
     "gs": "gs://bucket/prefix",
     "az": "az://container/prefix",
 }
+#: seconds that an object store may take to answer, unless the user says otherwise
+TIMEOUT: Final = 30.0
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 

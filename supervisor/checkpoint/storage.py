@@ -23,11 +23,9 @@ from typing import Protocol
 
 from supervisor.checkpoint import catalog, commit
 from supervisor.checkpoint.catalog import CheckpointRecord
-from supervisor.checkpoint.location import Location, Remote
+from supervisor.checkpoint.location import TIMEOUT, Location, Remote
 from supervisor.checkpoint.manifest import Key, Manifest, Origin
 from supervisor.errors import CheckpointError, ConfigError
-
-TIMEOUT = 30.0  # seconds that an object store may take to answer
 
 
 @dataclass(frozen=True)
