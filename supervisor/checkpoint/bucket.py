@@ -184,7 +184,7 @@ class Bucket:
         """Remove objects; those that are gone already do not matter."""
         limit = asyncio.Semaphore(self.limits.parallel)
 
-        async def one(name: str) -> None:  # one by one: not every server has S3's bulk deletion
+        async def one(name: str) -> None:  # one by one: some stores raise for a list of which one is gone
             async with limit:
                 try:
                     await self._again(f"removing {name}", lambda: obstore.delete_async(self._store, name))
@@ -295,10 +295,8 @@ def reason(error: Exception) -> str:
     status, code = _STATUS.search(text), _CODE.search(text)
     if status is not None:
         return status[1].strip() + (f" ({code[1]})" if code else "")
-    line = text.partition("\n")[0].strip()
-    if "operation timed out" in text or "request timed out" in text:
-        return f"no answer in time: {line}"
-    return line[:300]
+    line = text.partition("\n")[0].strip()[:300]
+    return f"no answer in time: {line}" if "TimedOut" in text else line
 
 
 def _translated(error: Exception, what: str) -> StorageError:
