@@ -154,7 +154,9 @@ def test_what_a_killed_drain_left_is_swept_by_its_owner_only(
     reached.set(fault)
     where = storage.where
     assert isinstance(where, Remote)
-    patient = Limits(timeout=20)  # so that it ends by the cancellation, and cleans up as little as a killed one
+    patient = Limits(
+        timeout=20
+    )  # so that it ends by the cancellation, and cleans up as little as a killed one
     killed = ObjectStorage(connect(where, patient), where, None, patient)
     with ThreadPoolExecutor(1) as pool:
         drain = pool.submit(killed.drain, source, origin(7, epoch=3), cancelled=fault.seen.is_set)

@@ -11,8 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +60,7 @@ def running() -> Iterator[Server]:
     argv = [
         str(WEED), f"-logdir={folder}", "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=64",
-        "-master.telemetry=false",
+        "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
         *(f"-{part}.port={first}" for part, (first, _) in named.items()),
         *(f"-{part}.port.grpc={second}" for part, (_, second) in named.items()),
     ]  # fmt: skip
@@ -102,8 +100,6 @@ def _await(endpoint: str, server: subprocess.Popen[bytes], output: Path) -> None
     limit = time.monotonic() + DEADLINE
     while True:
         try:
-            with contextlib.suppress(urllib.error.HTTPError):
-                urllib.request.urlopen(endpoint, timeout=2)
             obstore.put(store, "ready", b"yes")
             obstore.delete(store, "ready")
             return
