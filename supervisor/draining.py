@@ -161,7 +161,8 @@ class Draining:
         why = self.failure or "there was no time"
         cancelled = threading.Event()
         work = asyncio.ensure_future(self._commit(self._refuge, folder, record, cancelled))
-        await self._wait(work, self._time_left)
+        least = clock.monotonic() + EMERGENCY_LEAST  # late as it may be
+        await self._wait(work, lambda: max(self._time_left(), least - clock.monotonic()))
         cancelled.set()
         if not work.done():
             work.cancel()

@@ -6,7 +6,7 @@ hashed anew), by ``attempts`` and ``patience``, all of them counted for the oper
 such bucket) are not tried again. What is left after that is a StorageError.
 
 An upload that is given up is aborted, so that its parts cost nothing. Where even that cannot be done (the server hangs, the
-process is killed), they stay with the server, invisible; a lifecycle rule of the bucket removes them (docs/checkpoints.md).
+process is killed), they stay with the server, invisible, until ``abandoned`` or a rule of the bucket removes them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Remote
 from supervisor.checkpoint.manifest import FileEntry, Key
 from supervisor.checkpoint.verify import Hasher
+from supervisor.edge import clock
 from supervisor.edge.files import Pace
 from supervisor.errors import ConfigError, StorageError
 
@@ -71,13 +72,13 @@ class Limits:
 
     timeout: float  # seconds for one request, with the client's own repetitions
     attempts: int = 4
-    patience: float | None = None  # seconds after which no operation is begun anew; None: 2 × timeout
+    patience: float | None = None  # seconds from its first failure on; None: 2 × timeout
     parallel: int = 4  # requests at once
     first_wait: float = 0.2  # seconds, doubling
 
     @property
     def until(self) -> float:
-        """Seconds after which an operation is not begun anew."""
+        """Seconds from its first failure after which an operation is not begun anew."""
         return 2 * self.timeout if self.patience is None else self.patience
 
 
@@ -200,8 +201,7 @@ class Bucket:
         try:
             async for attempt in tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_exception(_may_pass),
-                stop=tenacity.stop_after_attempt(self.limits.attempts)
-                | tenacity.stop_after_delay(self.limits.until),
+                stop=_Patience(self.limits),
                 wait=tenacity.wait_exponential(
                     multiplier=self.limits.first_wait,
                     max=max(self.limits.first_wait, self.limits.timeout / 4),
@@ -213,6 +213,19 @@ class Bucket:
         except (refusals.BaseError, OSError, NotImplementedError) as error:  # some of its errors are built in
             raise _translated(error, f"{doing} in {self.where} failed") from None
         raise AssertionError("tenacity returns or raises")
+
+
+class _Patience:
+    """When to stop: the time counts from the first failure, for an upload may take long before it fails."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._since: float | None = None
+
+    def __call__(self, state: tenacity.RetryCallState) -> bool:
+        now = clock.monotonic()
+        self._since = now if self._since is None else self._since
+        return state.attempt_number >= self._limits.attempts or now - self._since >= self._limits.until
 
 
 class Feed:

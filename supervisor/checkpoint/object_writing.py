@@ -9,8 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+from xml.etree import ElementTree as ET
 
 from supervisor.checkpoint import catalog
+from supervisor.checkpoint.abandoned import abort_uploads
 from supervisor.checkpoint.bucket import Bucket, Feed, MissingError, TakenError, together
 from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Location, Remote
@@ -195,6 +197,7 @@ class ObjectWriter:
             directory, _, name = path.partition("/")
             found[directory][name] = size
         swept: list[Location] = []
+        others: set[str] = set()
         for directory, sizes in sorted(found.items()):
             if catalog.step_of(directory) < 0 or not is_leftover(sizes):
                 continue
@@ -205,7 +208,23 @@ class ObjectWriter:
             if whose.run_id == owner.run_id and whose.epoch <= owner.epoch:
                 await self.discard(directory, owner, only_leftover=True)
                 swept.append(self._where / directory)
+            else:
+                others.add(directory)
+        await self._abort_uploads(others)
         return swept
+
+    async def _abort_uploads(self, others: set[str]) -> None:
+        """Have the server forget the parts of uploads that a killed supervisor has begun; not those of ``others``."""
+
+        def is_ours(name: str) -> bool:
+            directory = name.partition("/")[0]
+            return catalog.step_of(directory) >= 0 and directory not in others
+
+        timeout = self._quick.limits.timeout
+        try:
+            await asyncio.to_thread(abort_uploads, self._where, is_ours, timeout=timeout)
+        except (OSError, ET.ParseError):
+            return  # they cost money, not correctness
 
     async def probe(self) -> None:
         """Write, read and delete a small object, and see that put-if-absent is honoured. Raises ConfigError."""

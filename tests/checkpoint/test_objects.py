@@ -18,6 +18,7 @@ import pytest
 from obstore.store import MemoryStore
 
 from supervisor.checkpoint import bucket
+from supervisor.checkpoint.abandoned import abort_uploads
 from supervisor.checkpoint.bucket import Limits, connect
 from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Remote
@@ -168,6 +169,39 @@ def test_what_a_killed_drain_left_is_swept_by_its_owner_only(
     assert storage.sweep(Owner("run-1", 2)) == []  # an older supervisor of the job
     assert storage.sweep(Owner("run-1", 4)) == [storage.where / "step-000000007"]
     assert storage.sweep(Owner("run-1", 4)) == []
+
+
+def uploads(where: Remote) -> list[str]:
+    """The uploads in parts that have begun and not ended below ``where``, as the server lists them."""
+    found: list[str] = []
+
+    def note(name: str) -> bool:
+        found.append(name)
+        return False
+
+    abort_uploads(where, note, timeout=10)
+    return found
+
+
+def test_the_parts_of_a_killed_upload_are_given_back_at_the_next_start(
+    storage: ObjectStorage, source: Path, reached: Proxy
+) -> None:
+    fault = Fault("hang", only=rb"partNumber=2")
+    reached.set(fault)
+    where = storage.where
+    assert isinstance(where, Remote)
+    patient = Limits(timeout=20)
+    killed = ObjectStorage(connect(where, patient), where, None, patient)
+    with ThreadPoolExecutor(1) as pool:
+        drain = pool.submit(killed.drain, source, origin(7), cancelled=fault.seen.is_set)
+        with pytest.raises(CancelledError):
+            drain.result(30)
+    reached.set(None)
+    assert uploads(where) == ["step-000000007/__2_0.distcp"]
+    storage.sweep(Owner("another-run", 1))  # whose prefix it shares by mistake
+    assert uploads(where) == ["step-000000007/__2_0.distcp"]
+    storage.sweep(Owner("run-1", 1))
+    assert uploads(where) == []
 
 
 def test_two_writers_of_the_same_step(storage: ObjectStorage, tmp_path: Path) -> None:
