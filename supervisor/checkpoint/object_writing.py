@@ -165,11 +165,17 @@ class ObjectWriter:
     # ------------------------------------------------------------------ removing
 
     async def _clean(self, directory: str, marker: bytes) -> None:
-        """Remove what a failed drain has written, if that can be done at once; else a later drain or ``sweep`` does."""
+        """Remove what a failed drain has written, if that can be done at once; else a later drain or ``sweep`` does.
+
+        The marker stays: a request that was given up may yet be carried out, and what it leaves must not look like
+        somebody else's. The next drain of the step takes it over, the next start sweeps it.
+        """
 
         async def work() -> None:
             if await self._quick.get(f"{directory}/{PARTIAL_NAME}", _LARGEST_MARKER) == marker:
-                await self.discard(directory, _owner(marker), only_leftover=True)
+                paths = await self._quick.sizes(directory)
+                if f"{directory}/{MANIFEST_NAME}" not in paths:
+                    await self._quick.delete(sorted(paths.keys() - {f"{directory}/{PARTIAL_NAME}"}))
 
         try:
             await asyncio.wait_for(work(), _CLEANING)

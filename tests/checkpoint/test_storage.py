@@ -177,8 +177,13 @@ def test_a_cancelled_drain_leaves_nothing(place: Place, source: Path) -> None:
 
     with pytest.raises(CancelledError):
         storage.drain(source, origin(8), cancelled=cancelled, bandwidth=4e6)
-    assert place.names() == before
+    left = place.names() - before
+    assert left <= {
+        f"step-000000008/{PARTIAL_NAME}"
+    }  # in an object store the marker stays until the next start
     assert steps(storage) == [7]
+    storage.sweep(OWNER)
+    assert place.names() == before
 
 
 def test_a_fence_stops_it_before_the_commit(place: Place, source: Path) -> None:
