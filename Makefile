@@ -20,6 +20,7 @@ help:
 	@echo "make format     let the formatter and the linter rewrite what they can"
 	@echo "make benchmark  what the supervisor itself costs"
 	@echo "make benchmark-recovery  from a kill to the next first step, beside torchrun's own restarts"
+	@echo "make benchmark-drain  from a snapshot to a durable checkpoint, beside cp and a plain upload"
 	@echo "make lock       renew $(LOCK) from pyproject.toml"
 
 $(STAMP): pyproject.toml $(LOCK)
@@ -49,6 +50,9 @@ format: $(STAMP)
 
 benchmark: $(STAMP)
 	$(ACTIVATED) $(BIN)/python benchmarks/supervisor_cost.py
+
+benchmark-drain: $(STAMP)
+	$(ACTIVATED) $(BIN)/python benchmarks/drain.py
 
 benchmark-recovery: $(STAMP)
 	$(ACTIVATED) $(BIN)/python benchmarks/recovery.py

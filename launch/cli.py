@@ -149,7 +149,17 @@ def _run_parser(commands: Any) -> _Parser:
         help="make a snapshot durable (default: auto, from the measured cost and failure rate)",
     )
     saving.add_argument(
-        "--checkpoints", metavar="PATH", help="where to (default: checkpoints in the job directory)"
+        "--checkpoints",
+        metavar="PATH|URL",
+        help="where to: a directory, s3://bucket/prefix, gs://… or az://… (default: checkpoints in the job directory)",
+    )
+    saving.add_argument(
+        "--checkpoint-bandwidth",
+        metavar="RATE",
+        help="at most this much a second, as 200MB (default: no limit)",
+    )
+    saving.add_argument(
+        "--storage-timeout", metavar="TIME", help="an object store's time to answer a request (default: 30s)"
     )
     _add_retention(saving)
     stopping = parser.add_argument_group("failing and stopping")
@@ -254,7 +264,10 @@ def _checkpoints_parsers(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
     for one in (listing, verifying, pruning):
         _add_job(one)
         one.add_argument(
-            "--checkpoints", metavar="PATH", default=argparse.SUPPRESS, help="where they are, if elsewhere"
+            "--checkpoints",
+            metavar="PATH|URL",
+            default=argparse.SUPPRESS,
+            help="where they are, if elsewhere",
         )
     return {"list": listing, "verify": verifying, "prune": pruning}
 

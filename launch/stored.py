@@ -8,26 +8,28 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from supervisor.checkpoint import catalog
 from supervisor.checkpoint.catalog import CheckpointRecord
+from supervisor.checkpoint.location import Location
 from supervisor.checkpoint.manifest import Key
+from supervisor.checkpoint.storage import CheckpointStorage, Owner, open_storage
 from supervisor.decide.retention import RetentionPolicy, to_remove
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.errors import JobError, UsageError
 from supervisor.replay import Replay
 
 
-def checkpoints_of(job: Path) -> Path:
+def checkpoints_of(job: Path) -> Location:
     """Where a job keeps its checkpoints: where its newest one went, else the default place."""
     return _folded(job).checkpoints or job / "checkpoints"
 
 
-def show_list(job: Path, place: Path, *, json: bool, verify: bool) -> int:
+def show_list(job: Path, place: Location, *, json: bool, verify: bool) -> int:
     """Every checkpoint, newest first. Those never compared byte by byte have ``verified`` null."""
     key = Key.from_environment()
-    records = catalog.list_checkpoints(place, key)
+    storage = open_storage(place, key)
+    records = storage.records()
     if verify:
-        records = [_verified(record, key) for record in records]
+        records = [_verified(record, storage) for record in records]
         verdicts = {record.path: record.problem is None for record in records}
     else:
         verdicts = _folded(job).verdicts | {record.path: False for record in records if record.problem}
@@ -41,10 +43,10 @@ def show_list(job: Path, place: Path, *, json: bool, verify: bool) -> int:
     return 0
 
 
-def verify(place: Path, steps: Collection[int], *, json: bool) -> int:
+def verify(place: Location, steps: Collection[int], *, json: bool) -> int:
     """Compare every byte of all checkpoints, or of those at ``steps``; 1 when any is bad."""
-    key = Key.from_environment()
-    records = catalog.list_checkpoints(place, key)
+    storage = open_storage(place, Key.from_environment())
+    records = storage.records()
     missing = sorted(set(steps) - {record.step for record in records})
     if missing:
         there = ", ".join(str(record.step) for record in records) or "none"
@@ -53,7 +55,7 @@ def verify(place: Path, steps: Collection[int], *, json: bool) -> int:
     for record in records:
         if steps and record.step not in steps:
             continue
-        checked.append(_verified(record, key))
+        checked.append(_verified(record, storage))
         if not json:
             print(_row(checked[-1], checked[-1].problem is None), flush=True)
     if json:
@@ -63,20 +65,20 @@ def verify(place: Path, steps: Collection[int], *, json: bool) -> int:
     return 1 if any(record.problem for record in checked) else 0
 
 
-def prune(job: Path, place: Path, policy: RetentionPolicy, *, json: bool, dry_run: bool) -> int:
+def prune(job: Path, place: Location, policy: RetentionPolicy, *, json: bool, dry_run: bool) -> int:
     """Remove what no rule keeps. The newest one that verifies stays, and so do damaged ones: those are left to the user."""
-    key = Key.from_environment()
+    storage = open_storage(place, Key.from_environment())
     directory = JobDirectory(job)
-    if directory.read() is None:
+    if (file := directory.read()) is None:
         raise JobError(f"no job in {directory.path}")
     if dry_run:
-        removed = _superfluous(place, policy, key)
+        removed = _superfluous(storage, policy)
     else:
         with directory.claim():  # a running supervisor prunes by itself, and may be reading or writing one
-            removed = _superfluous(place, policy, key)
+            removed = _superfluous(storage, policy)
             for record in removed:
-                catalog.remove(record)
-            catalog.sweep(place)
+                storage.remove(record)
+            storage.sweep(Owner(file.run_id, file.epoch))
     if json:
         _print_json([_plain(record, None) for record in removed])
         return 0
@@ -88,16 +90,20 @@ def prune(job: Path, place: Path, policy: RetentionPolicy, *, json: bool, dry_ru
     return 0
 
 
-def _superfluous(place: Path, policy: RetentionPolicy, key: Key | None) -> list[CheckpointRecord]:
-    best, damaged = catalog.newest_good(place, key)
-    bad = {record.path: record for record in damaged}
-    records = [bad.get(record.path, record) for record in catalog.list_checkpoints(place, key)]
-    steps = to_remove(records, policy, {best.step} if best is not None else set())
+def _superfluous(storage: CheckpointStorage, policy: RetentionPolicy) -> list[CheckpointRecord]:
+    best: int | None = None
+    records = []
+    for record in storage.records():  # newest first
+        if best is None and record.step >= 0:
+            record = _verified(record, storage)
+            best = record.step if record.problem is None else None
+        records.append(record)
+    steps = to_remove(records, policy, {best} if best is not None else set())
     return [record for record in records if record.problem is None and record.step in steps]
 
 
-def _verified(record: CheckpointRecord, key: Key | None) -> CheckpointRecord:
-    problems = catalog.verify(record, key)
+def _verified(record: CheckpointRecord, storage: CheckpointStorage) -> CheckpointRecord:
+    problems = storage.verify(record)
     return replace(record, problem="; ".join(problems) or None)
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from supervisor.checkpoint import location
+from supervisor.checkpoint.location import TIMEOUT, Location
 from supervisor.decide.retention import KeepBest, RetentionPolicy
 from supervisor.errors import ConfigError
 
@@ -23,6 +25,8 @@ DEFAULT_FILE: Final = "everstep.yaml"
 _INTERVALS: Final = "1step, 50steps, 10s, 5m, 1h or never"
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd])")
+_RATE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?B)(?:/s)?", re.IGNORECASE)
+_BYTES: Final = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 _STEPS: Final = re.compile(r"([0-9]+)\s*steps?")
 
 
@@ -110,8 +114,12 @@ class Options:
     """The job directory. None: ``everstep-runs/<name>``, under SLURM ``<name>-<job id>``; filled in by the command line."""
     name: str | None = None
     """The job's name. None: the script's."""
-    checkpoints: Path | None = None
-    """Where checkpoints go. None: ``checkpoints`` in the job directory."""
+    checkpoints: Location | None = None
+    """Where checkpoints go: a directory, or a URL (s3, gs, az). None: ``checkpoints`` in the job directory."""
+    checkpoint_bandwidth: float | None = None
+    """Bytes a second that writing checkpoints may take. None: no limit."""
+    storage_timeout: float = TIMEOUT
+    """Seconds that an object store may take to answer a request."""
     snapshot_every: Interval = SNAPSHOT_EVERY
     """How often the state is copied to host RAM."""
     checkpoint_every: Interval = Interval(unit=Unit.AUTO)
@@ -147,6 +155,8 @@ class Options:
             raise ConfigError(f"--grace {self.grace:g}s: longer than 0")
         if self.name is not None and (not self.name or self.name in (".", "..") or "/" in self.name):
             raise ConfigError(f"--name {self.name!r}: a plain name without slashes is required")
+        if not 0 < self.storage_timeout < math.inf:
+            raise ConfigError(f"--storage-timeout {self.storage_timeout:g}s: longer than 0")
         if self.snapshot_every.is_auto:
             raise ConfigError("--snapshot-every auto: only --checkpoint-every can be auto")
         if self.checkpoint_every.is_never:
@@ -160,7 +170,7 @@ class Options:
             )
         if (
             self.dir is not None
-            and self.checkpoints is not None
+            and isinstance(self.checkpoints, Path)
             and self.dir.absolute() == self.checkpoints.absolute()
         ):
             raise ConfigError(
@@ -179,7 +189,7 @@ class Options:
         return RetentionPolicy(keep_last=self.keep_last, keep_every=self.keep_every, keep_best=self.keep_best)
 
     @property
-    def checkpoints_directory(self) -> Path:
+    def checkpoints_directory(self) -> Location:
         """Where checkpoints go, once ``dir`` is known."""
         if self.checkpoints is not None:
             return self.checkpoints
@@ -207,11 +217,16 @@ def _path(value: object) -> Path:
     return Path(text).expanduser()
 
 
-def _checkpoints(value: object) -> Path:
+def _checkpoints(value: object) -> Location:
     text = _text(value)
-    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text):
-        raise ConfigError(f"{text}: {found[1]}:// is not supported so far; a path is")
-    return _path(text)
+    return location.parse(text) if location.is_url(text) else _path(text)
+
+
+def _bandwidth(value: object) -> float:
+    found = _RATE.fullmatch(_text(value).strip()) if isinstance(value, str) else None
+    if not found or float(found[1]) == 0:
+        raise ConfigError(f"{value!r} is no bandwidth; allowed: 500KB, 200MB, 1.5GB (a second)")
+    return float(found[1]) * _BYTES[found[2].upper()]
 
 
 def _text(value: object) -> str:
@@ -278,6 +293,8 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "dir": _path,
     "name": _text,
     "checkpoints": _checkpoints,
+    "checkpoint_bandwidth": _bandwidth,
+    "storage_timeout": _duration,
     "snapshot_every": _snapshot_interval,
     "checkpoint_every": _checkpoint_interval,
     "keep_last": _whole,

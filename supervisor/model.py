@@ -264,6 +264,7 @@ class CheckpointCommitted(Fact):
     seconds: float
     bytes: int
     metrics: dict[str, float] = field(default_factory=dict)
+    emergency: bool = False  # in the job directory, because the place for checkpoints did not take it in time
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import platform
 import signal
 import socket
 from collections import Counter
@@ -22,11 +21,9 @@ from typing import Any
 from supervisor import evidence as evidences
 from supervisor.about import version
 from supervisor.attempt import Attempt
-from supervisor.checkpoint import catalog
-from supervisor.checkpoint.manifest import Key
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.edge import clock, jobdir, processes
+from supervisor.edge import clock, jobdir, processes, threads
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.errors import EverstepError
@@ -37,23 +34,20 @@ from supervisor.model import (
     AttemptEnded,
     AttemptEvidence,
     AttemptStarted,
-    CheckpointRejected,
     Decided,
     Failure,
     RunEnded,
     RunStarted,
     StopCause,
     StopRequested,
-    Tier,
     Verdict,
 )
 from supervisor.program import Program
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
-from supervisor.resume import Resume, choose
 from supervisor.savepoints import SavePoints
-from supervisor.snapshots import Snapshots, Stamp
 from supervisor.standby import Standby, Waiting
+from supervisor.stores import Stores
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
@@ -73,20 +67,8 @@ class Node:
         self._options, self._program, self._job, self._file = options, program, job, file
         self._ledger, self._console = ledger, console
         self._runtime = Path(file.runtime)
-        self._checkpoints = options.checkpoints_directory.absolute()
-        self._key = Key.from_environment()
-        self._snapshots = Snapshots(
-            self._runtime,
-            self._checkpoints,
-            stamp=Stamp(
-                file.run_id, file.epoch, {"everstep": version(), "python": platform.python_version()}
-            ),
-            key=self._key,
-            policy=options.retention,
-            fence=lambda: job.fence(file.epoch),
-            fact=ledger.add,
-            report=console.say,
-        )
+        self._stores = Stores(options, job, file, ledger, console)
+        self._snapshots, self._draining = self._stores.snapshots, self._stores.draining
         self._launcher = Launcher(program, job.path, file.run_id, self._runtime)
         self._welcome: Message = {"save_every_steps": list(options.save_every)}
         self._standby = Standby(
@@ -113,6 +95,7 @@ class Node:
     async def run(self) -> int:
         """From taking charge to leaving; returns the exit code."""
         processes.become_subreaper()
+        swept = await self._stores.sweep()
         record, limits = self._ledger.record, self._options
         self._ledger.add(
             RunStarted(
@@ -141,7 +124,6 @@ class Node:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         channel = Channel(self._runtime / "socket", self._on_message, self._console.say)
         await channel.open()
-        swept = await asyncio.to_thread(catalog.sweep, self._checkpoints)
         if swept:
             self._console.say(f"unfinished checkpoints removed: {', '.join(path.name for path in swept)}")
         try:
@@ -157,7 +139,7 @@ class Node:
         code = restart.exit_code(verdict.action, self._stop)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
-        if self._cut_short == "user":
+        if self._cut_short == "user" or threads.are_busy():
             self._leave_at_once(code)
         return code
 
@@ -187,11 +169,11 @@ class Node:
             await self._standby.drop()
         attempt = standby.attempt if standby else self._new_attempt(number)
         self._ledger.add(AttemptStarted(time=clock.now(), attempt=number, standby=standby is not None))
-        resume = asyncio.create_task(self._choose_resume())
+        resume = asyncio.create_task(self._stores.choose())
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         savepoints = SavePoints(attempt)
         self._pulse = Pulse(
-            attempt, self._options, self._ledger, self._snapshots, savepoints, self._console, self._drive_stop,
+            attempt, self._options, self._ledger, self._snapshots, self._draining, savepoints, self._console, self._drive_stop,
             on_first_step=lambda: self._standby.arm(attempt),
         )  # fmt: skip
         self._reception = Reception(
@@ -204,6 +186,7 @@ class Node:
             welcome=self._welcome,
             on_saved=self._pulse.saved,
             on_imported=self._standby.imported,
+            on_restored=self._stores.staging.clear,
             prefix_lines=self._program.has_ranks,
         )
         beat = asyncio.create_task(self._pulse.beat())
@@ -251,17 +234,6 @@ class Node:
             port.release()
             self._console.finish(attempt.logs)
 
-    async def _choose_resume(self) -> Resume:
-        resume = await asyncio.to_thread(choose, self._snapshots.newest(), self._checkpoints, self._key)
-        now = clock.now()
-        for path, reason in resume.rejected:
-            self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
-            self._console.say(f"{path} is damaged: {reason}; skipping it")
-        if resume.tier is not Tier.RAM:
-            self._snapshots.drop_all()
-            self._snapshots.known_good(resume.step if resume.tier is Tier.CHECKPOINT else None)
-        return resume
-
     # ------------------------------------------------------------------ the end of an attempt
 
     async def _post_mortem(self, attempt: Attempt) -> Verdict:
@@ -270,10 +242,11 @@ class Node:
         self._pulse.note_first_step()
         self._pulse.tell_progress()
         self._snapshots.reset()
+        self._stores.staging.clear()
         self._unloadable.update(self._reception.unloadable)
         for path in self._reception.unloadable:
             if self._unloadable[path] > 1:  # once may be the moment's fault
-                self._snapshots.drop(path)
+                self._stores.drop(path)
         evidence = attempt.evidence()
         completed = attempt.finished and all(seat.completed is not False for seat in attempt.seats.values())
         stopped = self._stop is not None and not (completed and attempt.has_session)
@@ -314,7 +287,7 @@ class Node:
         """The last verdict, given once the newest state is durable, or it is known why it cannot be."""
         await self._standby.end()
         await self._catch_up()
-        self._unsaved = await self._snapshots.secure(last_step, may_drain=self._cut_short != "user")
+        self._unsaved = await self._draining.secure(last_step, may_drain=self._cut_short != "user")
         verdict = decide()
         if self._unsaved:
             action = Action.GIVE_UP if verdict.action is Action.COMPLETE else verdict.action
@@ -381,6 +354,7 @@ class Node:
         )
         self._stop_seen.set()
         self._background(self._standby.end())
+        self._draining.deadline = clock.monotonic() + self._options.grace
         asyncio.get_running_loop().call_later(self._options.grace, self._end_now, "grace")
         self._drive_stop()
 
@@ -391,7 +365,7 @@ class Node:
     def _end_now(self, why: str) -> None:
         self._cut_short = self._cut_short or why
         if why == "user":
-            self._snapshots.cancel()
+            self._draining.cancel()
         if self._pulse is not None:
             self._pulse.end_attempt()
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from supervisor.attempt import Attempt
 from supervisor.config import Options
 from supervisor.decide import interval
+from supervisor.draining import Draining
 from supervisor.edge import clock, processes
 from supervisor.edge.console import Console
 from supervisor.edge.control import Word
@@ -35,6 +36,7 @@ class Pulse:
         options: Options,
         ledger: Ledger,
         snapshots: Snapshots,
+        draining: Draining,
         savepoints: SavePoints,
         console: Console,
         drive_stop: Callable[[], None],
@@ -42,6 +44,7 @@ class Pulse:
     ) -> None:
         self._attempt, self._options, self._ledger = attempt, options, ledger
         self._snapshots, self._savepoints, self._console = snapshots, savepoints, console
+        self._draining = draining
         self._wants_stop, self._on_first_step = drive_stop, on_first_step
         self._stop_proposed = self._stop_forwarded = False
         now = clock.monotonic()
@@ -75,7 +78,9 @@ class Pulse:
             or self._checkpoint_is_due(step, now)
         ):
             self._checkpoint_at = now
-            self._snapshots.drain()
+            self._draining.drain()
+        else:
+            self._draining.retry(now)
 
     def _want_due_saves(self) -> None:
         if not self._savepoints.is_idle or not self._attempt.in_session:
@@ -101,7 +106,7 @@ class Pulse:
         mtbf = interval.estimate_mtbf(
             failures=record.restarts + record.preemptions, seconds=record.spent.supervised, prior=MTBF_PRIOR
         )
-        cost = self._snapshots.drain_seconds or COST_PRIOR
+        cost = self._draining.seconds or COST_PRIOR
         return interval.young_daly(cost, mtbf, shortest=SHORTEST_AUTO, longest=LONGEST_AUTO)
 
     # ------------------------------------------------------------------ signs of life

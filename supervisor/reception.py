@@ -34,6 +34,7 @@ class Reception:
         welcome: Message,
         on_saved: Callable[[int, ProposalFlag], None],
         on_imported: Callable[[list[str]], None],
+        on_restored: Callable[[], None],
         prefix_lines: bool,
     ) -> None:
         self._attempt = attempt
@@ -45,6 +46,8 @@ class Reception:
         self._welcome = welcome
         self._saved = on_saved
         self._imported = on_imported
+        self._on_restored = on_restored
+        self._restored: set[int] = set()
         self._prefix_lines = prefix_lines
         #: states that a rank could not load although their digests were right
         self.unloadable: set[Path] = set()
@@ -105,7 +108,7 @@ class Reception:
                     attempt=self._attempt.number,
                     step=resume.step,
                     tier=resume.tier,
-                    path=str(resume.path) if resume.path else None,
+                    path=str(resume.kept) if resume.kept else None,
                 )
             )
         return {
@@ -119,6 +122,9 @@ class Reception:
         self._attempt.restore_seconds = max(self._attempt.restore_seconds, seconds)
         if seat.rank == 0 and int(message["step"]):
             self._console.say(f"resumed at step {message['step']} in {seconds:.2f} s")
+        self._restored.add(seat.rank)
+        if len(self._restored) == self._attempt.world_size:
+            self._on_restored()
 
     def _on_rejected(self, seat: Seat, message: Message) -> None:
         path, reason = Path(str(message["path"])), str(message["reason"])

@@ -46,6 +46,8 @@ class JobRecord:
     previous_fingerprint: str | None = None  # of the failure before, if nothing was committed since
     snapshot: Point | None = None
     checkpoint: Point | None = None
+    drain_failure: str | None = None  # why no newer checkpoint could be written; None: the last one was
+    drain_failure_time: float | None = None
     stop: StopRequested | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     resumed_step: int | None = None  # where the newest attempt resumed; None: not yet, or it has no Session

@@ -24,6 +24,7 @@ from typing import Final
 
 from supervisor import model, record, timesheet
 from supervisor.about import version
+from supervisor.checkpoint.location import Location, located
 from supervisor.decide import goodput, lifecycle
 from supervisor.edge import journal, plain
 from supervisor.edge.journal import OutOfOrderError, Place, Reader
@@ -71,14 +72,14 @@ class Replay:
         return self._fold.problems
 
     @property
-    def checkpoints(self) -> Path | None:
-        """The folder of the checkpoint that was committed last."""
-        return None if self._fold.checkpoints is None else Path(self._fold.checkpoints)
+    def checkpoints(self) -> Location | None:
+        """Where the checkpoint lies that was committed last, emergencies apart."""
+        return None if self._fold.checkpoints is None else located(self._fold.checkpoints)
 
     @property
-    def verdicts(self) -> dict[Path, bool]:
+    def verdicts(self) -> dict[Location, bool]:
         """Checkpoint → whether its bytes were right when they were last compared; of the last few hundred."""
-        return {Path(path): good for path, good in self._fold.verdicts.items()}
+        return {located(path): good for path, good in self._fold.verdicts.items()}
 
     def advance(self) -> None:
         """Fold what is new in the journal. Raises JobError when it cannot be read."""
@@ -134,7 +135,8 @@ class Replay:
         match fact:
             case CheckpointCommitted():  # written anew
                 verdicts.pop(fact.path, None)
-                self._fold.checkpoints = str(Path(fact.path).parent)
+                if not fact.emergency:
+                    self._fold.checkpoints = str(located(fact.path).parent)
             case CheckpointRejected():
                 verdicts[fact.path] = False
             case Resumed(tier=Tier.CHECKPOINT, path=str(path)):

@@ -5,17 +5,29 @@ on another host has done meanwhile is not thrown away for an older state of this
 ``slot.json`` was written, and their sizes are checked. A checkpoint is verified by all of its digests before any rank is
 told of it, so all ranks alike skip a damaged one for the newest good one. Where there are checkpoints and none is good, the
 job is not begun anew behind its user's back: that is an error.
+
+Checkpoints may lie in two places: an object store, and the job directory with its emergency copies (or what was there
+before ``--checkpoints`` was given). Both count. What comes from an object store is fetched first, for the ranks to read a
+local directory. A store that does not answer never holds up an attempt that can go on from RAM: once this run has looked
+there, whatever is newer it knows itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from supervisor.checkpoint import catalog, slots
+from supervisor.checkpoint import slots
+from supervisor.checkpoint.catalog import CheckpointRecord
+from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import Key
+from supervisor.checkpoint.storage import CheckpointStorage
 from supervisor.errors import CheckpointError
 from supervisor.model import Tier
+from supervisor.staging import Staging
+
+Age = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -25,48 +37,91 @@ class Resume:
     step: int = 0
     tier: Tier | None = None
     path: Path | None = None
+    #: where the state is kept; ``path`` may be a copy of it that was fetched for the ranks
+    kept: Location | None = None
     #: damaged states that were skipped: path and reason
-    rejected: tuple[tuple[Path, str], ...] = ()
+    rejected: tuple[tuple[Location, str], ...] = ()
 
 
-def choose(
-    snapshot: tuple[Path, slots.SlotRecord] | None,
-    checkpoints: Path,
-    key: Key | None,
-) -> Resume:
+@dataclass(frozen=True)
+class Sources:
+    """What there is to resume from. ``newest``: attempt and step of the newest checkpoint, if that is known for certain."""
+
+    snapshot: tuple[Path, slots.SlotRecord] | None
+    places: Sequence[CheckpointStorage]
+    key: Key | None
+    staging: Staging
+    newest: Age | None = None
+
+
+def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> Resume:
     """Pick the state to resume from. Reads whole checkpoints: call it in a thread.
 
-    Raises CheckpointError when there are checkpoints and none of them is good, StorageError when they cannot be listed.
+    Raises CheckpointError when there are checkpoints and none of them is good, StorageError when they cannot be listed or
+    fetched (CancelledError when ``cancelled`` said so).
     """
-    rejected: list[tuple[Path, str]] = []
-    ram: Resume | None = None
-    if snapshot is not None:
-        folder, record = snapshot
+    sources.staging.clear()
+    rejected: list[tuple[Location, str]] = []
+    ram, age = _from_ram(sources, rejected)
+    if ram is not None and sources.newest is not None and age >= sources.newest:
+        return ram
+    listed = [(place, record) for place in sources.places for record in place.records()]
+    whole = [_age(record) for _, record in listed if record.problem is None]
+    if ram is not None and age >= max(whole, default=(-1, -1)):
+        return ram
+    good = None
+    refused: list[CheckpointRecord] = []
+    for place, record in sorted(listed, key=lambda one: (-one[1].step, -_age(one[1])[0])):
+        if record.step < 0 or (ram is not None and isinstance(record.path, Remote) and age > _age(record)):
+            continue
         try:
-            if slots.read_slot(folder, key) is not None:
-                ram = Resume(record.step, Tier.RAM, folder)
+            good = _fetched(place, record, sources.staging, cancelled)
+            break
         except CheckpointError as error:
-            rejected.append((folder, str(error)))
-        listed = [known for known in catalog.list_checkpoints(checkpoints, key) if known.problem is None]
-        if ram is not None and (record.attempt, record.step) >= max(map(_age, listed), default=(-1, -1)):
-            return ram
-    good, refused = catalog.newest_good(checkpoints, key)
-    rejected += [(bad.path, bad.problem or "damaged") for bad in refused]
-    if ram is not None and snapshot is not None:
-        record = snapshot[1]
-        if good is None or (record.attempt, record.step) > _age(good):
-            return Resume(ram.step, ram.tier, ram.path, tuple(rejected))
+            rejected.append((record.path, str(error)))
+            refused.append(record)
+    if ram is not None and (good is None or age > _age(record)):
+        return Resume(ram.step, ram.tier, ram.path, ram.kept, tuple(rejected))
     if good is None:
         if refused:
             raise CheckpointError(
-                f"{checkpoints} holds checkpoints, but none that is whole "
-                f"({refused[0].path.name}: {refused[0].problem}): "
+                f"{refused[0].path.parent} holds checkpoints, but none that is whole "
+                f"({refused[0].path.name}: {rejected[-len(refused)][1]}): "
                 "bring a good one back, or start anew in another --dir"
             )
         return Resume(rejected=tuple(rejected))
-    return Resume(good.step, Tier.CHECKPOINT, good.path, tuple(rejected))
+    return Resume(record.step, Tier.CHECKPOINT, good, record.path, tuple(rejected))
 
 
-def _age(record: catalog.CheckpointRecord) -> tuple[int, int]:
+def _from_ram(sources: Sources, rejected: list[tuple[Location, str]]) -> tuple[Resume | None, Age]:
+    if sources.snapshot is None:
+        return None, (-1, -1)
+    folder, record = sources.snapshot
+    try:
+        whole = slots.read_slot(folder, sources.key) is not None
+    except CheckpointError as error:
+        rejected.append((folder, str(error)))
+        whole = False
+    if not whole:
+        return None, (-1, -1)
+    return Resume(record.step, Tier.RAM, folder, folder), (record.attempt, record.step)
+
+
+def _fetched(
+    place: CheckpointStorage, record: CheckpointRecord, staging: Staging, cancelled: Callable[[], bool]
+) -> Path:
+    """A local directory with every byte of it checked."""
+    if not isinstance(record.path, Remote):
+        return place.fetch(record, record.path, cancelled=cancelled)
+    if record.problem is not None:
+        raise CheckpointError(record.problem)
+    try:
+        return place.fetch(record, staging.room(record.path.name, record.bytes), cancelled=cancelled)
+    except BaseException:
+        staging.clear()
+        raise
+
+
+def _age(record: CheckpointRecord) -> Age:
     """Later attempts are newer whatever their step."""
     return (record.manifest.origin.attempt if record.manifest else -1, record.step)

@@ -1,34 +1,26 @@
-"""Snapshots in this node's RAM, and their drain to durable storage.
+"""Snapshots in this node's RAM.
 
 A *slot* holds one snapshot: the files each rank wrote, and ``slot.json``, written by us once every rank of the job
 has told that its part is whole. The slot that holds the newest complete snapshot is never offered for writing, nor is one
 being drained; a slot's ``slot.json`` is removed before it is offered. So a kill at any instant leaves the newest
 complete snapshot whole, and what a half-written slot holds is never taken for one.
 
-One drain runs at a time, in a thread; when several snapshots wait, the newest wins.
+What makes them durable is in ``draining``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from supervisor.checkpoint import catalog, commit, slots
-from supervisor.checkpoint.manifest import Key, Origin
-from supervisor.decide.retention import RetentionPolicy, to_remove
+from supervisor.checkpoint import slots
+from supervisor.checkpoint.manifest import Key
 from supervisor.edge import clock, jobdir
 from supervisor.edge.control import SLOTS
 from supervisor.errors import CheckpointError, EverstepError
-from supervisor.model import (
-    CheckpointCommitted,
-    CheckpointFailed,
-    CheckpointsPruned,
-    Fact,
-    SnapshotCompleted,
-)
+from supervisor.model import Fact, SnapshotCompleted
 
 SNAPSHOT_FACT_PERIOD = 1.0  # seconds between two journal entries for snapshots
 
@@ -44,48 +36,28 @@ class _Save:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """What every checkpoint of this supervisor bears."""
-
-    run_id: str
-    epoch: int
-    versions: dict[str, str]
-
-
 class Snapshots:
-    """The slots of one job on this node, and where they drain to. Used from the loop's thread only."""
+    """The slots of one job on this node. Used from the loop's thread only."""
 
     def __init__(
         self,
         runtime: Path,
-        checkpoints: Path,
         *,
-        stamp: Stamp,
+        run_id: str,
         key: Key | None,
-        policy: RetentionPolicy,
-        fence: Callable[[], None],
         fact: Callable[[Fact], None],
-        report: Callable[[str], None],
     ) -> None:
         self._slots = [runtime / "slots" / str(index) for index in range(SLOTS)]
-        self._checkpoints = checkpoints
-        self._stamp, self._key, self._policy, self._fence, self._fact = stamp, key, policy, fence, fact
-        self._report = report
+        self._run_id, self._key, self._fact = run_id, key, fact
         self._saves: dict[int, _Save] = {}
         self._torn: set[tuple[int, int]] = set()  # steps and slots of which some rank's part is no good
         self._complete: dict[int, slots.SlotRecord] = {}  # slot → its complete snapshot
         self._offered: int | None = None
         self._failed: int | None = None  # the slot that the last save failed in: another one is tried next
         self._draining: int | None = None
-        self._waiting = False
-        self._task: asyncio.Task[None] | None = None
         self._said: SnapshotCompleted | None = None  # held back from the journal
         self._said_at = 0.0
-        self._cancelled = False
-        self._good: int | None = None  # newest step known to be whole on durable storage
-        self.failure: str | None = None  # why the newest drain failed, None once one has succeeded
-        self.drain_seconds: float | None = None  # of the last drain that committed
+        self.failure: str | None = None  # why the newest snapshot failed, None once one is whole
         for index, folder in enumerate(self._slots):
             with contextlib.suppress(CheckpointError):  # damaged, or another key's: as good as empty
                 record = slots.read_slot(folder, key)
@@ -166,12 +138,12 @@ class Snapshots:
                 attempt=attempt,
                 world_size=world_size,
                 created=clock.now(),
-                run_id=self._stamp.run_id,
+                run_id=self._run_id,
                 metrics=save.metrics,
             ),
             self._key,
         )
-        self._complete[slot], self._failed = record, None
+        self._complete[slot], self._failed, self.failure = record, None, None
         self._tell(
             SnapshotCompleted(
                 time=record.created, attempt=attempt, step=step, seconds=save.seconds, bytes=save.bytes
@@ -216,105 +188,9 @@ class Snapshots:
 
     # ------------------------------------------------------------------ drain
 
-    @property
-    def is_draining(self) -> bool:
-        """Whether a drain is running or waits to."""
-        return self._task is not None and not self._task.done()
-
-    def drain(self) -> None:
-        """Make the newest complete snapshot durable, in the background."""
-        self._waiting = True
-        if not self.is_draining:
-            self._task = asyncio.get_running_loop().create_task(self._drain_all())
-
-    async def settle(self) -> None:
-        """Wait for the drains that are wanted."""
-        if self._task is not None:
-            await self._task
-
-    async def secure(self, last_step: int | None, *, may_drain: bool) -> str | None:
-        """Make the newest snapshot durable, and see that ``last_step`` is; None when all is well, else what is not."""
-        newest = self.newest()
-        step = newest[1].step if newest is not None else -1
-        if newest is not None and not self.is_durable(step) and may_drain:
-            self.drain()
-        await self.settle()
-        why = self.failure or "there was no time"
-        if newest is not None and not self.is_durable(step):
-            return f"the snapshot of step {step} is in memory only ({why}): run again on this host"
-        if last_step is not None and not self.is_durable(last_step):
-            return f"the state after the last step was not saved ({why}): run again"
-        return None
-
-    def cancel(self) -> None:
-        """Give up the drain that is running; the snapshot stays in memory."""
-        self._cancelled = True
-
-    async def _drain_all(self) -> None:
-        while self._waiting:
-            self._waiting = False
-            index = self._newest_slot()
-            if index is None or self._complete[index].step == self._good:
-                continue
-            self._draining = index
-            try:
-                await self._drain_one(self._slots[index], self._complete[index])
-            finally:
-                self._draining = None
-
-    async def _drain_one(self, source: Path, record: slots.SlotRecord) -> None:
-        started = clock.monotonic()
-        target = catalog.step_directory(self._checkpoints, record.step)
-        origin = Origin(
-            step=record.step, attempt=record.attempt, epoch=self._stamp.epoch, run_id=self._stamp.run_id,
-            world_size=record.world_size, created=clock.now(), metrics=record.metrics, versions=self._stamp.versions,
-        )  # fmt: skip
-        try:
-            manifest = await asyncio.to_thread(
-                commit.drain,
-                source,
-                target,
-                origin,
-                key=self._key,
-                fence=self._fence,
-                cancelled=lambda: self._cancelled,
-            )
-        except (EverstepError, OSError) as error:
-            self.failure = str(error)
-            self._fact(CheckpointFailed(time=clock.now(), step=record.step, reason=str(error)))
-            return
-        self.failure, self._good = None, record.step
-        self.drain_seconds = clock.monotonic() - started
-        self._fact(
-            CheckpointCommitted(
-                time=clock.now(), attempt=record.attempt, step=record.step, path=str(target), seconds=self.drain_seconds,
-                bytes=manifest.bytes, metrics=dict(manifest.origin.metrics),
-            )
-        )  # fmt: skip
-        try:
-            removed = await asyncio.to_thread(self._prune)
-        except (EverstepError, OSError) as error:
-            self._report(f"old checkpoints could not be removed: {error}")
-            return
-        if removed:
-            self._fact(CheckpointsPruned(time=clock.now(), steps=tuple(sorted(removed))))
-
-    def known_good(self, step: int | None) -> None:
-        """The newest checkpoint that verifies is the one of ``step`` (None: there is none)."""
-        self._good = step
-
-    def is_durable(self, step: int) -> bool:
-        """Whether a checkpoint of ``step`` or a later one was verified or committed in this run."""
-        return self._good is not None and self._good >= step
-
-    def _prune(self) -> list[int]:
-        records = catalog.list_checkpoints(self._checkpoints, self._key)
-        doomed = to_remove(records, self._policy, protected={self._good} if self._good is not None else set())
-        removed = [record.step for record in records if record.step in doomed and record.problem is None]
-        for record in records:
-            if record.step in removed:
-                catalog.remove(record)
-        return removed
+    def hold(self, path: Path | None) -> None:
+        """The slot that is being drained, which must not be written; None: none is."""
+        self._draining = None if path is None else self._slots.index(path)
 
 
 def _age(record: slots.SlotRecord) -> tuple[int, int]:

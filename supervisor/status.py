@@ -163,6 +163,7 @@ def to_json(status: Status) -> dict[str, Any]:
         },
         "snapshot": _held(status.snapshot, status.now),
         "checkpoint": _held(status.checkpoint, status.now),
+        "checkpoint_failure": record.drain_failure,
         "goodput": round(status.spent.goodput, 6),
         "seconds": {name: round(seconds, 3) for name, seconds in asdict(status.spent).items()},
         "lost_steps": record.lost_steps,
@@ -186,6 +187,16 @@ def to_text(status: Status) -> str:
         ("progress", _progress(status)),
         ("snapshot", _held_text(status.snapshot, status.now)),
         ("checkpoint", _held_text(status.checkpoint, status.now)),
+        *(
+            [
+                (
+                    "",
+                    f"a newer one failed {_ago(record.drain_failure_time, status.now)}: {record.drain_failure}",
+                )
+            ]
+            if record.drain_failure
+            else []
+        ),
         ("goodput", _goodput(status)),
         ("time", _time(status.spent)),
     ]
@@ -285,6 +296,10 @@ def _held_text(held: Held | None, now: float) -> str:
     age = "" if held.time is None else f", {duration(now - held.time)} ago"
     where = f", {held.path}" if held.path else ""
     return f"step {held.step}{age}{where}"
+
+
+def _ago(time: float | None, now: float) -> str:
+    return f"{duration(now - time)} ago" if time is not None else "some time ago"
 
 
 def _count(number: int, noun: str) -> str:

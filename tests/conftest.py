@@ -8,6 +8,8 @@ from collections.abc import Generator
 import hypothesis
 import pytest
 
+pytest_plugins = ["tests.stores.fixtures"]
+
 hypothesis.settings.register_profile("everstep", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("everstep")
 

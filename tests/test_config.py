@@ -86,7 +86,7 @@ def test_directories(tmp_path: Path) -> None:
     [
         (
             "snapshot_evry: 5s",
-            "unknown key 'snapshot_evry' (did you mean snapshot-every?); allowed: checkpoint-every, ",
+            "unknown key 'snapshot_evry' (did you mean snapshot-every?); allowed: checkpoint-bandwidth, ",
         ),
         ("zzz: 1", "unknown key 'zzz'; allowed:"),
         ("continue_: true", "unknown key 'continue_'"),
@@ -111,7 +111,15 @@ def test_directories(tmp_path: Path) -> None:
         ("max-failures: -1", "--max-failures -1: at least 0"),
         ("keep-best: loss", "keep-best: keep_best of 'loss': METRIC:min|max:M"),
         ("keep-every: 0", "keep_every of 0 steps"),
-        ("checkpoints: s3://b/x", "checkpoints: s3://b/x: s3:// is not supported so far; a path is"),
+        (
+            "checkpoints: ftp://b/x",
+            "checkpoints: ftp://b/x: ftp:// is not supported; allowed: a path, s3://bucket/prefix",
+        ),
+        ("checkpoints: s3:///x", "no bucket is named; allowed: s3://bucket/prefix"),
+        ("checkpoints: s3://b/../x", "only a bucket and a plain prefix are allowed"),
+        ("checkpoint-bandwidth: 200", "no bandwidth; allowed: 500KB, 200MB"),
+        ("checkpoint-bandwidth: 0MB", "no bandwidth"),
+        ("storage-timeout: 0s", "--storage-timeout 0s: longer than 0"),
         ("checkpoint-every: never\nkeep-every: 5", "--keep-every has nothing to keep"),
         ("checkpoint-every: 10steps\nsnapshot-every: 50steps", "contradicts --snapshot-every 50steps"),
         ("dir: d\ncheckpoints: d", "is the job directory itself"),

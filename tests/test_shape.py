@@ -74,3 +74,28 @@ def lines(module: str) -> int:
     path = ROOT / Path(*module.split("."))
     file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
     return len(file.read_text().splitlines())
+
+
+def test_object_stores_are_not_imported_without_a_url() -> None:
+    program = (
+        "import sys, pathlib\n"
+        "from supervisor import node, stores\n"
+        "from supervisor.checkpoint.storage import open_storage\n"
+        "open_storage(pathlib.Path('x'), None)\n"
+        "assert 'obstore' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
+
+
+def test_the_extra_is_named_where_it_is_missing() -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['obstore'] = None  # an import of it raises\n"
+        "from supervisor.checkpoint.location import Remote\n"
+        "from supervisor.checkpoint.storage import open_storage\n"
+        "from supervisor.errors import ConfigError\n"
+        "try: open_storage(Remote('s3://b/x'), None)\n"
+        "except ConfigError as error: assert 'everstep[cloud]' in str(error), error\n"
+        "else: sys.exit('not refused')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)

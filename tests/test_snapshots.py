@@ -6,24 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.decide.retention import RetentionPolicy
 from supervisor.model import Fact
-from supervisor.snapshots import Snapshots, Stamp
+from supervisor.snapshots import Snapshots
 
 
 @pytest.fixture
 def snapshots(tmp_path: Path) -> Snapshots:
     facts: list[Fact] = []
-    return Snapshots(
-        tmp_path / "runtime",
-        tmp_path / "checkpoints",
-        stamp=Stamp("run", 0, {}),
-        key=None,
-        policy=RetentionPolicy(),
-        fence=lambda: None,
-        fact=facts.append,
-        report=lambda _: None,
-    )
+    return Snapshots(tmp_path / "runtime", run_id="run", key=None, fact=facts.append)
 
 
 def write(snapshots: Snapshots, rank: int, step: int, slot: int) -> bool:

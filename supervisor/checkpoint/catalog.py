@@ -7,9 +7,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, overload
 
 from supervisor.checkpoint.directory import discard, is_leftover, translated
+from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import Key, Manifest, read_manifest
 from supervisor.checkpoint.verify import problems_of, size_problems
 from supervisor.edge.files import LOCAL, Files
@@ -21,10 +22,13 @@ _NAME: Final = re.compile(r"step-([0-9]{9,18})")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
-    """A directory that is, or should be, a checkpoint. ``problem`` None: whole as far as was looked."""
+    """A directory (or a prefix in an object store) that is, or should be, a checkpoint.
+
+    ``problem`` None: whole as far as was looked.
+    """
 
     step: int  # -1 when its name does not say
-    path: Path
+    path: Location
     bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     created: float = 0.0  # Unix seconds; 0 without a readable manifest
@@ -32,9 +36,26 @@ class CheckpointRecord:
     problem: str | None = None
 
 
-def step_directory(checkpoints: Path, step: int) -> Path:
+@overload
+def step_directory(checkpoints: Path, step: int) -> Path: ...
+@overload
+def step_directory(checkpoints: Remote, step: int) -> Remote: ...
+def step_directory(checkpoints: Location, step: int) -> Location:
     """Where the checkpoint of ``step`` lies."""
     return checkpoints / f"{_PREFIX}{step:09d}"
+
+
+def step_of(name: str) -> int:
+    """The step that a checkpoint's directory is named for; -1 when it is not the name of one."""
+    match = _NAME.fullmatch(name)
+    step = int(match[1]) if match else -1
+    return step if name == f"{_PREFIX}{step:09d}" else -1
+
+
+def local(record: CheckpointRecord) -> Path:
+    """The directory of a checkpoint that is in one."""
+    assert isinstance(record.path, Path), record.path
+    return record.path
 
 
 def list_checkpoints(checkpoints: Path, key: Key | None = None) -> list[CheckpointRecord]:
@@ -56,9 +77,8 @@ def list_checkpoints(checkpoints: Path, key: Key | None = None) -> list[Checkpoi
 
 def inspect(path: Path, key: Key | None = None) -> CheckpointRecord:
     """The record of one directory, as ``list_checkpoints`` has it."""
-    match = _NAME.fullmatch(path.name)
-    step = int(match[1]) if match else -1
-    if step_directory(path.parent, step) != path:
+    step = step_of(path.name)
+    if step < 0:
         return CheckpointRecord(step=-1, path=path, problem=f"{path.name!r} is not the name of a checkpoint")
     problem = None
     manifest = None
@@ -93,10 +113,11 @@ def verify(record: CheckpointRecord, key: Key | None = None, *, threads: int | N
 
     The manifest is read again, so what counts is what is there now.
     """
-    now = inspect(record.path, key)
+    path = local(record)
+    now = inspect(path, key)
     if now.manifest is None or now.manifest.step != now.step:
         return [now.problem or "no manifest"]
-    return problems_of(record.path, now.manifest, key, threads=threads)
+    return problems_of(path, now.manifest, key, threads=threads)
 
 
 def newest_good(
@@ -120,14 +141,15 @@ def newest_good(
 
 def remove(record: CheckpointRecord, *, files: Files = LOCAL) -> None:
     """Delete a checkpoint, manifest first; gone already is fine. Raises StorageError."""
-    if record.path.is_symlink() or not record.path.is_dir():
-        if os.path.lexists(record.path):
-            raise StorageError(f"{record.path} is not a directory: not removed")
+    path = local(record)
+    if path.is_symlink() or not path.is_dir():
+        if os.path.lexists(path):
+            raise StorageError(f"{path} is not a directory: not removed")
         return
     try:
-        discard(record.path, files=files)
+        discard(path, files=files)
     except OSError as error:
-        raise translated(error, "removing", record.path) from error
+        raise translated(error, "removing", path) from error
 
 
 def sweep(checkpoints: Path, *, owned: Collection[Path] = (), files: Files = LOCAL) -> list[Path]:

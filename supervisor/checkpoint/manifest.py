@@ -35,7 +35,7 @@ KEY_VARIABLE: Final = "EVERSTEP_KEY"
 VERSION: Final = 1
 
 _FORMAT: Final = "everstep-checkpoint"
-_LARGEST: Final = 64 << 20  # bytes; a million files
+LARGEST: Final = 64 << 20  # bytes; a million files
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -175,15 +175,15 @@ def read_manifest(directory: Path, key: Key | None) -> Manifest:
     try:
         fd = os.open(directory / MANIFEST_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(fd, "rb") as file:
-            data = file.read(_LARGEST + 1)
+            data = file.read(LARGEST + 1)
     except FileNotFoundError:
         raise CheckpointError(
             f"no {MANIFEST_NAME}: not a checkpoint, or one that was never finished"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{MANIFEST_NAME} cannot be read: {error.strerror or error}") from error
-    if len(data) > _LARGEST:
-        raise CheckpointError(f"{MANIFEST_NAME} is larger than {_LARGEST} bytes: not a manifest")
+    if len(data) > LARGEST:
+        raise CheckpointError(f"{MANIFEST_NAME} is larger than {LARGEST} bytes: not a manifest")
     return decode(data, key)
 
 

@@ -202,13 +202,11 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
         case SnapshotCompleted():
             return _snapshot_completed(record, fact)
         case CheckpointCommitted():
-            return _progressed(record.with_(checkpoint=_newest(record.checkpoint, fact)), fact.step)
-        case CheckpointRejected():
-            gone = record.checkpoint is not None and record.checkpoint.path == fact.path
-            return record.with_(checkpoint=None) if gone else record
-        case CheckpointsPruned():
-            gone = record.checkpoint is not None and record.checkpoint.step in fact.steps
-            return record.with_(checkpoint=None) if gone else record
+            return _checkpointed(record, fact)
+        case CheckpointFailed():
+            return record.with_(drain_failure=fact.reason, drain_failure_time=fact.time)
+        case CheckpointRejected() | CheckpointsPruned():
+            return record.with_(checkpoint=None) if _is_gone(record.checkpoint, fact) else record
         case StopRequested():
             return record.with_(stop=fact)
         case AttemptEnded():
@@ -272,6 +270,19 @@ def _snapshot_completed(record: JobRecord, fact: SnapshotCompleted) -> JobRecord
     return goodput.stalled(
         goodput.worked(record, fact.step), fact.seconds if fact.stalled is None else fact.stalled
     )
+
+
+def _checkpointed(record: JobRecord, fact: CheckpointCommitted) -> JobRecord:
+    record = record.with_(checkpoint=_newest(record.checkpoint, fact))
+    if not fact.emergency:
+        record = record.with_(drain_failure=None, drain_failure_time=None)
+    return _progressed(record, fact.step)
+
+
+def _is_gone(known: Point | None, fact: CheckpointRejected | CheckpointsPruned) -> bool:
+    if known is None:
+        return False
+    return known.path == fact.path if isinstance(fact, CheckpointRejected) else known.step in fact.steps
 
 
 def _newest(known: Point | None, fact: CheckpointCommitted) -> Point:

@@ -26,10 +26,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from supervisor.checkpoint.location import is_url
 from supervisor.decide.retention import KeepBest, RetentionPolicy
 from supervisor.edge.control import Phase, ProposalFlag, ProposalState, SessionFlag, Word
 from supervisor.edge.link import current
-from supervisor.errors import UsageError
+from supervisor.errors import ConfigError, UsageError
 from supervisor.training.gradients import Gradients
 from supervisor.training.keeper import NEVER, Keeper, Stopped, Unkept
 from supervisor.training.metrics import Metrics, loss_bits
@@ -63,7 +64,7 @@ class Session:
 
     Raises:
         UsageError: an object that cannot be kept, one given twice, a parameter that is in no module given.
-        ConfigError: an option that is not understood.
+        ConfigError: an option that is not understood; (entering, without a supervisor) a URL as ``dir``.
         CheckpointError: (entering) nothing could be loaded although a checkpoint is there.
         StorageError: (entering) storage would not give the checkpoint, though it may be good.
         JobError: (entering) another run uses ``dir``.
@@ -82,6 +83,7 @@ class Session:
     ) -> None:
         check_objects(objects)
         self._objects = objects
+        self._given = "" if dir is None else os.fspath(dir)
         self._root = None if dir is None else Path(dir).absolute()
         self._every = Every.parse(checkpoint_every)
         best = None if keep_best is None else KeepBest.parse(keep_best)
@@ -181,6 +183,11 @@ class Session:
             self._keeper.tell("session")
         world = World()
         if link is None and self._root is not None:
+            if is_url(self._given):
+                raise ConfigError(
+                    f"dir={self._given}: without `everstep run` a Session saves to a directory; "
+                    "`everstep run --checkpoints URL` saves to an object store"
+                )
             self._keeper = Standalone(self._root, self._every, self._policy, world)
         elif world.rank == 0 and link is None:
             say("there is neither a supervisor nor dir=: nothing is saved")

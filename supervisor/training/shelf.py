@@ -59,7 +59,7 @@ class Shelf:
         record, refused = catalog.newest_good(self._checkpoints, self._key, skip)
         for bad in refused:
             say(f"{bad.path} is skipped: {bad.problem}")
-            self._bad.add(bad.path)
+            self._bad.add(catalog.local(bad))
         if record is None and (refused or skip):
             reasons = [f"{bad.path.name}: {bad.problem}" for bad in refused] + [path.name for path in skip]
             more = f" and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""

@@ -40,7 +40,7 @@ def refused(job: Job, code: int, *said: str) -> None:
         (["--snapshot-every", "5", "torchrun", harness.TRAIN], 78, ["5", "50steps"]),
         (["--keep-last", "0", "torchrun", harness.TRAIN], 78, ["keep_last"]),
         (["--keep-best", "loss", "torchrun", harness.TRAIN], 78, ["METRIC:min|max:M"]),
-        (["--checkpoints", "s3://bucket/x", "torchrun", harness.TRAIN], 78, ["s3://"]),
+        (["--checkpoints", "ftp://host/x", "torchrun", harness.TRAIN], 78, ["ftp://", "s3://bucket/prefix"]),
         (
             ["--snapshot-every", "50steps", "--checkpoint-every", "10steps", "torchrun", harness.TRAIN],
             78,

@@ -369,3 +369,9 @@ assert not any(name.split(".")[0] == "supervisor" for name in sys.modules)
         check=True,
         cwd="/",
     )
+
+
+def test_a_url_needs_a_supervisor() -> None:
+    with pytest.raises(ConfigError, match="everstep run --checkpoints URL"):
+        with Session(dir="s3://bucket/run", model=torch.nn.Linear(2, 2)):
+            raise AssertionError

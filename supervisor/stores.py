@@ -1,0 +1,100 @@
+"""Where this node keeps the job's state, nearest first: slots in RAM, the checkpoints' place, the job directory."""
+
+from __future__ import annotations
+
+import platform
+import threading
+from pathlib import Path
+
+from supervisor.about import version
+from supervisor.checkpoint.location import Location
+from supervisor.checkpoint.manifest import Key
+from supervisor.checkpoint.storage import LocalStorage, Owner, open_storage
+from supervisor.config import Options
+from supervisor.draining import Draining, Stamp
+from supervisor.edge import clock, jobdir
+from supervisor.edge.console import Console
+from supervisor.edge.threads import in_thread
+from supervisor.ledger import Ledger
+from supervisor.model import CheckpointRejected, Tier
+from supervisor.resume import Resume, Sources, choose
+from supervisor.snapshots import Snapshots
+from supervisor.staging import Staging
+
+
+class Stores:
+    """The snapshots, their draining, and the way back. Raises ConfigError for a place that cannot be used."""
+
+    def __init__(
+        self,
+        options: Options,
+        job: jobdir.JobDirectory,
+        file: jobdir.JobFile,
+        ledger: Ledger,
+        console: Console,
+    ) -> None:
+        self._ledger, self._console = ledger, console
+        self._key = Key.from_environment()
+        self._owner = Owner(file.run_id, file.epoch)
+        where = options.checkpoints_directory
+        if isinstance(where, Path):
+            where = where.absolute()
+        self._storage = open_storage(where, self._key, timeout=options.storage_timeout)
+        self._refuge = None
+        if not isinstance(self._storage, LocalStorage):
+            self._refuge = LocalStorage(job.path / "checkpoints", self._key)
+        self._looked = False  # at what checkpoints there are: from then on this run knows of every newer one
+        runtime = Path(file.runtime)
+        #: the state in RAM
+        self.snapshots = Snapshots(runtime, run_id=file.run_id, key=self._key, fact=ledger.add)
+        #: how it becomes durable
+        self.draining = Draining(
+            self.snapshots,
+            self._storage,
+            self._refuge,
+            stamp=Stamp(
+                file.run_id, file.epoch, {"everstep": version(), "python": platform.python_version()}
+            ),
+            policy=options.retention,
+            bandwidth=options.checkpoint_bandwidth,
+            grace=options.grace,
+            fence=lambda: job.fence(file.epoch),
+            fact=ledger.add,
+            report=console.say,
+        )
+        #: what was fetched for the ranks to read
+        self.staging = Staging(runtime, job.path)
+
+    async def sweep(self) -> list[Location]:
+        """Find out that the checkpoints' place can be used, and remove what was never finished there; what was removed.
+
+        Raises ConfigError, StorageError.
+        """
+        return await in_thread(lambda: self._storage.sweep(self._owner))
+
+    async def choose(self) -> Resume:
+        """Where the next attempt resumes. Raises CheckpointError, StorageError."""
+        places = [self._storage] if self._refuge is None else [self._storage, self._refuge]
+        newest = None
+        if self._looked and self._refuge is not None:
+            newest = self.draining.newest_committed or (-1, -1)
+        sources = Sources(self.snapshots.newest(), places, self._key, self.staging, newest)
+        over = threading.Event()
+        try:
+            resume = await in_thread(lambda: choose(sources, over.is_set))
+        finally:
+            over.set()
+        self._looked = True
+        now = clock.now()
+        for path, reason in resume.rejected:
+            self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
+            self._console.say(f"{path} is damaged: {reason}; skipping it")
+        if resume.tier is not Tier.RAM:
+            self.snapshots.drop_all()
+            self.draining.known_good(resume.step if resume.tier is Tier.CHECKPOINT else None)
+        return resume
+
+    def drop(self, path: Path) -> None:
+        """Forget a snapshot that the ranks could not load, however whole it is."""
+        self.snapshots.drop(path)
+        self._looked = False
