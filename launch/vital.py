@@ -1,0 +1,156 @@
+"""The signs of life of a worker: a background thread that beats, and stacks on request.
+
+The *beat* (four a second) needs the interpreter's lock, so it stops when some code holds that for ever, and it tells that
+apart from a main thread that is stuck. At each beat the thread looks where the main thread is:
+
+- at ever new places of Python code: it *moves*. One excursion now and then (a loop that sleeps and polls) is no movement,
+  so a few have to come together within some ten seconds.
+- at a place where one waits for other ranks: what is left is the rank's *own share* of the time. Of ranks that march in step
+  the slow one waits least.
+
+It is a thread that ``threading`` does not know, and that a fork leaves behind. It starts when torch has been imported: a program
+without torch is not watched like this.
+
+*Stacks* are written by ``faulthandler``'s handler in C, which needs no lock and works while the main thread is inside of C code,
+to a file in the runtime directory, so that storage that hangs does not keep it from writing. The signal is one that nobody
+uses: if the script puts a handler of its own there, that stays, and no stacks are asked for. When the process crashes (SIGSEGV and the like)
+the same file gets the stacks, unless the script has its own ``faulthandler`` enabled.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import ctypes
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import sys
+import time
+from types import CodeType, FrameType
+from typing import Final
+
+from supervisor.decide import stacks
+from supervisor.edge.control import ControlPage, Phase, Word
+from supervisor.edge.link import Link, stacks_path
+
+PERIOD: Final = 0.25  # seconds
+#: two below the last real-time signal: ``launch/shield.py`` has the one between
+SIGNAL: Final = signal.SIGRTMAX - 2
+_DEEPEST: Final = 64  # frames that are looked at
+_FADING: Final = 0.98  # of the score of movement, at each beat
+_MOVING: Final = 3.0  # two excursions, there and back, make four
+_MINUTE: Final = PERIOD / 60.0  # weight of one sample in an average over a minute
+_MOST_CODES: Final = 4096
+_SIGNAL_STACK: Final = 1 << 20  # bytes; only what is used of it is ever there
+
+
+class Beat:
+    """The background thread of one page. ``main`` is the main thread's identity."""
+
+    def __init__(self, page: ControlPage, main: int) -> None:
+        self._words = page.words
+        self._main = main
+        self._place: int | None = None
+        self._score = 0.0
+        self._own: float | None = None
+        self._waits: dict[CodeType, bool] = {}
+
+    def start(self) -> None:
+        """Beat from now on, as long as the process lives."""
+        self.beat()
+        with contextlib.suppress(RuntimeError):  # no more threads: then there is no beat to be missed
+            _thread.start_new_thread(self._run, ())
+
+    def _run(self) -> None:
+        sleep, beat = time.sleep, self.beat
+        while True:
+            sleep(PERIOD)
+            beat()
+
+    def beat(self) -> None:
+        """One beat."""
+        words, now = self._words, time.monotonic_ns()
+        words[Word.BEAT_NS] = now
+        frame = sys._current_frames().get(self._main)
+        if frame is None:
+            return
+        if self._is_moving(frame):
+            words[Word.MOVED_NS] = now
+        if words[Word.PHASE] == Phase.STEP and words[Word.FIRST_STEP_NS]:
+            own = 0.0 if self._is_waiting(frame.f_code) else 1.0
+            self._own = own if self._own is None else self._own + _MINUTE * (own - self._own)
+            words[Word.OWN_SHARE] = struct.unpack("Q", struct.pack("d", max(self._own, 1e-9)))[0]
+        words[Word.STACKS] = _stacks_signal(words[Word.STACKS])
+        words[Word.DEBUGGED] = _is_debugged()
+
+    def _is_moving(self, innermost: FrameType) -> bool:
+        """Whether the main thread was found elsewhere often enough of late."""
+        places: list[int] = []
+        frame: FrameType | None = innermost
+        while frame is not None and len(places) < 2 * _DEEPEST:
+            places += (id(frame.f_code), frame.f_lasti)
+            frame = frame.f_back
+        place = hash(tuple(places))
+        self._score = self._score * _FADING + (place != self._place)
+        self._place = place
+        return self._score > _MOVING
+
+    def _is_waiting(self, code: CodeType) -> bool:
+        known = self._waits.get(code)
+        if known is None:
+            if len(self._waits) > _MOST_CODES:
+                self._waits.clear()
+            known = stacks.is_wait([stacks.Frame(code.co_filename, "", code.co_name)])
+            self._waits[code] = known
+        return known
+
+
+def _stacks_signal(number: int) -> int:
+    """0 once the script has put a handler of its own there."""
+    return number if number and signal.getsignal(number) is signal.SIG_DFL else 0
+
+
+def _is_debugged() -> int:
+    """Whether a client is connected to debugpy (VS Code, PyCharm's way too): its main thread may stand at a breakpoint."""
+    connected = getattr(sys.modules.get("debugpy"), "is_client_connected", None)
+    try:
+        return int(bool(connected and connected()))
+    except Exception:  # noqa: BLE001 (another package's code, half imported maybe)
+        return 0
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def _give_signals_room() -> None:
+    """A larger stack for signal handlers than ``faulthandler`` has made.
+
+    Its own takes two frames of a processor with AVX-512 or AMX. All of Python's handlers run on it, so a few signals at
+    once would write over the heap. Never given back: signals come until the very end.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    address = libc.mmap(None, _SIGNAL_STACK, mmap.PROT_READ | mmap.PROT_WRITE, kind, -1, 0)
+    if address != ctypes.c_void_p(-1).value:
+        libc.sigaltstack(ctypes.byref(_SignalStack(address, 0, _SIGNAL_STACK)), None)
+
+
+def write_stacks_on_request(link: Link) -> None:
+    """Have all stacks written to this rank's file at ``SIGNAL``, and when the process crashes."""
+    if signal.getsignal(SIGNAL) is not signal.SIG_DFL:
+        return
+    path = stacks_path(link.runtime, link.attempt, link.local_rank)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    faulthandler.register(SIGNAL, file=fd, all_threads=True, chain=False)
+    if not faulthandler.is_enabled():
+        faulthandler.enable(file=fd, all_threads=True)
+    _give_signals_room()
+    link.page[Word.STACKS] = SIGNAL
