@@ -44,6 +44,7 @@ SIGNAL: Final = signal.SIGRTMAX - 2
 _DEEPEST: Final = 64  # frames that are looked at
 _FADING: Final = 0.98  # of the score of movement, at each beat
 _MOVING: Final = 3.0  # two excursions, there and back, make four
+_MOST_SCORE: Final = 6.0
 _MINUTE: Final = PERIOD / 60.0  # weight of one sample in an average over a minute
 _MOST_CODES: Final = 4096
 _SIGNAL_STACK: Final = 1 << 20  # bytes; only what is used of it is ever there
@@ -96,9 +97,10 @@ class Beat:
             places += (id(frame.f_code), frame.f_lasti)
             frame = frame.f_back
         place = hash(tuple(places))
-        self._score = self._score * _FADING + (place != self._place)
+        changed = place != self._place
+        self._score = min(self._score * _FADING + changed, _MOST_SCORE)
         self._place = place
-        return self._score > _MOVING
+        return changed and self._score > _MOVING
 
     def _is_waiting(self, code: CodeType) -> bool:
         known = self._waits.get(code)

@@ -107,7 +107,9 @@ class AttemptEvidence:
     launcher_lines: tuple[str, ...] = ()
     has_session: bool = False
     hang: Hang | None = None  # it was ended for this
-    stacks: dict[int, str] = field(default_factory=dict)  # by rank: all threads of it, as faulthandler writes them
+    stacks: dict[int, str] = field(
+        default_factory=dict
+    )  # by rank: all threads of it, as faulthandler writes them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,18 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from supervisor.failing import AttemptEvidence, Failure, FailureKind, Hang, HangKind, HungRank, Raised, RankEnd
+from supervisor.failing import (
+    AttemptEvidence,
+    Failure,
+    FailureKind,
+    Hang,
+    HangKind,
+    HungRank,
+    Raised,
+    RankEnd,
+)
 
-__all__ = ["AttemptEvidence", "Failure", "FailureKind", "Hang", "HangKind", "HungRank", "RankEnd", "Raised"]
+__all__ = ["AttemptEvidence", "Failure", "FailureKind", "Hang", "HangKind", "HungRank", "Raised", "RankEnd"]
 
 
 class State(enum.StrEnum):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from supervisor import config
-from supervisor.config import Interval, Options, Unit, load
+from supervisor.config import Options, load
 from supervisor.decide.retention import KeepBest, Mode
 from supervisor.errors import ConfigError
+from supervisor.intervals import Interval, Unit
 
 
 @pytest.mark.parametrize(

@@ -264,36 +264,33 @@ def reason(hang: Hang) -> str:
     suspects = [rank for rank in hang.ranks if rank.suspect] or list(hang.ranks)
     others = [rank for rank in hang.ranks if rank not in suspects]
     if len(suspects) > 1 and not others:
-        spots = "; ".join(_where(rank) for rank in suspects[:4])
-        return (
-            f"no rank goes on ({_since(suspects[0], hang)}), and which of them holds up the others cannot be told: {spots}"
-        )
-    text = f"{_names(suspects)} {_STUCK[hang.kind]} ({_since(suspects[0], hang)})"
-    places = [_where(rank) for rank in suspects if rank.where]
-    if places:
-        text += f": {'; '.join(places)}"
+        places = "; ".join(f"rank {rank.rank}{_at(rank)}" for rank in suspects[:4])
+        return f"no rank goes on, and which of them holds up the others cannot be told ({_since(suspects[0], hang)}): {places}"
+    places = "; ".join(_at(rank).strip() for rank in suspects[:4] if rank.where)
+    text = f"{_names(suspects)} {'hangs' if len(suspects) == 1 else 'hang'}{' ' if places else ''}{places}: "
+    text += f"{_STUCK[hang.kind]} ({_since(suspects[0], hang)})"
     if others:
-        waits = [rank for rank in others if rank.where]
-        text += f"; {_names(others)} {'waits' if len(others) == 1 else 'wait'}"
-        text += f" in {waits[0].where}" if waits else ""
+        where = next((_at(rank) for rank in others if rank.where), "")
+        text += f"; {_names(others)} {'waits' if len(others) == 1 else 'wait'}{where}"
     return text
 
 
 _STUCK: Final = {
-    HangKind.MAIN_THREAD: "hangs: the main thread does not move",
-    HangKind.GIL: "hangs: the interpreter stands still, some code holds its lock (GIL)",
-    HangKind.STOPPED: "hangs: the process was stopped (SIGSTOP)",
+    HangKind.MAIN_THREAD: "the main thread does not move",
+    HangKind.GIL: "the interpreter stands still, since some code holds its lock (GIL)",
+    HangKind.STOPPED: "the process was stopped (SIGSTOP)",
 }
 
 
 def _since(rank: HungRank, hang: Hang) -> str:
-    step = f" after step {rank.step}" if rank.step else ""
+    step = f"after step {rank.step}, " if rank.step else ""
     kernel = ", it waits for the kernel" if rank.state == "D" else ""
-    return f"{rank.stage}{step}, no sign of life for {rank.quiet:.0f} s, the limit is {hang.limit:.0f} s{kernel}"
+    stage = f" in the {rank.stage} stage" if rank.stage != Stage.STEP else ""
+    return f"{step}no sign of life for {rank.quiet:.0f} s{stage}, {hang.limit:.0f} s are allowed{kernel}"
 
 
-def _where(rank: HungRank) -> str:
-    return f"rank {rank.rank} is at {rank.where or 'a place unknown'}"
+def _at(rank: HungRank) -> str:
+    return f" at {rank.where}" if rank.where else ""
 
 
 def _names(ranks: Sequence[HungRank]) -> str:

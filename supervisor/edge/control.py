@@ -53,7 +53,9 @@ class Word(enum.IntEnum):
     # by the worker's background thread (launch/vital.py)
     BEAT_NS = 16  # CLOCK_MONOTONIC of its last beat; 0: there is none
     MOVED_NS = 17  # CLOCK_MONOTONIC when it last saw the main thread move
-    OWN_SHARE = 18  # a double: of the last minute of steps, the part that was not spent waiting for other ranks
+    OWN_SHARE = (
+        18  # a double: of the last minute of steps, the part that was not spent waiting for other ranks
+    )
     DEBUGGED = 19  # 1: a debugger inside of the process is connected
     STACKS = 20  # number of the signal that has all stacks written; 0: none does
 

@@ -18,6 +18,11 @@ def last_lines(path: Path, count: int = 20) -> tuple[str, ...]:
     return tuple(line.rstrip("\r") for line in text.splitlines()[-count:])
 
 
+def text_of(path: Path) -> str:
+    """The end of a file, or nothing when there is none."""
+    return _end_of(path, REPORT_BYTES).decode(errors="replace")
+
+
 def exit_codes_in(torchrun_log: Path) -> dict[int, int]:
     """The exit code (negative: signal) of each worker, by pid, that torchrun reported as failed near the log's end."""
     return {int(pid): int(code) for code, _, pid in _FAILED.findall(_end_of(torchrun_log, REPORT_BYTES))}
