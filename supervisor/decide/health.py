@@ -265,7 +265,12 @@ def reason(hang: Hang) -> str:
     others = [rank for rank in hang.ranks if rank not in suspects]
     if len(suspects) > 1 and not others:
         places = "; ".join(f"rank {rank.rank}{_at(rank)}" for rank in suspects[:4])
-        return f"no rank goes on, and which of them holds up the others cannot be told ({_since(suspects[0], hang)}): {places}"
+        why = (
+            "all ranks wait for one another, in collectives that do not match"
+            if all(rank.waiting for rank in suspects)
+            else "no rank goes on, and which of them holds up the others cannot be told"
+        )
+        return f"{why} ({_since(suspects[0], hang)}): {places}"
     places = "; ".join(_at(rank).strip() for rank in suspects[:4] if rank.where)
     text = f"{_names(suspects)} {'hangs' if len(suspects) == 1 else 'hang'}{' ' if places else ''}{places}: "
     text += f"{_STUCK[hang.kind]} ({_since(suspects[0], hang)})"

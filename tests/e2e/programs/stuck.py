@@ -37,6 +37,8 @@ def strike(kind: str, seconds: float, session) -> None:
         dist.barrier()
     elif kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     elif kind == "busy":
         busy(seconds)
     elif kind == "evaluate":
