@@ -30,43 +30,51 @@ QUICK = (
 )
 SLACK = 3.0  # seconds, on a busy machine
 
-#: what strikes → kind, rank named, words of the reason
+#: what strikes, one in each attempt: rank, step, kind → kind of hang, rank named, words of the reason
 HANGS = {
-    "1:12:sleep": ("main_thread", 1, "rank 1 hangs at programs/stuck.py"),
-    "0:12:gil": ("gil", 0, "its lock (GIL)"),
-    "1:12:stop": ("stopped", 1, "SIGSTOP"),
-    "0:12:barrier": ("main_thread", None, "collectives that do not match"),
+    "0/1:12:sleep": ("main_thread", 1, "rank 1 hangs at programs/stuck.py"),
+    "1/0:22:gil": ("gil", 0, "its lock (GIL)"),
+    "2/1:32:stop": ("stopped", 1, "SIGSTOP"),
+    "3/0:42:barrier": ("main_thread", None, "collectives that do not match"),
 }
 
 
-def failure_of(job: Job) -> tuple[Failure, dict[str, Any]]:
-    """The failure of attempt 0, and its evidence."""
-    ended = job.facts(AttemptEnded)[0]
+def failure_of(job: Job, attempt: int = 0) -> tuple[Failure, dict[str, Any]]:
+    """The failure of an attempt, and its evidence."""
+    ended = job.facts(AttemptEnded)[attempt]
     assert ended.failure is not None, job.output
-    document = json.loads((job.folder / "attempts" / "000000" / "failure.json").read_text())
+    document = json.loads((job.folder / "attempts" / f"{attempt:06d}" / "failure.json").read_text())
     return ended.failure, document["evidence"]
 
 
-@pytest.mark.parametrize("strike", HANGS)
-def test_a_hang_is_found_named_and_answered(job: Job, strike: str) -> None:
-    kind, rank, words = HANGS[strike]
-    assert job.run(torchrun("--strike", strike, script=STUCK), *QUICK) == 0, job.output
-    failure, evidence = failure_of(job)
-    assert (failure.kind, failure.rank) == (FailureKind.HANG, rank), failure
-    assert failure.step == 12
-    assert words in failure.reason
-    hang = evidence["hang"]
-    assert hang["kind"] == kind
-    assert min(each["quiet"] for each in hang["ranks"]) > LIMIT
-    assert max(each["quiet"] for each in hang["ranks"]) < LIMIT + SLACK
-    waiting = 1 - (rank or 0)
-    assert any("_engine_run_backward" in line for line in evidence["stacks"][str(waiting)])
-    if kind != "stopped":
-        assert any("(strike)" in line for line in evidence["stacks"][strike[0]])
-        assert (
-            "strike" in (job.folder / "attempts" / "000000" / "stacks" / f"rank-{strike[0]}.txt").read_text()
-        )
-    assert job.record.restarts == 1
+def struck(*strikes: str) -> list[str]:
+    return [word for strike in strikes for word in ("--strike", strike)]
+
+
+def test_hangs_are_found_named_and_answered(job: Job) -> None:
+    """And a crash leaves the stacks of the rank."""
+    command = torchrun("--steps", 60, *struck(*HANGS, "4/1:52:crash"), script=STUCK)
+    assert job.run(command, *QUICK) == 0, job.output
+    for attempt, (strike, (kind, rank, words)) in enumerate(HANGS.items()):
+        failure, evidence = failure_of(job, attempt)
+        assert (failure.kind, failure.rank) == (FailureKind.HANG, rank), failure
+        assert failure.step == 12 + 10 * attempt
+        assert words in failure.reason
+        hang = evidence["hang"]
+        assert hang["kind"] == kind
+        assert min(each["quiet"] for each in hang["ranks"]) > LIMIT
+        assert max(each["quiet"] for each in hang["ranks"]) < LIMIT + SLACK
+        stuck = strike[2]
+        if rank is not None:
+            assert any("_engine_run_backward" in line for line in evidence["stacks"][str(1 - rank)])
+        if kind != "stopped":
+            assert any("(strike)" in line for line in evidence["stacks"][stuck])
+            whole = job.folder / "attempts" / f"{attempt:06d}" / "stacks" / f"rank-{stuck}.txt"
+            assert "strike" in whole.read_text()
+    failure, evidence = failure_of(job, 4)
+    assert (failure.kind, failure.signal) == (FailureKind.CRASH, signal.SIGSEGV)
+    assert any("(strike)" in line for line in evidence["stacks"]["1"])
+    assert job.record.restarts == 5
     assert job.record.state is State.COMPLETED
     job.until_no_processes()
 
@@ -87,16 +95,13 @@ def test_a_limit_of_ones_own_is_for_a_step_whatever_goes_on_in_it(job: Job) -> N
 
 
 def test_slow_but_alive(job: Job) -> None:
-    """A first step, a save, an evaluation and Python code at work, each beyond the limit of a step; one rank, the other waits."""
+    """A first step, an evaluation and Python code at work, each beyond the limit of a step; one rank, the other waits.
+
+    And then all of it is stopped for longer than the limit, supervisor and all, and goes on.
+    """
     slow = ("0:0:nap:4", "1:15:busy:6", "0:25:evaluate:5")
-    strikes = [word for strike in slow for word in ("--strike", strike)]
-    assert job.run(torchrun(*strikes, script=STUCK), *QUICK) == 0, job.output
-    assert [fact.failure for fact in job.facts(AttemptEnded)] == [None], job.output
-
-
-def test_a_stopped_tree_is_no_hang(job: Job, tmp_path: Path) -> None:
-    process = job.start(torchrun("--steps", 400, "--pause", "0.02", script=STUCK), *QUICK)
-    job.until_fact(FirstStep)
+    process = job.start(torchrun("--steps", 200, *struck(*slow), script=STUCK), *QUICK)
+    job.until(lambda: "strikes at step 25" in job.output or None)
     tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for each in tree:
         each.suspend()
@@ -123,7 +128,7 @@ libc.ptrace(17, pid, None, None)  # PTRACE_DETACH
 
 @pytest.mark.may_skip(reason="a sandbox may forbid ptrace")
 def test_a_debugger_is_no_hang(job: Job) -> None:
-    job.start(torchrun("--steps", 400, "--pause", "0.02", script=STUCK), *QUICK)
+    job.start(torchrun("--steps", 200, script=STUCK), *QUICK)
     job.until_fact(FirstStep)
     (rank,) = (each.pid for each in job.processes() if each.environ().get("RANK") == "1")
     with subprocess.Popen(
@@ -151,14 +156,6 @@ def test_silence_is_a_hang_on_request(job: Job, tmp_path: Path) -> None:
     assert failure.kind is FailureKind.HANG
     assert "no rank has written any output for 2 s" in failure.reason
     assert any("silent.py:3" in line for line in evidence["stacks"]["0"])
-
-
-def test_a_crash_leaves_the_stacks_of_the_rank(job: Job) -> None:
-    command = torchrun("--strike", "1:12:crash", script=STUCK)
-    assert job.run(command, *QUICK) == 0, job.output
-    failure, evidence = failure_of(job)
-    assert (failure.kind, failure.signal) == (FailureKind.CRASH, signal.SIGSEGV)
-    assert any("(strike)" in line for line in evidence["stacks"]["1"])
 
 
 def pass_by(seconds: float) -> None:

@@ -1,6 +1,6 @@
 """A small training on two or more ranks in which a rank gets stuck, or only seems to.
 
-``--strike RANK:STEP:KIND[:SECONDS]`` (any number; in attempt 0 only, in the body of that step). Kinds that hang: ``sleep`` (the main
+``--strike [ATTEMPT/]RANK:STEP:KIND[:SECONDS]`` (any number; in attempt 0 if none is given, in the body of that step). Kinds that hang: ``sleep`` (the main
 thread), ``gil`` (C code that holds the interpreter's lock), ``barrier`` (a collective that nobody else enters), ``stop``
 (SIGSTOP). Kinds that do not: ``nap`` (a sleep), ``busy`` (Python code at work), ``evaluate`` (a sleep in its phase).
 """
@@ -60,8 +60,9 @@ def main() -> None:
     rank, attempt = int(os.environ["RANK"]), int(os.environ["EVERSTEP_ATTEMPT"])
     strikes = {}
     for text in options.strike:
-        who, step, kind, *seconds = text.split(":")
-        if int(who) == rank and attempt == 0:
+        when, _, what = text.rpartition("/")
+        who, step, kind, *seconds = what.split(":")
+        if int(who) == rank and int(when or 0) == attempt:
             strikes[int(step)] = (kind, float(seconds[0]) if seconds else 3600.0)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
