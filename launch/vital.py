@@ -3,8 +3,9 @@
 The *beat* (four a second) needs the interpreter's lock, so it stops when some code holds that for ever, and it tells that
 apart from a main thread that is stuck. At each beat the thread looks where the main thread is:
 
-- at ever new places of Python code: it *moves*. One excursion now and then (a loop that sleeps and polls) is no movement,
-  so a few have to come together within some ten seconds.
+- at another place than last time, in any frame of its stack, or taken off in the middle of Python code, at a jump back or a
+  function's start, where the interpreter gives its lock away: it *moves*. Inside of C code, a collective or a sleep, it is at a
+  call. So it is in a long operation of torch: without a GPU, CPU time shows that it is at work (waits for a GPU take CPU time too).
 - at a place where one waits for other ranks: what is left is the rank's *own share* of the time. Of ranks that march in step
   the slow one waits least.
 
@@ -26,6 +27,7 @@ import contextlib
 import ctypes
 import faulthandler
 import mmap
+import opcode
 import os
 import signal
 import struct
@@ -42,9 +44,12 @@ PERIOD: Final = 0.25  # seconds
 #: two below the last real-time signal: ``launch/shield.py`` has the one between
 SIGNAL: Final = signal.SIGRTMAX - 2
 _DEEPEST: Final = 64  # frames that are looked at
-_FADING: Final = 0.98  # of the score of movement, at each beat
-_MOVING: Final = 3.0  # two excursions, there and back, make four
-_MOST_SCORE: Final = 6.0
+#: where the interpreter's lock is given to whoever asks for it, without a call
+_RUNNING: Final = frozenset(
+    number for name, number in opcode.opmap.items() if name == "RESUME" or "JUMP_BACKWARD" in name
+)
+_AT_WORK: Final = 0.2  # of a CPU
+_ACCELERATORS: Final = ("cuda", "xpu", "mtia")
 _MINUTE: Final = PERIOD / 60.0  # weight of one sample in an average over a minute
 _MOST_CODES: Final = 4096
 _SIGNAL_STACK: Final = 1 << 20  # bytes; only what is used of it is ever there
@@ -56,8 +61,9 @@ class Beat:
     def __init__(self, page: ControlPage, main: int) -> None:
         self._words = page.words
         self._main = main
+        self._clock = time.pthread_getcpuclockid(main)
+        self._cpu, self._cpu_at = 0, 0
         self._place: int | None = None
-        self._score = 0.0
         self._own: float | None = None
         self._waits: dict[CodeType, bool] = {}
 
@@ -80,7 +86,8 @@ class Beat:
         frame = sys._current_frames().get(self._main)
         if frame is None:
             return
-        if self._is_moving(frame):
+        # all are asked: each compares with the last beat
+        if any((self._is_elsewhere(frame), _is_running(frame), self._is_at_work(now))):
             words[Word.MOVED_NS] = now
         if words[Word.PHASE] == Phase.STEP and words[Word.FIRST_STEP_NS]:
             own = 0.0 if self._is_waiting(frame.f_code) else 1.0
@@ -89,18 +96,20 @@ class Beat:
         words[Word.STACKS] = _stacks_signal(words[Word.STACKS])
         words[Word.DEBUGGED] = _is_debugged()
 
-    def _is_moving(self, innermost: FrameType) -> bool:
-        """Whether the main thread was found elsewhere often enough of late."""
+    def _is_elsewhere(self, innermost: FrameType) -> bool:
         places: list[int] = []
         frame: FrameType | None = innermost
         while frame is not None and len(places) < 2 * _DEEPEST:
             places += (id(frame.f_code), frame.f_lasti)
             frame = frame.f_back
-        place = hash(tuple(places))
-        changed = place != self._place
-        self._score = min(self._score * _FADING + changed, _MOST_SCORE)
-        self._place = place
-        return changed and self._score > _MOVING
+        before, self._place = self._place, hash(tuple(places))
+        return self._place != before
+
+    def _is_at_work(self, now: int) -> bool:
+        cpu = time.clock_gettime_ns(self._clock)
+        used, passed = cpu - self._cpu, now - self._cpu_at
+        self._cpu, self._cpu_at = cpu, now
+        return used > _AT_WORK * passed and not _uses_accelerator()
 
     def _is_waiting(self, code: CodeType) -> bool:
         known = self._waits.get(code)
@@ -110,6 +119,16 @@ class Beat:
             known = stacks.is_wait([stacks.Frame(code.co_filename, "", code.co_name)])
             self._waits[code] = known
         return known
+
+
+def _is_running(innermost: FrameType) -> bool:
+    return innermost.f_code.co_code[innermost.f_lasti] in _RUNNING
+
+
+def _uses_accelerator() -> bool:
+    torch = sys.modules.get("torch")
+    modules = (getattr(torch, name, None) for name in _ACCELERATORS)
+    return any(getattr(module, "_initialized", False) for module in modules)
 
 
 def _stacks_signal(number: int) -> int:

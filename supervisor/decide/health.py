@@ -3,8 +3,9 @@
 A hang is the absence of something, so everything here is about *not* seeing one that is none. A sign of life of a rank is
 
 - progress: a step, a change of what it does, a wait of ours that goes on (its main thread writes that), and
-- movement: its main thread is at ever new places of Python code (its background thread sees that), as in an evaluation
-  that nobody has announced. A main thread inside a collective, a sleep or a read does not move.
+- movement: its main thread runs Python code (its background thread sees that), as in an evaluation that nobody has
+  announced. A main thread inside a collective, a sleep or a read does not move. So a loop of Python code that polls for ever is
+  hardly ever found; a limit of the user's own (``fixed``) does not count movement.
 
 Each rank may be *quiet*, without any of them, for as long as the stage that it is in allows:
 
