@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from supervisor.decide.symptoms import LATE_SIGNALS
+from supervisor.decide import symptoms
 from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, SessionFlag, Word
 from supervisor.edge.link import ATTEMPT, control_folder, page_path, stacks_path
@@ -186,7 +186,7 @@ class Attempt:
         if self._killed:
             return  # our own doing is no evidence
         code = how.code if how else seat.told_code
-        if seat.told_code == 0 and how is not None and how.signal in LATE_SIGNALS:
+        if seat.told_code == 0 and how is not None and how.signal in symptoms.LATE_SIGNALS:
             code, how = 0, None
         seat.end = RankEnd(
             rank=seat.rank,
@@ -379,6 +379,6 @@ class Attempt:
             end,
             exit_code=code,
             signal=signum,
-            oom_killed=oom_killed and signum == signal.SIGKILL,
+            oom_killed=oom_killed and (signum == signal.SIGKILL or symptoms.lost_a_process(end.raised)),
             last_lines=forensics.last_lines(self.logs / f"rank-{seat.rank}.log"),
         )

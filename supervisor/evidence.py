@@ -21,6 +21,7 @@ def write(folder: Path, failure: Failure, evidence: AttemptEvidence) -> str | No
         "failure": asdict(failure),
         "evidence": {**asdict(evidence), "stacks": stacks},
         "host": forensics.host_now(),
+        "flight_records": _flight_records(folder),
     }
     file = folder / "failure.json"
     try:
@@ -33,3 +34,10 @@ def write(folder: Path, failure: Failure, evidence: AttemptEvidence) -> str | No
     except OSError as error:
         return f"{file}: {error.strerror}"
     return None
+
+
+def _flight_records(folder: Path) -> list[str]:
+    try:
+        return forensics.collect_flight_records(folder)
+    except OSError:
+        return []

@@ -127,6 +127,8 @@ _WORDS: dict[FailureKind, str] = {
 
 
 def _what(kind: FailureKind, end: RankEnd) -> str:
+    if end.oom_killed and end.raised is not None:
+        return "lost a data loader process, which the kernel killed because the host (or its cgroup) ran out of memory"
     if end.oom_killed:
         return "was killed by the kernel because the host (or its cgroup) ran out of memory"
     if end.raised is not None:

@@ -145,6 +145,16 @@ def test_a_debugger_is_no_hang(job: Job) -> None:
     assert [fact.failure for fact in job.facts(AttemptEnded)] == [None], job.output
 
 
+def test_the_slow_rank_is_named(job: Job) -> None:
+    job.start(torchrun("--steps", 100_000, "--own", "0.1", script=STUCK), *QUICK)
+    job.until_fact(FirstStep)
+    job.until(lambda: True if job.status()["slow_rank"] == 1 else None)
+    rank_0, rank_1 = job.status()["own_shares"]  # type: ignore[misc]
+    assert rank_0 < rank_1
+    job.signal(signal.SIGINT)
+    assert job.wait() == 130
+
+
 def test_silence_is_a_hang_on_request(job: Job, tmp_path: Path) -> None:
     """For a program without torch, of which nothing else is known."""
     script = tmp_path / "silent.py"
