@@ -51,6 +51,8 @@ _RUNNING: Final = frozenset(
 _AT_WORK: Final = 0.2  # of a CPU
 _ACCELERATORS: Final = ("cuda", "xpu", "mtia")
 _MINUTE: Final = PERIOD / 60.0  # weight of one sample in an average over a minute
+_FEW: Final = 20  # samples that say nothing yet
+_NEVER: Final = 1e-9  # a share; 0 would be a word that was not written
 _MOST_CODES: Final = 4096
 _SIGNAL_STACK: Final = 1 << 20  # bytes; only what is used of it is ever there
 
@@ -64,7 +66,7 @@ class Beat:
         self._clock = time.pthread_getcpuclockid(main)
         self._cpu, self._cpu_at = 0, 0
         self._place: int | None = None
-        self._own: float | None = None
+        self._own, self._samples = 0.0, 0
         self._waits: dict[CodeType, bool] = {}
 
     def start(self) -> None:
@@ -90,9 +92,7 @@ class Beat:
         if any((self._is_elsewhere(frame), _is_running(frame), self._is_at_work(now))):
             words[Word.MOVED_NS] = now
         if words[Word.PHASE] == Phase.STEP and words[Word.FIRST_STEP_NS]:
-            own = 0.0 if self._is_waiting(frame.f_code) else 1.0
-            self._own = own if self._own is None else self._own + _MINUTE * (own - self._own)
-            words[Word.OWN_SHARE] = struct.unpack("Q", struct.pack("d", max(self._own, 1e-9)))[0]
+            self._share(0.0 if self._is_waiting(frame.f_code) else 1.0)
         words[Word.STACKS] = _stacks_signal(words[Word.STACKS])
         words[Word.DEBUGGED] = _is_debugged()
 
@@ -110,6 +110,13 @@ class Beat:
         used, passed = cpu - self._cpu, now - self._cpu_at
         self._cpu, self._cpu_at = cpu, now
         return used > _AT_WORK * passed and not _uses_accelerator()
+
+    def _share(self, own: float) -> None:
+        """One more sample of whether the time is the rank's own: an average of all, later of the last minute."""
+        self._samples += 1
+        self._own += max(1 / self._samples, _MINUTE) * (own - self._own)
+        if self._samples >= _FEW:
+            self._words[Word.OWN_SHARE] = struct.unpack("Q", struct.pack("d", max(self._own, _NEVER)))[0]
 
     def _is_waiting(self, code: CodeType) -> bool:
         known = self._waits.get(code)

@@ -128,7 +128,7 @@ libc.ptrace(17, pid, None, None)  # PTRACE_DETACH
 
 @pytest.mark.may_skip(reason="a sandbox may forbid ptrace")
 def test_a_debugger_is_no_hang(job: Job) -> None:
-    job.start(torchrun("--steps", 200, script=STUCK), *QUICK)
+    job.start(torchrun("--steps", 200, script=STUCK), *QUICK, "--snapshot-every", "never")
     job.until_fact(FirstStep)
     (rank,) = (each.pid for each in job.processes() if each.environ().get("RANK") == "1")
     with subprocess.Popen(
