@@ -38,7 +38,7 @@ async def collect(asked: Sequence[Asked], patience: float) -> dict[int, str]:
     able = [one for one in asked if one.number and _handles(one.pid, one.number)]
     before = {one.rank: _size(one.file) for one in able}
     for one in able:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(one.pid, one.number)
     sizes, changed = dict(before), dict.fromkeys(before, clock.monotonic())
     deadline = clock.monotonic() + patience
