@@ -112,7 +112,11 @@ def install(
     ``on_load`` is called when torch has been imported.
     """
 
+    worker = os.getpid()
+
     def register(module: ModuleType) -> None:
+        if os.getpid() != worker:
+            return  # a forked child imports torch: it has the page, and is not the worker
         counter = StepCounter(page, on_first)
         _hide_from_compiler()
         hooks: Any = module

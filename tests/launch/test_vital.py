@@ -117,6 +117,18 @@ def test_without_torch_there_is_no_thread_and_there_are_stacks(listener: Listene
     assert len(stacks.threads(text)) == 1
 
 
+def test_a_forked_child_that_imports_torch_is_not_the_worker(listener: Listener) -> None:
+    step = (
+        "p = torch.nn.Parameter(torch.ones(1)); p.grad = torch.ones(1); torch.optim.SGD([p], lr=1.0).step()"
+    )
+    child = f"import os\nif os.fork() == 0:\n    import torch\n    {step}\n    os._exit(0)\n"
+    pid = start(listener, child, "print(os.waitstatus_to_exitcode(os.wait()[1]))\n", READY)
+    assert wait(pid) == 0
+    assert listener.log() == "0\n"
+    page = listener.page()
+    assert (page[Word.BEAT_NS], page[Word.STEP]) == (0, 0)
+
+
 def test_a_handler_of_the_scripts_own_stays(listener: Listener) -> None:
     handler = f"import signal, time\nsignal.signal({SIGNAL}, lambda *_: print('mine'))\n"
     start(listener, TORCH, handler, READY, "time.sleep(600)")
