@@ -1,7 +1,7 @@
 """What happens in a worker before the user's script: the ties to the supervisor, and nothing the script could notice.
 
 In this order, each for the reason given at its function: die with the parent, write to the rank's own log file, greet the
-supervisor, take the signals, watch for torch's optimizer, pass the gate (``launch/warmup.py``). Standard library and ``supervisor.edge`` only, because
+supervisor, take the signals, show signs of life, watch for torch's optimizer, pass the gate (``launch/warmup.py``). Standard library and ``supervisor.edge`` only, because
 every worker of every attempt waits for this.
 
 All our imports stand at the top: by the time the script runs, ``launch/worker`` has put our packages aside.
@@ -14,12 +14,13 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from launch import children, mainmodule, stepcount
+from launch import children, mainmodule, stepcount, vital
 from launch.shield import SHIELDED
 from launch.warmup import Gate
 from supervisor.edge import link as links
@@ -42,7 +43,8 @@ def run(words: list[str]) -> None:
         gate.wait()
         _execute(link, rest)
     _shield(link, gate)
-    stepcount.install(link.page, gate.told())
+    vital.write_stacks_on_request(link)
+    stepcount.install(link.page, gate.told(), vital.Beat(link.page, threading.get_ident()).start)
 
     def before() -> None:
         gate.enter()

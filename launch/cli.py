@@ -36,6 +36,14 @@ say why), 64 wrong usage, 78 wrong configuration or job directory, 70 a bug of e
 """
 
 
+_HANG_LIMITS = {
+    "startup": "up to the first step, without a sign of life (default: 30m, once it is known to make steps)",
+    "floor": "no learned limit is shorter (default: 1m with a Session, 10m without)",
+    "ceiling": "no learned limit is longer; also that of evaluation phases (default: 30m)",
+    "silence": "without any output, for programs without torch (default: never)",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, but a wrong word is an exception with one line that says what was meant."""
 
@@ -174,6 +182,14 @@ def _run_parser(commands: Any) -> _Parser:
     stopping.add_argument(
         "--grace", metavar="TIME", help="time a stop may take to save the state (default: 60s)"
     )
+    stopping.add_argument(
+        "--hang",
+        metavar="auto|off|TIME",
+        help="when ranks that do not go on are killed and restarted: auto learns from the job's own steps, a TIME is "
+        "the longest that a step may take (default: auto)",
+    )
+    for name, text in _HANG_LIMITS.items():
+        stopping.add_argument(f"--hang-{name}", metavar="TIME", help=text)
     stopping.add_argument(
         "--standby",
         metavar="on|off",

@@ -104,16 +104,26 @@ def _hide_from_compiler() -> None:
             frames.set_code_exec_strategy(function.__code__, skip)
 
 
-def install(page: ControlPage, on_first: Callable[[], None]) -> None:
-    """Count the steps of this process onto ``page`` from its first import of torch on; call ``on_first`` at the first."""
+def install(
+    page: ControlPage, on_first: Callable[[], None], on_load: Callable[[], None] = lambda: None
+) -> None:
+    """Count the steps of this process onto ``page`` from its first import of torch on; call ``on_first`` at the first.
+
+    ``on_load`` is called when torch has been imported.
+    """
+
+    worker = os.getpid()
 
     def register(module: ModuleType) -> None:
+        if os.getpid() != worker:
+            return  # a forked child imports torch: it has the page, and is not the worker
         counter = StepCounter(page, on_first)
         _hide_from_compiler()
         hooks: Any = module
         hooks.register_optimizer_step_pre_hook(counter.before)
         hooks.register_optimizer_step_post_hook(counter.after)
         os.register_at_fork(after_in_child=counter.stop)
+        on_load()
 
     sys.meta_path.insert(0, AfterLoad(MODULE, register))
 

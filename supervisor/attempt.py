@@ -14,16 +14,17 @@ import select
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from supervisor.decide.symptoms import LATE_SIGNALS
+from supervisor.decide import symptoms
 from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, SessionFlag, Word
-from supervisor.edge.link import ATTEMPT, control_folder, page_path
+from supervisor.edge.link import ATTEMPT, control_folder, page_path, stacks_path
 from supervisor.errors import StorageError
-from supervisor.model import AttemptEvidence, Raised, RankEnd
+from supervisor.model import AttemptEvidence, Hang, Raised, RankEnd
+from supervisor.seat import Seat
 
 ECHO_GRACE = 0.3  # seconds for the root cause of what may be a consequence
 RAISED_GRACE = 10.0  # seconds for a worker that raised to run its exit handlers
@@ -31,33 +32,6 @@ UNKNOWN_GRACE = 1.0  # seconds for torchrun to report an exit status that we cou
 FAREWELL = 5.0  # seconds for torchrun to leave after all of its workers did
 REAP_PERIOD = 0.002
 REAP_DEADLINE = 60.0
-
-
-@dataclass(eq=False)
-class Seat:
-    """One rank of this attempt, from its greeting on."""
-
-    rank: int
-    local_rank: int
-    pid: int
-    pidfd: int | None
-    page: ControlPage
-    session: bool = False
-    completed: bool | None = None  # what its Session said when its loop was left
-    raised: Raised | None = None
-    raised_at: float = 0.0
-    told_code: int | None = None
-    end: RankEnd | None = None
-
-    @property
-    def closed(self) -> bool:
-        """Whether its Session's loop was left in order, not by an exception."""
-        return bool(self.page[Word.SESSION] & SessionFlag.CLOSED)
-
-    @property
-    def step(self) -> int:
-        """Completed steps."""
-        return self.page[Word.STEP]
 
 
 class Attempt:
@@ -79,6 +53,8 @@ class Attempt:
         self.ended = asyncio.Event()
         self.finished = False  # every rank left with code 0
         self.stopping = False  # a stop was asked for: leaving early is what we want
+        self._hang: Hang | None = None
+        self._stacks: dict[int, str] = {}
         self._run_id = run_id
         self._launcher: int | None = None
         self._launcher_fd: int | None = None
@@ -179,6 +155,16 @@ class Attempt:
 
     # ------------------------------------------------------------------ ends
 
+    def hangs(self, hang: Hang, stacks: dict[int, str]) -> None:
+        """It does not go on: end it for that."""
+        if not self.ended.is_set():
+            self._hang, self._stacks = hang, stacks
+            self.ended.set()
+
+    def stacks_of(self, seat: Seat) -> Path:
+        """The file that its stacks are written to."""
+        return stacks_path(self.runtime, self.number, seat.local_rank)
+
     def raised(self, seat: Seat, raised: Raised) -> None:
         """A worker says that an exception is ending it."""
         if seat.raised is None and seat.end is None:
@@ -200,7 +186,7 @@ class Attempt:
         if self._killed:
             return  # our own doing is no evidence
         code = how.code if how else seat.told_code
-        if seat.told_code == 0 and how is not None and how.signal in LATE_SIGNALS:
+        if seat.told_code == 0 and how is not None and how.signal in symptoms.LATE_SIGNALS:
             code, how = 0, None
         seat.end = RankEnd(
             rank=seat.rank,
@@ -343,7 +329,7 @@ class Attempt:
     @property
     def noticed(self) -> float | None:
         """Unix seconds of the first sign of its end: a death, an exception, or our own decision to kill it."""
-        signs = [self._launcher_end, self._killed_at]
+        signs = [self._launcher_end, self._killed_at, self._hang.monotonic if self._hang else None]
         for seat in self.seats.values():
             signs += [seat.end.monotonic if seat.end else None, seat.raised_at or None]
         first = min((sign for sign in signs if sign is not None), default=None)
@@ -354,6 +340,9 @@ class Attempt:
         reported = forensics.exit_codes_in(self.logs / "torchrun.log")
         oom_killed = forensics.oom_kills() > self._oom_before
         launcher = self._launcher_exit
+        crashed = {
+            seat.rank: forensics.text_of(self.stacks_of(seat)) for seat in self.seats.values() if seat.end
+        }
         return AttemptEvidence(
             attempt=self.number,
             world_size=self.world_size,
@@ -369,6 +358,8 @@ class Attempt:
             launcher_pid=self._launcher,
             launcher_lines=forensics.last_lines(self.logs / "torchrun.log"),
             has_session=self.has_session,
+            hang=self._hang,
+            stacks=self._stacks or {rank: text for rank, text in crashed.items() if text},
         )
 
     def _complete(self, seat: Seat, reported: Mapping[int, int], oom_killed: bool) -> RankEnd:
@@ -388,6 +379,6 @@ class Attempt:
             end,
             exit_code=code,
             signal=signum,
-            oom_killed=oom_killed and signum == signal.SIGKILL,
+            oom_killed=oom_killed and (signum == signal.SIGKILL or symptoms.lost_a_process(end.raised)),
             last_lines=forensics.last_lines(self.logs / f"rank-{seat.rank}.log"),
         )

@@ -8,7 +8,6 @@ of one line that names the file and the key.
 from __future__ import annotations
 
 import difflib
-import enum
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -20,90 +19,15 @@ from supervisor.checkpoint import location
 from supervisor.checkpoint.location import TIMEOUT, Location
 from supervisor.decide.retention import KeepBest, RetentionPolicy
 from supervisor.errors import ConfigError
+from supervisor.intervals import INTERVALS, Interval, Unit, parse_duration
 
 DEFAULT_FILE: Final = "everstep.yaml"
-_INTERVALS: Final = "1step, 50steps, 10s, 5m, 1h or never"
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd])")
 _RATE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?B)(?:/s)?", re.IGNORECASE)
 _BYTES: Final = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9}
-_STEPS: Final = re.compile(r"([0-9]+)\s*steps?")
-
-
-class Unit(enum.StrEnum):
-    """What an interval is counted in."""
-
-    STEPS = "steps"
-    SECONDS = "seconds"
-    NEVER = "never"
-    AUTO = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """How often something happens. ``value`` is in steps or seconds, and 0 for ``never`` and ``auto``."""
-
-    unit: Unit
-    value: float = 0
-
-    @property
-    def steps(self) -> int | None:
-        """The interval in steps, None when it is not counted in steps."""
-        return int(self.value) if self.unit is Unit.STEPS else None
-
-    @property
-    def seconds(self) -> float | None:
-        """The interval in seconds, None when it is not counted in seconds."""
-        return self.value if self.unit is Unit.SECONDS else None
-
-    @property
-    def is_never(self) -> bool:
-        """Whether it never happens."""
-        return self.unit is Unit.NEVER
-
-    @property
-    def is_auto(self) -> bool:
-        """Whether it is to be worked out from measurements."""
-        return self.unit is Unit.AUTO
-
-    def __str__(self) -> str:
-        """As it would be written on the command line."""
-        if self.unit is Unit.STEPS:
-            return "1step" if self.value == 1 else f"{int(self.value)}steps"
-        return f"{self.value:g}s" if self.unit is Unit.SECONDS else self.unit.value
-
-    @classmethod
-    def parse(cls, text: str, *, auto: bool = False) -> Interval:
-        """From ``1step``, ``50steps``, ``10s``, ``5m``, ``1h``, ``never``, and where it is allowed ``auto``.
-
-        Raises ConfigError.
-        """
-        word = text.strip().lower()
-        if word == "never":
-            return cls(unit=Unit.NEVER)
-        if word == "auto" and auto:
-            return cls(unit=Unit.AUTO)
-        if found := _STEPS.fullmatch(word):
-            interval = cls(unit=Unit.STEPS, value=int(found[1]))
-        elif _DURATION.fullmatch(word):
-            interval = cls(unit=Unit.SECONDS, value=parse_duration(word))
-        else:
-            allowed = f"auto, {_INTERVALS}" if auto else _INTERVALS
-            raise ConfigError(f"{text!r} is no interval; allowed: {allowed}")
-        if interval.value == 0:
-            raise ConfigError(f"{text!r}: an interval must be longer than 0 (never switches it off)")
-        return interval
-
-
-def parse_duration(text: str) -> float:
-    """Seconds in ``60s``, ``5m``, ``1.5h``, ``1d``. Raises ConfigError."""
-    found = _DURATION.fullmatch(text.strip().lower())
-    if not found:
-        raise ConfigError(f"{text!r} is no duration; allowed: 60s, 5m, 1h")
-    return float(found[1]) * _SECONDS[found[2]]
 
 
 SNAPSHOT_EVERY: Final = Interval(unit=Unit.SECONDS, value=30)
+CHECKPOINT_EVERY: Final = Interval(unit=Unit.AUTO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +46,7 @@ class Options:
     """Seconds that an object store may take to answer a request."""
     snapshot_every: Interval = SNAPSHOT_EVERY
     """How often the state is copied to host RAM."""
-    checkpoint_every: Interval = Interval(unit=Unit.AUTO)
+    checkpoint_every: Interval = CHECKPOINT_EVERY
     """How often a snapshot is made durable. ``auto`` weighs the measured cost against the measured failure rate."""
     keep_last: int = 3
     """Keep this many of the newest checkpoints, at least 1."""
@@ -136,6 +60,17 @@ class Options:
     """Give up after this many preemptions without progress (newly committed steps) in between; 0: at the first."""
     grace: float = 60.0
     """Seconds that a stop may take to save the state, before everything is killed."""
+    hang: float | str = "auto"
+    """When ranks that do not go on are taken to hang: ``auto`` (limits learned from the job's own steps), ``off``, or seconds
+    that a step may take."""
+    hang_startup: float | None = None
+    """Seconds up to an attempt's first step without a sign of life. None: 30 minutes, for a job that is known to make steps."""
+    hang_floor: float | None = None
+    """No learned limit is shorter, in seconds. None: a minute with a Session, ten without, where a false alarm costs more."""
+    hang_ceiling: float = 1800.0
+    """No learned limit is longer, in seconds; also the limit where nothing can be learned: evaluation, the first save."""
+    hang_silence: float | None = None
+    """Seconds without any output, for programs whose steps cannot be seen. None: output does not matter."""
     standby: str = "on"
     """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``."""
     quiet: bool = False
@@ -153,6 +88,10 @@ class Options:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: at least 0")
         if not 0 < self.grace < math.inf:
             raise ConfigError(f"--grace {self.grace:g}s: longer than 0")
+        if self.hang_floor is not None and self.hang_floor > self.hang_ceiling:
+            raise ConfigError(
+                f"--hang-floor {self.hang_floor:g}s is longer than --hang-ceiling {self.hang_ceiling:g}s"
+            )
         if self.name is not None and (not self.name or self.name in (".", "..") or "/" in self.name):
             raise ConfigError(f"--name {self.name!r}: a plain name without slashes is required")
         if not 0 < self.storage_timeout < math.inf:
@@ -264,13 +203,13 @@ def _standby(value: object) -> str:
 
 def _snapshot_interval(value: object) -> Interval:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        raise ConfigError(f"{value} has no unit; allowed: {_INTERVALS}")
+        raise ConfigError(f"{value} has no unit; allowed: {INTERVALS}")
     return Interval.parse(_text(value))
 
 
 def _checkpoint_interval(value: object) -> Interval:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        raise ConfigError(f"{value} has no unit; allowed: auto, {_INTERVALS}")
+        raise ConfigError(f"{value} has no unit; allowed: auto, {INTERVALS}")
     return Interval.parse(_text(value), auto=True)
 
 
@@ -278,6 +217,30 @@ def _duration(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ConfigError(f"{value} has no unit; allowed: 60s, 5m, 1h")
     return parse_duration(_text(value))
+
+
+def _limit(value: object) -> float:
+    seconds = _duration(value)
+    if seconds < 1:
+        raise ConfigError(f"{seconds:g}s: 1s or longer is required")
+    return seconds
+
+
+def _limit_or_never(value: object) -> float | None:
+    return None if isinstance(value, str) and value.strip().lower() == "never" else _limit(value)
+
+
+def _hang(value: object) -> float | str:
+    if isinstance(value, bool):  # YAML reads on and off as these
+        return "auto" if value else "off"
+    if isinstance(value, str) and value.strip().lower() in ("auto", "off"):
+        return value.strip().lower()
+    try:
+        return _limit(value)
+    except ConfigError:
+        raise ConfigError(
+            f"{value!r}; allowed: auto, off, or a time of 1s or longer, such as 90s or 5m"
+        ) from None
 
 
 def _keep_best(value: object) -> KeepBest:
@@ -303,6 +266,11 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "max_failures": _whole,
     "max_preemptions": _whole,
     "grace": _duration,
+    "hang": _hang,
+    "hang_startup": _limit,
+    "hang_floor": _limit,
+    "hang_ceiling": _limit,
+    "hang_silence": _limit_or_never,
     "standby": _standby,
     "quiet": _switch,
     "continue_": _switch,

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from supervisor.attempt import Attempt
+from supervisor.edge.forensics import FLIGHT_RECORDS
 from supervisor.edge.link import ATTEMPT, RUNTIME, STANDBY
 from supervisor.edge.ports import ReservedPort
 from supervisor.errors import UsageError
 from supervisor.program import Program
+
+#: what turns torch's flight recorder on: the number of records that it keeps
+FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class Launcher:
         environment.pop(STANDBY, None)
         if attempt.standby:
             environment[STANDBY] = str(attempt.standby)
+        records = any(environment.get(name, "0") != "0" for name in FLIGHT_RECORDER)
+        if records and not any(environment.get(name) for name in FLIGHT_RECORDS):
+            (attempt.folder / "flight").mkdir(exist_ok=True)
+            environment[FLIGHT_RECORDS[0]] = str(attempt.folder / "flight" / "rank_")
         return {
             **environment,
             "EVERSTEP_DIR": str(self.folder),

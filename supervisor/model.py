@@ -1,4 +1,5 @@
-"""The vocabulary: what every other module speaks in. Standard library only, nothing mutable.
+"""The vocabulary: what every other module speaks in. Standard library only, nothing mutable. How things
+fail is in ``supervisor/failing.py``.
 
 A *step* count is always the number of completed optimizer steps, which is also the index of the next step to run: a
 checkpoint at step 1200 holds the state after steps 0 … 1199. Times named ``time`` are Unix seconds (they go into the
@@ -8,8 +9,20 @@ journal); those named ``monotonic`` come from ``time.monotonic()`` and order the
 from __future__ import annotations
 
 import enum
-import re
 from dataclasses import dataclass, field
+
+from supervisor.failing import (
+    AttemptEvidence,
+    Failure,
+    FailureKind,
+    Hang,
+    HangKind,
+    HungRank,
+    Raised,
+    RankEnd,
+)
+
+__all__ = ["AttemptEvidence", "Failure", "FailureKind", "Hang", "HangKind", "HungRank", "Raised", "RankEnd"]
 
 
 class State(enum.StrEnum):
@@ -23,25 +36,6 @@ class State(enum.StrEnum):
     COMPLETED = "completed"
     PREEMPTED = "preempted"
     FAILED = "failed"
-
-
-class FailureKind(enum.StrEnum):
-    """What went wrong in an attempt, from its root cause."""
-
-    CRASH = "crash"  # a worker died of a signal
-    HOST_OOM = "host_oom"  # the kernel killed it for memory
-    CUDA_OOM = "cuda_oom"
-    DEVICE = "device"
-    COMMUNICATION = "communication"
-    NUMERIC = "numeric"
-    STORAGE = "storage"
-    EXCEPTION = "exception"  # the user's code raised
-    STARTUP = "startup"  # it never reached its first step
-    EARLY_EXIT = "early_exit"  # a rank left with code 0 while the others went on
-    STATE_MISMATCH = "state_mismatch"  # the checkpoint does not fit the training
-    LAUNCHER = "launcher"  # torchrun itself died
-    HANG = "hang"
-    NODE_LOST = "node_lost"
 
 
 class Action(enum.StrEnum):
@@ -81,73 +75,6 @@ class Tier(enum.StrEnum):
 
     RAM = "ram"
     CHECKPOINT = "checkpoint"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Raised:
-    """An exception that ended a worker. ``type`` is the qualified name, e.g. ``torch.OutOfMemoryError``."""
-
-    type: str
-    message: str
-    traceback: str
-    #: names of the classes it derives from, most derived first, e.g. ("ModuleNotFoundError", "ImportError", …)
-    bases: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankEnd:
-    """How one rank ended, as far as it is known."""
-
-    rank: int
-    pid: int
-    monotonic: float  # when its end (or, if earlier, its exception) was noticed
-    exit_code: int | None = None
-    signal: int | None = None
-    told_exit_code: int | None = None  # what it said it would exit with; it may have died of a signal instead
-    raised: Raised | None = None
-    step: int | None = None  # completed steps; None before the first report
-    closed: bool = False  # its Session left the loop in order
-    completed: bool | None = None  # … and after the last step; None: it did not say
-    oom_killed: bool = False
-    last_lines: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttemptEvidence:
-    """All that is known of an attempt that has ended: the input of ``decide/classify.py``."""
-
-    attempt: int
-    world_size: int | None  # None when no worker ever registered
-    step: int | None  # completed steps of the furthest rank; None when no step was completed
-    ends: tuple[RankEnd, ...]  # only the ranks that ended by themselves, not those we killed
-    launcher_exit_code: int | None = None  # of torchrun (or of the plain program); None: we killed it
-    launcher_signal: int | None = None
-    launcher_monotonic: float | None = None  # when its end was noticed
-    launcher_pid: int | None = None  # a rank's own pid where the program is started without torchrun
-    launcher_lines: tuple[str, ...] = ()
-    has_session: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """The root cause of an attempt's end, in plain words."""
-
-    kind: FailureKind
-    reason: str
-    attempt: int
-    time: float
-    rank: int | None = None
-    step: int | None = None
-    signal: int | None = None
-    exit_code: int | None = None
-    exception: str | None = None  # type and message on one line
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for two failures that are the same deterministic error at the same step."""
-        # object addresses differ every time
-        exception = re.sub(r"0x[0-9a-fA-F]+", "0x", self.exception or "")
-        return f"{self.kind}|{self.step}|{self.exit_code}|{self.signal}|{exception}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from supervisor.ledger import Ledger
 from supervisor.model import FirstStep, Progress, ProposalFlag
 from supervisor.savepoints import SavePoints
 from supervisor.snapshots import Snapshots
+from supervisor.vigil import Vigil
 
 PERIOD = 0.1  # seconds
 PROGRESS_PERIOD = 10.0  # seconds between two journal entries
@@ -52,6 +53,7 @@ class Pulse:
         self._first_step_said = False
         self._rate_from = (now, 0)
         self._rate: float | None = None
+        self._vigil = Vigil(attempt, options, ledger, console)
 
     async def beat(self) -> None:
         """Run until cancelled."""
@@ -64,6 +66,7 @@ class Pulse:
             self._attempt.reap_adopted()
             self._attempt.offer_slot(self._snapshots.offer())
             self._wants_stop()
+            self._vigil.look()
             self._console.progress(self._line())
 
     # ------------------------------------------------------------------ saves

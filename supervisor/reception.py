@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from supervisor.attempt import Attempt, Seat
+from supervisor.attempt import Attempt
 from supervisor.edge import clock
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
@@ -16,6 +16,7 @@ from supervisor.ledger import Ledger
 from supervisor.model import ProposalFlag, Raised, Resumed, WorkersReady
 from supervisor.resume import Resume
 from supervisor.savepoints import SavePoints
+from supervisor.seat import Seat
 from supervisor.snapshots import Snapshots
 
 

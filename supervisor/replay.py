@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from supervisor import model, record, timesheet
+from supervisor import failing, model, record, timesheet
 from supervisor.about import version
 from supervisor.checkpoint.location import Location, located
 from supervisor.decide import goodput, lifecycle
@@ -160,7 +160,8 @@ def _load(path: Path) -> _Fold | None:
 @functools.cache
 def _rules() -> int:
     """Differs wherever the same journal might be folded into something else."""
-    sources = [module.__file__ for module in (model, record, timesheet, lifecycle, goodput, plain, journal)]
+    parts = (failing, model, record, timesheet, lifecycle, goodput, plain, journal)
+    sources = [module.__file__ for module in parts]
     try:
         return zlib.crc32(b"".join(Path(source or "").read_bytes() for source in (*sources, __file__)))
     except OSError:  # compiled code alone

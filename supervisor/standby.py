@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from supervisor.attempt import Attempt, Seat
+from supervisor.attempt import Attempt
 from supervisor.edge import clock, memory
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
@@ -34,6 +34,7 @@ from supervisor.errors import EverstepError
 from supervisor.launching import Launcher
 from supervisor.ledger import Ledger
 from supervisor.model import StandbyReady
+from supervisor.seat import Seat
 
 DELAY = 2.0  # seconds after the first step
 PATIENCE = 300.0  # seconds that its workers may take to the gate

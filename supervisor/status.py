@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from supervisor.decide import goodput, lifecycle
+from supervisor.decide import goodput, lifecycle, straggler
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.live import Live, is_held, read_live
 from supervisor.errors import JobError
@@ -50,6 +50,7 @@ class Status:
     snapshot: Held | None
     checkpoint: Held | None
     metrics: dict[str, float]
+    own_shares: dict[int, float] = field(default_factory=dict)  # by rank (decide/straggler.py)
     run_id: str | None = None
     problems: tuple[str, ...] = ()  # lines of the journal that could not be used
 
@@ -131,6 +132,7 @@ def describe(
         snapshot=snapshot,
         checkpoint=checkpoint,
         metrics=metrics,
+        own_shares=live.own_shares if live else {},
         run_id=run_id,
         problems=problems,
     )
@@ -150,6 +152,8 @@ def to_json(status: Status) -> dict[str, Any]:
         "total_steps": status.total_steps,
         "rate": _number(status.rate),
         "metrics": {name: _number(value) for name, value in status.metrics.items()},
+        "own_shares": [round(share, 3) for _, share in sorted(status.own_shares.items())],
+        "slow_rank": straggler.slowest(status.own_shares),
         "restarts": record.restarts,
         "preemptions": record.preemptions,
         "last_failure": None
@@ -185,6 +189,7 @@ def to_text(status: Status) -> str:
         ("job", str(status.path)),
         ("state", status.state.value + (f": {status.reason}" if status.reason else "")),
         ("progress", _progress(status)),
+        *_slow_rank(status),
         ("snapshot", _held_text(status.snapshot, status.now)),
         ("checkpoint", _held_text(status.checkpoint, status.now)),
         *(
@@ -263,6 +268,14 @@ def _progress(status: Status) -> str:
             parts.append(f"{duration((status.total_steps - status.step) / status.rate)} to go")
     parts += [f"{name} {value:.4g}" for name, value in status.metrics.items()]
     return ", ".join(parts)
+
+
+def _slow_rank(status: Status) -> list[tuple[str, str]]:
+    shares, rank = status.own_shares, straggler.slowest(status.own_shares)
+    if rank is None:
+        return []
+    text = f"rank {rank}: {shares[rank]:.0%} of its time is its own, the others' {straggler.others(shares, rank):.0%}"
+    return [("slow rank", f"{text}: they wait for it")]
 
 
 def _goodput(status: Status) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 
-from supervisor import config
-from supervisor.config import Interval, Options, Unit, load
+from supervisor import config, vigil
+from supervisor.config import Options, load
 from supervisor.decide.retention import KeepBest, Mode
 from supervisor.errors import ConfigError
+from supervisor.intervals import Interval, Unit
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,39 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
     assert (options.quiet, options.continue_, options.grace) == (False, True, 120)
     assert options.config == tmp_path / "everstep.yaml"
     assert options.retention.keep_last == 9
+
+
+def test_limits_of_hangs(tmp_path: Path) -> None:
+    options = load({}, tmp_path)
+    assert (options.hang, options.hang_floor, options.hang_silence) == ("auto", None, None)
+    options = load({"hang": "5m", "hang_floor": "90s", "hang_silence": "10m", "hang_startup": "1h"}, tmp_path)
+    assert (options.hang, options.hang_floor, options.hang_silence) == (300, 90, 600)
+    assert options.hang_startup == 3600
+    assert load({"hang_silence": "never"}, tmp_path).hang_silence is None
+    (tmp_path / "everstep.yaml").write_text("hang: off\nhang-ceiling: 5m\n")
+    assert load({}, tmp_path).hang == "off"
+    assert vigil.describe(load({}, tmp_path)) == "hangs are not looked for"
+    (tmp_path / "everstep.yaml").write_text("hang: on\nhang-silence: 10m\n")
+    assert vigil.describe(load({}, tmp_path)) == (
+        "limits of hangs: 10 times the longest step, at least 60 s (600 s without a Session), at most 1800 s; "
+        "1800 s up to the first step, 1800 s for an evaluation; no output for 600 s is a hang"
+    )
+    assert "300 s for a step" in vigil.describe(load({"hang": "5m"}, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"hang": "soon"}, "--hang: 'soon'; allowed: auto, off, or a time"),
+        ({"hang": "0s"}, "allowed: auto, off, or a time of 1s or longer"),
+        ({"hang_floor": "0.5s"}, "--hang-floor: 0.5s: 1s or longer"),
+        ({"hang_floor": "10m", "hang_ceiling": "5m"}, "--hang-floor 600s is longer than --hang-ceiling 300s"),
+        ({"hang_startup": "long"}, "--hang-startup: 'long' is no duration"),
+    ],
+)
+def test_wrong_limits_of_hangs(tmp_path: Path, flags: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(flags, tmp_path)
 
 
 def test_directories(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_the_packages_hold_only_a_docstring(package: str) -> None:
     assert isinstance(body[0].value.value, str)
 
 
-@pytest.mark.parametrize("name", ["model", "errors"])
+@pytest.mark.parametrize("name", ["failing", "model", "errors"])
 def test_the_vocabulary_imports_only_the_standard_library(name: str) -> None:
     imported = set()
     for node in ast.walk(ast.parse((ROOT / "supervisor" / f"{name}.py").read_text())):
@@ -49,6 +49,8 @@ def test_the_vocabulary_imports_only_the_standard_library(name: str) -> None:
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").partition(".")[0])
+    if name == "model":  # which hands on the part of it that is about failing
+        imported.discard("supervisor")
     assert imported <= sys.stdlib_module_names
 
 

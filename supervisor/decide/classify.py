@@ -22,13 +22,15 @@ import signal as signals
 from collections.abc import Sequence
 from dataclasses import replace
 
-from supervisor.decide import symptoms
-from supervisor.model import AttemptEvidence, Failure, FailureKind, Raised, RankEnd
+from supervisor.decide import health, symptoms
+from supervisor.model import AttemptEvidence, Failure, FailureKind, Hang, Raised, RankEnd
 
 
 def classify(evidence: AttemptEvidence, time: float) -> Failure | None:
     """The root cause of an attempt's end; None when it finished: every rank exited with code 0 by itself."""
     evidence = _as_meant(evidence)
+    if evidence.hang is not None and all(end.monotonic >= evidence.hang.monotonic for end in evidence.ends):
+        return _hang(evidence, evidence.hang, time)
     if _finished(evidence):
         return None
     if _launcher_died_first(evidence):
@@ -125,6 +127,8 @@ _WORDS: dict[FailureKind, str] = {
 
 
 def _what(kind: FailureKind, end: RankEnd) -> str:
+    if end.oom_killed and end.raised is not None:
+        return "lost a data loader process, which the kernel killed because the host (or its cgroup) ran out of memory"
     if end.oom_killed:
         return "was killed by the kernel because the host (or its cgroup) ran out of memory"
     if end.raised is not None:
@@ -144,6 +148,20 @@ def _early_exit(end: RankEnd, evidence: AttemptEvidence, time: float) -> Failure
         rank=end.rank,
         step=end.step,
         exit_code=0,
+    )
+
+
+def _hang(evidence: AttemptEvidence, hang: Hang, time: float) -> Failure:
+    suspects = [rank for rank in hang.ranks if rank.suspect]
+    only = suspects[0] if len(suspects) == 1 else None
+    step = only.step if only is not None else evidence.step
+    return Failure(
+        kind=FailureKind.HANG,
+        reason=health.reason(hang),
+        attempt=evidence.attempt,
+        time=time,
+        rank=only.rank if only is not None else None,
+        step=step or None,
     )
 
 

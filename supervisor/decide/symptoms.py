@@ -164,6 +164,12 @@ def kind_of_exception(raised: Raised, *, before_first_step: bool) -> FailureKind
     return next(fitting, FailureKind.EXCEPTION)
 
 
+def lost_a_process(raised: Raised | None) -> bool:
+    """Whether it raised because a data loader's process was killed by SIGKILL."""
+    pattern = r"DataLoader worker \(pid.*\) is killed by signal: Killed"
+    return raised is not None and re.search(pattern, raised.message) is not None
+
+
 def _aborted_over(lines: Sequence[str]) -> FailureKind:
     """C++ threads (NCCL's watchdog) cannot raise: they print what is wrong and abort the process."""
     for line in lines:

@@ -50,6 +50,14 @@ class Word(enum.IntEnum):
     SESSION = 8  # SessionFlag
     SAVED_NS = 10  # CLOCK_MONOTONIC when that was; written before SAVED_STEP
     FIRST_STEP_NS = 9  # CLOCK_MONOTONIC when the attempt's first step was completed; 0: not yet
+    # by the worker's background thread (launch/vital.py)
+    BEAT_NS = 16  # CLOCK_MONOTONIC of its last beat; 0: there is none
+    MOVED_NS = 17  # CLOCK_MONOTONIC when it last saw the main thread move
+    OWN_SHARE = (
+        18  # a double: of the last minute of steps, the part that was not spent waiting for other ranks
+    )
+    DEBUGGED = 19  # 1: a debugger inside of the process is connected
+    STACKS = 20  # number of the signal that has all stacks written; 0: none does
 
     PROPOSAL = 64  # serial << 2 | ProposalState
     PROPOSAL_STEP = 65  # save when this many steps are complete
@@ -106,12 +114,16 @@ class ControlPage:
     @property
     def loss(self) -> float:
         """The last logged loss; NaN when none was."""
-        raw = self.words[Word.LOSS]
-        return float(struct.unpack("d", struct.pack("Q", raw))[0]) if raw else float("nan")
+        return self.double(Word.LOSS)
 
     @loss.setter
     def loss(self, value: float) -> None:
         self.words[Word.LOSS] = struct.unpack("Q", struct.pack("d", value))[0]
+
+    def double(self, word: Word) -> float:
+        """A word that is a double; NaN when it was never written."""
+        raw = self.words[word]
+        return float(struct.unpack("d", struct.pack("Q", raw))[0]) if raw else float("nan")
 
     def close(self) -> None:
         """Unmap the page. Reading or writing it afterwards raises ValueError."""

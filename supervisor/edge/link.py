@@ -38,6 +38,11 @@ def page_path(runtime: Path, attempt: int, local_rank: int) -> Path:
     return control_folder(runtime, attempt) / f"rank-{local_rank}"
 
 
+def stacks_path(runtime: Path, attempt: int, local_rank: int) -> Path:
+    """Where one local rank's stacks are written, on request and when it crashes."""
+    return control_folder(runtime, attempt) / f"stacks-{local_rank}"
+
+
 class Link:
     """An open connection; ``page`` is this rank's control page.
 

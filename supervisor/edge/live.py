@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor.edge import clock
@@ -22,6 +22,9 @@ class Live:
     saved_step: int | None = None  # newest snapshot of every rank
     saved_time: float | None = None  # Unix seconds when the last rank completed its newest one
     loss: float | None = None
+    own_shares: dict[int, float] = field(
+        default_factory=dict
+    )  # local rank → Word.OWN_SHARE, where there is one
 
 
 def is_held(lock: Path) -> bool:
@@ -45,7 +48,7 @@ def read_live(runtime: Path, attempt: int) -> Live | None:
     """What this host's control pages of one attempt say; None when they cannot be read (an attempt ends, another user's job)."""
     pages: list[ControlPage] = []
     try:
-        for path in sorted(control_folder(runtime, attempt).glob("rank-*")):
+        for path in sorted(control_folder(runtime, attempt).glob("rank-*"), key=_local_rank):
             pages.append(ControlPage(path))  # noqa: PERF401 (those opened are closed whatever happens)
         return _read_pages(pages)
     except (OSError, ValueError):
@@ -55,16 +58,22 @@ def read_live(runtime: Path, attempt: int) -> Live | None:
             page.close()
 
 
+def _local_rank(page: Path) -> int:
+    return int(page.name.rpartition("-")[2])
+
+
 def _read_pages(pages: list[ControlPage]) -> Live | None:
     if not pages:
         return None
     saved = min(page[Word.SAVED_STEP] for page in pages)
     moment = max(page[Word.SAVED_NS] for page in pages)
     loss = pages[0].loss
+    shares = [page.double(Word.OWN_SHARE) for page in pages]
     return Live(
         step=min(page[Word.STEP] for page in pages),
         total_steps=max(page[Word.TOTAL_STEPS] for page in pages) or None,
         saved_step=saved - 1 if saved else None,
         saved_time=clock.unix_of(moment) if saved and moment else None,
         loss=None if math.isnan(loss) else loss,
+        own_shares={rank: share for rank, share in enumerate(shares) if not math.isnan(share)},
     )

@@ -103,6 +103,16 @@ def is_exiting(pid: int) -> bool:
     return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & PF_EXITING)
 
 
+def state_of(pid: int) -> tuple[str, bool]:
+    """The letter of its state (``T``: stopped, ``D``: waits in the kernel) and whether a debugger is attached to it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "", False
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    return fields.get("State", "")[:1], fields.get("TracerPid", "0").strip() != "0"
+
+
 def reap() -> dict[int, Exit]:
     """Collect every child that has ended: pid → how."""
     ended: dict[int, Exit] = {}

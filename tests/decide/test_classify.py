@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.decide.classify import classify, signal_name
-from supervisor.decide.symptoms import kind_of_exception
-from supervisor.model import AttemptEvidence, Failure, FailureKind, Raised, RankEnd
+from supervisor.decide.symptoms import kind_of_exception, lost_a_process
+from supervisor.model import AttemptEvidence, Failure, FailureKind, Hang, HangKind, HungRank, Raised, RankEnd
 
 #: as torch 2.13's gloo says it to the ranks that are left when one is killed, and when one leaves
 CLOSED = (
@@ -388,3 +388,50 @@ def test_the_verdict_does_not_hang_on_the_order_of_the_evidence(
         assert [end.exit_code for end in ends] == [0] * 4
     elif ends:
         assert first.rank in range(kept)
+
+
+# --------------------------------------------------------------------------- hangs, lost loader processes
+
+
+def hung(**rank: Any) -> Hang:
+    usual: dict[str, Any] = {"step": 5, "stage": "step", "quiet": 11.0, "suspect": True}
+    return Hang(
+        kind=HangKind.MAIN_THREAD, monotonic=100.0, limit=10.0, ranks=(HungRank(rank=1, **(usual | rank)),)
+    )
+
+
+def test_a_hang_is_the_cause_of_what_comes_after_it() -> None:
+    end = RankEnd(rank=0, pid=1, monotonic=101.0, signal=signal.SIGSEGV, step=5)
+    evidence = AttemptEvidence(attempt=0, world_size=2, step=6, ends=(), hang=hung())
+    for ends in ((), (end,)):
+        failure = classify(replace(evidence, ends=ends), 1.0)
+        assert failure is not None
+        assert (failure.kind, failure.rank, failure.step) == (FailureKind.HANG, 1, 5)
+        assert "no sign of life" in failure.reason
+
+
+def test_a_death_before_the_hang_was_noticed_is_the_cause() -> None:
+    end = RankEnd(rank=0, pid=1, monotonic=99.0, signal=signal.SIGSEGV, step=5)
+    failure = classify(AttemptEvidence(attempt=0, world_size=2, step=6, ends=(end,), hang=hung()), 1.0)
+    assert failure is not None
+    assert failure.kind is FailureKind.CRASH
+
+
+def test_a_hang_of_nobody_in_particular_names_no_rank() -> None:
+    failure = classify(
+        AttemptEvidence(attempt=0, world_size=2, step=6, ends=(), hang=hung(suspect=False)), 1.0
+    )
+    assert failure is not None
+    assert (failure.rank, failure.step) == (None, 6)
+
+
+def test_a_loader_process_killed_for_memory() -> None:
+    message = "DataLoader worker (pid 4711) is killed by signal: Killed. "
+    raised = Raised(type="RuntimeError", message=message, traceback="")
+    assert lost_a_process(raised)
+    assert not lost_a_process(None)
+    end = RankEnd(rank=0, pid=1, monotonic=1.0, exit_code=1, raised=raised, step=5, oom_killed=True)
+    failure = classify(AttemptEvidence(attempt=0, world_size=1, step=5, ends=(end,)), 1.0)
+    assert failure is not None
+    assert failure.kind is FailureKind.HOST_OOM
+    assert "lost a data loader process" in failure.reason

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
 import tracemalloc
 from pathlib import Path
+
+import pytest
 
 from supervisor.edge import forensics
 
@@ -23,3 +26,17 @@ def test_torchruns_report_is_found_at_the_end_of_a_log_of_any_length(tmp_path: P
 
 def test_no_log_tells_nothing(tmp_path: Path) -> None:
     assert forensics.exit_codes_in(tmp_path / "torchrun.log") == {}
+
+
+def test_flight_records_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in forensics.FLIGHT_RECORDS:
+        monkeypatch.delenv(name, raising=False)
+    assert forensics.collect_flight_records(tmp_path) == []
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "trace_0").write_bytes(b"old")
+    os.utime(elsewhere / "trace_0", (1, 1))
+    (tmp_path / "logs").mkdir()
+    (elsewhere / "trace_1").write_bytes(b"new")
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(elsewhere / "trace_"))
+    assert forensics.collect_flight_records(tmp_path) == [str(tmp_path / "flight" / "trace_1")]
