@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
@@ -225,9 +225,11 @@ class Storage(FileSystemWriter):
         return StorageMeta(save_id=self.save_id)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index."""
-        super().finish(metadata, results)  # completes ``metadata``, too
-        self.names = {".metadata", *(info.relative_path for info in metadata.storage_data.values())}
+        """Write the index, which torch 2.11 would complete in a copy of ``metadata`` only."""
+        stored = {result.index: result.storage_data for of_rank in results for result in of_rank}
+        metadata.storage_data, metadata.storage_meta = stored, self.storage_meta()
+        metadata.version = CURRENT_DCP_VERSION
+        self.names = {".metadata", *(info.relative_path for info in stored.values())}
         path = Path(self.path) / ".metadata"
         temporary = path.with_name(".metadata.tmp")
         temporary.write_bytes(portable(metadata))
