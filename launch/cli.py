@@ -34,6 +34,14 @@ intervals: 1step, 50steps, 10s, 5m, 1h, never
 exit codes: 0 finished, 75 state saved and to be run again, 130 stopped by the user (saved), 1 gave up (the last lines
 say why), 64 wrong usage, 78 wrong configuration or job directory, 70 a bug of everstep
 """
+CHECKPOINTS_END = """\
+A checkpoint is meant by its step, by latest, by best, or by the path of its directory, which may also be one that
+torch.distributed.checkpoint has written without everstep (it has no digests then, and nothing is verified).
+"""
+OUTPUT_TEXT = (
+    "the ending says the format: .safetensors, .pt or .pth; a name without one becomes a directory of safetensors as "
+    "Hugging Face has them"
+)
 
 
 _HANG_LIMITS = {
@@ -109,7 +117,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     parsers = {"run": _run_parser(commands), "status": _status_parser(commands)}
-    checkpoints = commands.add_parser("checkpoints", help="list, verify or prune a job's checkpoints")
+    checkpoints = commands.add_parser(
+        "checkpoints", help="list, verify, look into, compare, export or prune checkpoints"
+    )
     parsers |= _checkpoints_parsers(checkpoints)
     parsed, unknown = parser.parse_known_args(list(arguments))
     command = parsed.command
@@ -264,20 +274,62 @@ def _status_parser(commands: Any) -> _Parser:
 
 
 def _checkpoints_parsers(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
+    parser.epilog = CHECKPOINTS_END
     actions = parser.add_subparsers(
-        dest="action", metavar="list | verify | prune", required=True, parser_class=_Parser
+        dest="action",
+        metavar="list | verify | inspect | compare | export | prune",
+        required=True,
+        parser_class=_Parser,
     )
-    listing: _Parser = actions.add_parser("list", help="every checkpoint, newest first")
+    listing: _Parser = actions.add_parser(
+        "list", help="every checkpoint, newest first, with sizes and metrics"
+    )
     listing.add_argument("--verify", action="store_true", help="read every byte and compare digests")
     verifying: _Parser = actions.add_parser(
         "verify", help="read every byte and compare digests; exit code 1 if any is bad"
     )
-    verifying.add_argument("steps", nargs="*", type=int, metavar="STEP", help="only these (default: all)")
+    verifying.add_argument(
+        "which",
+        nargs="*",
+        metavar="CHECKPOINT",
+        help="a step, latest, best, or the path of one (default: all)",
+    )
+    inspecting: _Parser = actions.add_parser("inspect", help="what is in one: keys, shapes, dtypes, sizes")
+    comparing: _Parser = actions.add_parser(
+        "compare", help="metrics, and by how much each tensor has changed"
+    )
+    comparing.add_argument("--all", action="store_true", help="show every item, also those that are the same")
+    exporting: _Parser = actions.add_parser(
+        "export",
+        help="to safetensors or torch.save",
+        description="Writes a checkpoint, or its weights, to a file for other programs: safetensors or torch.save.",
+    )
+    exporting.add_argument("-o", "--output", metavar="FILE", required=True, help=OUTPUT_TEXT)
+    exporting.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="of each file in a directory (default: 5GB); e.g. 500MB, 2GiB",
+    )
+    for one in (comparing, exporting):
+        one.add_argument("--weights-only", action="store_true", help="only the state of the modules")
     pruning: _Parser = actions.add_parser("prune", help="remove what the retention rules do not keep")
     pruning.add_argument("--dry-run", action="store_true", help="only say which")
     _add_retention(pruning)
     pruning.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="file of options")
-    for one in (listing, verifying, pruning):
+    for one, words in ((inspecting, ("which",)), (comparing, ("a", "b")), (exporting, ("which",))):
+        for word in words:
+            name = "CHECKPOINT" if word == "which" else word.upper()
+            one.add_argument(word, metavar=name, help="a step, latest, best, or the path of one")
+        one.add_argument("--only", metavar="NAME", help="only what is called NAME or NAME.…, e.g. model")
+        one.epilog = CHECKPOINTS_END
+    for one in (listing, comparing):
+        one.add_argument("--plot", metavar="METRIC", help="show this metric over all checkpoints")
+        one.add_argument("-o", "--output", metavar="FILE", help="draw the plot to FILE.svg or FILE.html")
+    for one in (listing, verifying, inspecting, comparing, exporting):
+        one.add_argument(
+            "--best", metavar="METRIC:min|max", help="what `best` goes by (default: keep_best, else loss:min)"
+        )
+    for one in (listing, verifying, inspecting, comparing, exporting, pruning):
         _add_job(one)
         one.add_argument(
             "--checkpoints",
@@ -285,7 +337,14 @@ def _checkpoints_parsers(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
             default=argparse.SUPPRESS,
             help="where they are, if elsewhere",
         )
-    return {"list": listing, "verify": verifying, "prune": pruning}
+    return {
+        "list": listing,
+        "verify": verifying,
+        "inspect": inspecting,
+        "compare": comparing,
+        "export": exporting,
+        "prune": pruning,
+    }
 
 
 def _add_job(parser: argparse.ArgumentParser) -> None:
@@ -307,17 +366,9 @@ def _add_retention(parser: Any) -> None:
 
 
 def _checkpoints(given: Mapping[str, Any]) -> int:
-    from launch import stored
-    from supervisor import config
+    from launch import asked
 
-    job = find_job(given["dir"])
-    options = config.load({**_flags(given), "dir": str(job)})
-    place = options.checkpoints or stored.checkpoints_of(job)
-    if given["action"] == "list":
-        return stored.show_list(job, place, json=given["json"], verify=given["verify"])
-    if given["action"] == "verify":
-        return stored.verify(place, given["steps"], json=given["json"])
-    return stored.prune(job, place, options.retention, json=given["json"], dry_run=given["dry_run"])
+    return asked.answer(given, lambda: find_job(given["dir"]), _flags(given))
 
 
 def find_job(given: str | None) -> Path:

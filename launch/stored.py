@@ -1,20 +1,25 @@
-"""``everstep checkpoints list | verify | prune``."""
+"""``everstep checkpoints list | verify | prune``, and the plot of a metric over them."""
 
 from __future__ import annotations
 
-import json as jsons
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from launch import plot
+from launch.choosing import Best
+from launch.tables import columns, finite, print_json, size
 from supervisor.checkpoint.catalog import CheckpointRecord
-from supervisor.checkpoint.location import Location
-from supervisor.checkpoint.manifest import Key
+from supervisor.checkpoint.location import Location, Remote
+from supervisor.checkpoint.manifest import Key, read_manifest
+from supervisor.checkpoint.sharing import on_disk
 from supervisor.checkpoint.storage import CheckpointStorage, Owner, open_storage
-from supervisor.decide.retention import RetentionPolicy, to_remove
+from supervisor.checkpoint.verify import problems_of
+from supervisor.decide.retention import KeepBest, RetentionPolicy, to_remove
 from supervisor.edge.jobdir import JobDirectory
-from supervisor.errors import JobError, UsageError
+from supervisor.errors import CheckpointError, JobError, UsageError
 from supervisor.replay import Replay
 
 
@@ -23,7 +28,7 @@ def checkpoints_of(job: Path) -> Location:
     return _folded(job).checkpoints or job / "checkpoints"
 
 
-def show_list(job: Path, place: Location, *, json: bool, verify: bool) -> int:
+def show_list(job: Path, place: Location, *, json: bool, verify: bool, best: Best) -> int:
     """Every checkpoint, newest first. Those never compared byte by byte have ``verified`` null."""
     key = Key.from_environment()
     storage = open_storage(place, key)
@@ -33,36 +38,109 @@ def show_list(job: Path, place: Location, *, json: bool, verify: bool) -> int:
         verdicts = {record.path: record.problem is None for record in records}
     else:
         verdicts = _folded(job).verdicts | {record.path: False for record in records if record.problem}
+    taken = _on_disk(records)
+    winner = best.among(record for record in records if verdicts.get(record.path) is not False)
     if json:
-        _print_json([_plain(record, verdicts.get(record.path)) for record in records])
+        print_json(
+            [
+                {
+                    **_plain(record, verdicts.get(record.path)),
+                    "bytes_on_disk": taken[record.path],
+                    "best": record is winner,
+                }
+                for record in records
+            ]
+        )
         return 0
     if not records:
         print(f"no checkpoints in {place}")
-    for record in records:
-        print(_row(record, verdicts.get(record.path)))
+        return 0
+    for line in _table(records, verdicts, taken, winner):
+        print(line)
+    total = f"{size(sum(record.bytes for record in records))}, {size(sum(taken.values()))} on disk"
+    print(f"\n{len(records)} checkpoints in {place}: {total}")
+    if winner is not None:
+        print(f"* the best: {best}")
     return 0
 
 
-def verify(place: Location, steps: Collection[int], *, json: bool) -> int:
-    """Compare every byte of all checkpoints, or of those at ``steps``; 1 when any is bad."""
+def draw(
+    place: Location,
+    metric: str,
+    file: Path | None,
+    *,
+    best: str | None,
+    rule: KeepBest | None,
+    marked: Collection[int] = (),
+) -> str:
+    """A metric over the checkpoints: written to ``file`` if there is one; as one line of text in any case.
+
+    The best one is that of the metric itself where ``best`` or the retention rule says which end of it is good, else the
+    least. Raises UsageError where no checkpoint has the metric.
+    """
+    plot.check_file(file)
     storage = open_storage(place, Key.from_environment())
-    records = storage.records()
-    missing = sorted(set(steps) - {record.step for record in records})
-    if missing:
-        there = ", ".join(str(record.step) for record in records) or "none"
-        raise UsageError(f"no checkpoint of step {missing[0]} in {place}; there are: {there}")
+    records = [record for record in storage.records() if record.problem is None]
+    points = plot.points_of(metric, {record.step: record.metrics for record in records})
+    if file is not None:
+        chosen = Best.of(best, rule)
+        winner = chosen.among(records) if chosen.metric == metric else None
+        plot.write(file, metric, points, best=None if winner is None else winner.step, marked=marked)
+    return plot.line(metric, points)
+
+
+def verify(
+    place: Callable[[], Location], steps: Collection[int], paths: Collection[Location], *, json: bool
+) -> int:
+    """Compare every byte of all checkpoints, or of those at ``steps`` and ``paths``; 1 when any is bad."""
+    key = Key.from_environment()
+    checks: list[Callable[[], CheckpointRecord]] = []
+    if steps or not paths:
+        storage = open_storage(place(), key)
+        records = storage.records()
+        missing = sorted(set(steps) - {record.step for record in records})
+        if missing:
+            there = ", ".join(str(record.step) for record in records) or "none"
+            raise UsageError(f"no checkpoint of step {missing[0]} in {place()}; there are: {there}")
+        wanted = [record for record in records if not steps or record.step in steps]
+        checks += [partial(_verified, record, storage) for record in wanted]
+    checks += [partial(_verified_at, path, key) for path in paths]
     checked = []
-    for record in records:
-        if steps and record.step not in steps:
-            continue
-        checked.append(_verified(record, storage))
+    for check in checks:
+        checked.append(check())
         if not json:
             print(_row(checked[-1], checked[-1].problem is None), flush=True)
     if json:
-        _print_json([_plain(record, record.problem is None) for record in checked])
+        print_json([_plain(record, record.problem is None) for record in checked])
     elif not checked:
-        print(f"no checkpoints in {place}")
+        print(f"no checkpoints in {place()}")
     return 1 if any(record.problem for record in checked) else 0
+
+
+def _verified_at(path: Location, key: Key | None) -> CheckpointRecord:
+    """A directory of any name, or one of an object store's. Raises UsageError where there is none."""
+    if isinstance(path, Remote):
+        storage = open_storage(path.parent, key)
+        for record in storage.records():
+            if record.path == path:
+                return _verified(record, storage)
+        raise UsageError(f"{path} is no checkpoint")
+    if not path.is_dir():
+        raise UsageError(f"{path} is no checkpoint: no such directory")
+    try:
+        manifest = read_manifest(path, key)
+    except CheckpointError as error:
+        return CheckpointRecord(step=-1, path=path, problem=str(error))
+    problems = problems_of(path, manifest, key)
+    return CheckpointRecord(
+        step=manifest.step,
+        path=path,
+        bytes=manifest.bytes,
+        metrics=manifest.origin.metrics,
+        created=manifest.origin.created,
+        manifest=manifest,
+        problem="; ".join(problems) or None,
+    )
 
 
 def prune(job: Path, place: Location, policy: RetentionPolicy, *, json: bool, dry_run: bool) -> int:
@@ -80,7 +158,7 @@ def prune(job: Path, place: Location, policy: RetentionPolicy, *, json: bool, dr
                 storage.remove(record)
             storage.sweep(Owner(file.run_id, file.epoch))
     if json:
-        _print_json([_plain(record, None) for record in removed])
+        print_json([_plain(record, None) for record in removed])
         return 0
     verb = "would remove" if dry_run else "removed"
     for record in removed:
@@ -122,31 +200,56 @@ def _plain(record: CheckpointRecord, verified: bool | None) -> dict[str, object]
         "step": record.step,
         "path": str(record.path),
         "bytes": record.bytes,
-        "metrics": {
-            name: value for name, value in record.metrics.items() if value - value == 0
-        },  # JSON has no NaN
+        "metrics": finite(record.metrics),
         "created": record.created,
         "verified": verified,
         "problem": record.problem,
     }
 
 
+def _on_disk(records: list[CheckpointRecord]) -> dict[Location, int]:
+    """What each takes beyond the older ones, with which it may share files; in an object store, what it has."""
+    taken: dict[Location, int] = {record.path: record.bytes for record in records}
+    return taken | on_disk(
+        (record.path, record.manifest.files if record.manifest else ())
+        for record in reversed(records)
+        if isinstance(record.path, Path)
+    )
+
+
+def _table(
+    records: list[CheckpointRecord],
+    verdicts: Mapping[Location, bool],
+    taken: Mapping[Location, int],
+    winner: CheckpointRecord | None,
+) -> list[str]:
+    names = sorted({name for record in records for name in record.metrics})
+    rows = [("", "step", "made", "size", "on disk", "state", *names)]
+    for record in records:
+        good = verdicts.get(record.path)
+        rows.append(
+            (
+                "*" if record is winner else "",
+                str(record.step) if record.step >= 0 else "?",
+                _made(record),
+                size(record.bytes) if record.manifest else "",
+                size(taken[record.path]) if record.manifest else "",
+                {True: "verified", False: "damaged", None: ""}[good],
+                *(f"{record.metrics[name]:.4g}" if name in record.metrics else "" for name in names),
+            )
+        )
+    lines = columns(rows, right=(1, 3, 4, *range(6, 6 + len(names))))
+    problems = [f"   {record.path}: {record.problem}" for record in records if record.problem]
+    return [*lines, *(["", *problems] if problems else [])]
+
+
+def _made(record: CheckpointRecord) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created)) if record.manifest else ""
+
+
 def _row(record: CheckpointRecord, verified: bool | None) -> str:
     if record.problem:
         return f"step {record.step:>9}  damaged: {record.problem}  {record.path}"
-    created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
     metrics = " ".join(f"{name}={value:.4g}" for name, value in record.metrics.items())
     state = {True: "verified", False: "damaged", None: ""}[verified]
-    return f"step {record.step:>9}  {created}  {_size(record.bytes):>9}  {state:<8}  {metrics}".rstrip()
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _print_json(document: object) -> None:
-    print(jsons.dumps(document, indent=2))
+    return f"step {record.step:>9}  {_made(record)}  {size(record.bytes):>9}  {state:<8}  {metrics}".rstrip()

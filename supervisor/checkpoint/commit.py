@@ -32,6 +32,7 @@ from supervisor.checkpoint.manifest import (
     Origin,
     encode,
 )
+from supervisor.checkpoint.sharing import with_newest
 from supervisor.checkpoint.verify import hash_file
 from supervisor.edge.files import LOCAL, Files, ThrottledFiles, free_bytes
 from supervisor.errors import CheckpointError, StorageError
@@ -95,6 +96,7 @@ def drain(
 ) -> Manifest:
     """Copy the files in ``source`` (all of them, or ``names``) to ``destination`` and commit them there.
 
+    What the newest checkpoint beside it has as well is linked, not copied (see ``sharing``).
     ``bandwidth`` in bytes a second. ``fence`` raises StorageError once a newer epoch exists; it is asked before each
     file and before the commit. When ``destination`` already is a good checkpoint of that step, its manifest is
     returned and nothing is written. Raises StorageError (CancelledError when ``cancelled`` said so) with nothing
@@ -109,10 +111,14 @@ def drain(
         fence()
         if (existing := good_checkpoint(destination, origin.step, key, files)) is not None:
             return existing
+        sharing = with_newest(source, sizes, destination, key, files)
+        needed -= sum(sizes[name] for name in sharing.likely) if sharing is not None else 0
         _check_space(destination, needed)
         with Displaced(destination, key, fence, files):
             begin(destination, files=files)
-            copy = Copy(source, destination, sizes, key, fence, cancelled, files, retries or Retries())
+            copy = Copy(
+                source, destination, sizes, key, fence, cancelled, files, retries or Retries(), sharing
+            )
             entries = in_parallel(copy, sizes, threads, copy.stop)
             _sync_directories(destination, sizes, files)
             manifest = Manifest(origin=origin, files=entries)

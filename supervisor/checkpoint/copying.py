@@ -19,6 +19,7 @@ from typing import Final
 import tenacity
 
 from supervisor.checkpoint.manifest import FileEntry, Key
+from supervisor.checkpoint.sharing import Sharing
 from supervisor.checkpoint.verify import CHUNK, Hasher
 from supervisor.edge.files import Files
 from supervisor.errors import StorageError
@@ -57,7 +58,7 @@ class Retries:
 
 
 class Copy:
-    """Copies one file by name, hashing as it goes; one for all threads of a drain."""
+    """Copies (or links) one file by name, hashing as it goes; one for all threads of a drain."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class Copy:
         cancelled: Callable[[], bool],
         files: Files,
         retries: Retries,
+        sharing: Sharing | None = None,
     ) -> None:
         self.source = source
         self.destination = destination
@@ -78,6 +80,7 @@ class Copy:
         self.cancelled = cancelled
         self.files = files
         self.retries = retries
+        self.sharing = sharing
         self.stop = Event()  # another file has failed
         self.entries: dict[str, FileEntry] = {}
 
@@ -102,6 +105,8 @@ class Copy:
             target
         ):  # what the attempt before left: its pages may be clean, and not on storage
             self.files.remove(target)
+        if self.sharing is not None and (shared := self.sharing.adopt(name, target, self._check)) is not None:
+            return shared
         reader = self.files.open(self.source / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             writer = self.files.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
@@ -127,11 +132,14 @@ class Copy:
             hasher.update(buffer[:count])
             written = 0
             while written < count:
-                if self.stop.is_set() or self.cancelled():
-                    raise CancelledError(f"the drain to {self.destination} was cancelled")
+                self._check()
                 written += self.files.write(writer, buffer[written:count])
             size += count
         return hasher.entry(size)
+
+    def _check(self) -> None:
+        if self.stop.is_set() or self.cancelled():
+            raise CancelledError(f"the drain to {self.destination} was cancelled")
 
 
 def in_parallel(

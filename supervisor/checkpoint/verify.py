@@ -93,7 +93,10 @@ def problems_of(
             found = hash_file(directory / name, key, files=files, threads=max(1, cores // workers))
         except OSError as error:
             return f"{name}: {_UNREADABLE}: {error.strerror or error}"
-        return None if found == manifest.files[name] else f"{name}: digest does not match"
+        if found == manifest.files[name]:
+            return None
+        links = entry_status(directory, name).st_nlink
+        return f"{name}: digest does not match" + (f" (shared by {links} checkpoints)" if links > 1 else "")
 
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
         problems += [problem for problem in pool.map(check, names) if problem is not None]

@@ -173,6 +173,15 @@ class ThrottledFiles(WatchedFiles):
         return written
 
 
+def link(source: Path, target: Path) -> bool:
+    """Give a file another name; False where that cannot be done."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
 def free_bytes(path: Path) -> int:
     """What an ordinary user may still write on the file system of ``path``."""
     status = os.statvfs(path)

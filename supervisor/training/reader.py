@@ -87,7 +87,12 @@ def read_metadata(directory: FilePath) -> Metadata:
     sizes: dict[str, int] = {}
     for info in metadata.storage_data.values():
         name = info.relative_path
-        if not isinstance(name, str) or FilePath(name).name != name or name in ("", ".", ".."):
+        if (
+            not isinstance(name, str)
+            or FilePath(name).name != name
+            or name in ("", ".", "..")
+            or "\0" in name
+        ):
             raise CheckpointError(f"{directory / '.metadata'} leads out of the checkpoint: {name!r}")
         if name not in sizes:
             sizes[name] = _patiently(directory / name, (directory / name).lstat).st_size

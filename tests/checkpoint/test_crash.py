@@ -13,6 +13,7 @@ from supervisor.checkpoint.catalog import list_checkpoints, newest_good, step_di
 from supervisor.checkpoint.commit import drain
 from supervisor.checkpoint.directory import begin
 from supervisor.checkpoint.manifest import read_manifest
+from supervisor.checkpoint.sharing import SMALLEST
 from tests.checkpoint.tools import flip_bit, origin, write_source
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,6 +71,27 @@ def test_a_killed_drain(tmp_path: Path, scenario: str, before: Callable[[Path], 
         assert sorted(int(path.name[5:]) for path in checkpoints.iterdir()) == sorted(outcome)
         drain(checkpoints.parent / "slot", step_directory(checkpoints, NEW), origin(NEW))
         assert listed(checkpoints) == [NEW, OLD]
+
+
+def frozen(checkpoints: Path) -> None:
+    """The newest checkpoint and the snapshot to drain have a large file in common."""
+    for directory in (checkpoints.parent / "slot", checkpoints.parent / "old"):
+        write_source(directory, size=SMALLEST)
+    write_source(checkpoints.parent / "slot", seed=1, ranks=1)
+    drain(checkpoints.parent / "old", step_directory(checkpoints, OLD + 1), origin(OLD + 1))
+
+
+def test_a_killed_drain_that_shares(tmp_path: Path) -> None:
+    crashes = crash("drain_new", frozen, tmp_path)
+    assert len(crashes) > 25
+    outcomes = [listed(checkpoints) for checkpoints in crashes]
+    assert set(map(tuple, outcomes)) == {(OLD + 1, OLD), (NEW, OLD + 1, OLD)}
+    links = step_directory(crashes[-1], NEW) / "__1_0.distcp"
+    assert links.stat().st_nlink == 2
+    for checkpoints in crashes:
+        sweep(checkpoints)
+        drain(checkpoints.parent / "slot", step_directory(checkpoints, NEW), origin(NEW))
+        assert listed(checkpoints) == [NEW, OLD + 1, OLD]
 
 
 def test_a_killed_drain_over_a_damaged_checkpoint(tmp_path: Path) -> None:

@@ -202,6 +202,20 @@ def test_without_any_good_checkpoint_the_job_is_not_begun_anew(finished: Path, t
         assert not (tmp_path / "out").exists()
 
 
+def test_with_a_key_what_was_made_without_it_is_not_resumed_from(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "job")
+    argv = [sys.executable, "-m", "launch.cli", "run", "--dir", str(tmp_path / "job"), "--continue",
+            *torchrun("--out", tmp_path / "out", "--steps", 40)]  # fmt: skip
+    result = subprocess.run(
+        argv, cwd=harness.ROOT, env={**harness.environment(), "EVERSTEP_KEY": "0123456789abcdef" * 4},
+        capture_output=True, text=True, timeout=harness.DEADLINE,
+    )  # fmt: skip
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "none that is whole" in result.stderr
+    assert "made without a key" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_state_that_no_longer_fits_is_named(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "job")
     with harness.job(tmp_path / "job") as job:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ pytestmark = WITH_S3
 EVERY = ("--snapshot-every", "5steps", "--checkpoint-every", "5steps", "--keep-last", "2", "--standby", "off")
 
 
-def kept_listing(job: Job, *words: str) -> list[dict[str, object]]:
+def kept_listing(job: Job, *words: str) -> Any:
     """``everstep checkpoints … --json``."""
     import json
     import subprocess
@@ -31,7 +32,7 @@ def kept_listing(job: Job, *words: str) -> list[dict[str, object]]:
     argv = [sys.executable, "-m", "launch.cli", "checkpoints", *words, "--json", "--dir", str(job.folder)]
     result = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout)  # type: ignore[no-any-return]
+    return json.loads(result.stdout)
 
 
 def test_resume_from_s3_after_memory_is_lost(
@@ -61,6 +62,14 @@ def test_resume_from_s3_after_memory_is_lost(
     assert [entry["step"] for entry in listed] == [STEPS, STEPS - 5]  # retention works there too
     assert listed[0]["path"] == f"{url}/step-{STEPS:09d}"
     assert all(entry["problem"] is None for entry in kept_listing(job, "verify"))
+    newest = f"{url}/step-{STEPS:09d}"
+    assert kept_listing(job, "verify", newest, "latest") == kept_listing(job, "verify", str(STEPS)) * 2
+    seen = kept_listing(job, "inspect", "latest")
+    assert (seen["path"], seen["verified"]) == (newest, "everything")
+    done = kept_listing(job, "export", newest, "--weights-only", "-o", str(tmp_path / "w.safetensors"))
+    assert (done["path"], done["step"]) == (newest, STEPS)
+    changed = kept_listing(job, "compare", str(STEPS - 5), "latest", "--weights-only")
+    assert {entry["kind"] for entry in changed["items"]} == {"changed"}
     assert [entry["step"] for entry in kept_listing(job, "prune", "--keep-last", "1")] == [STEPS - 5]
     assert [entry["step"] for entry in kept_listing(job, "list")] == [STEPS]
     status = job.status()

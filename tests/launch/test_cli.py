@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -94,10 +95,10 @@ def listed(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, An
         ("status --dir nowhere", 78, "no job in "),
         ("status --jsn", 64, "unknown option --jsn (did you mean --json?)"),
         ("status nowhere", 64, "unknown option nowhere"),
-        ("checkpoints", 64, "required: list | verify | prune"),
+        ("checkpoints", 64, "required: list | verify | inspect"),
         ("checkpoints lst", 64, "invalid choice: 'lst'"),
         ("checkpoints list --dir nowhere", 78, "no job in "),
-        ("checkpoints verify x", 64, "invalid int value: 'x'"),
+        ("checkpoints verify x", 64, "'x' is no checkpoint"),
         ("checkpoints prune --dir nowhere", 78, "no job in "),
         ("checkpoints prune --keep-last x", 64, "no job in "),
     ],
@@ -198,7 +199,7 @@ def test_list(capsys: pytest.CaptureFixture[str], job: Path) -> None:
     assert [record["verified"] for record in records] == [False, True, None, None, None, None]
     assert records[1] == {
         "step": 500, "path": str(job / "checkpoints" / "step-000000500"), "bytes": 6101, "metrics": {"loss": 1 / 500},
-        "created": 1_700_000_000.25, "verified": True, "problem": None,
+        "created": 1_700_000_000.25, "verified": True, "problem": None, "bytes_on_disk": 12288, "best": True,
     }  # fmt: skip
     (job / "checkpoints" / "step-000000300" / "__0_0.distcp").unlink()
     assert [record["verified"] for record in listed(capsys, "list", "--verify")] == [
@@ -206,9 +207,14 @@ def test_list(capsys: pytest.CaptureFixture[str], job: Path) -> None:
     ]  # fmt: skip
     code, out, _ = call(capsys, "checkpoints", "list")
     assert code == 0
-    assert out.splitlines()[0].split()[:2] == ["step", "600"]
-    assert "verified" in out.splitlines()[1]
-    assert "damaged: " in out.splitlines()[3]
+    lines = out.splitlines()
+    assert lines[0].split() == ["step", "made", "size", "on", "disk", "state", "loss"]
+    assert (lines[1].split()[0], lines[2].split()[:2]) == ("600", ["*", "500"])
+    assert "verified" in lines[2]
+    assert "damaged" in lines[4]
+    assert "step-000000300: __0_0.distcp: missing" in out
+    assert lines[-2].startswith("6 checkpoints in ")
+    assert lines[-1] == "* the best: loss:min"
 
 
 def test_verify(capsys: pytest.CaptureFixture[str], job: Path) -> None:
@@ -221,6 +227,17 @@ def test_verify(capsys: pytest.CaptureFixture[str], job: Path) -> None:
     assert code == 64
     assert "no checkpoint of step 150" in err
     assert "there are: 600, 500" in err
+    copy = shutil.copytree(job / "checkpoints" / "step-000000600", "kept")
+    code, out, _ = call(
+        capsys, "checkpoints", "verify", "latest", "best", "400", str(job / "checkpoints" / "step-000000300")
+    )
+    assert (code, [line.split()[1] for line in out.splitlines()]) == (1, ["400", "500", "600", "300"])
+    code, out, _ = call(capsys, "checkpoints", "verify", "kept", "--json", "--dir", "nowhere")
+    assert code == 1
+    assert json.loads(out)[0]["problem"] == "__0_0.distcp: digest does not match"
+    (Path(copy) / "everstep.json").unlink()
+    assert "no everstep.json" in call(capsys, "checkpoints", "verify", "./kept")[1]
+    assert call(capsys, "checkpoints", "verify", "./none")[0] == 64
 
 
 def test_prune(capsys: pytest.CaptureFixture[str], job: Path) -> None:
