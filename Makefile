@@ -11,7 +11,7 @@ ACTIVATED := PATH="$(abspath $(BIN)):$$PATH"
 PYTEST_FLAGS ?= -n 2 --dist loadgroup
 TESTS ?= tests
 
-.PHONY: help setup demo test check format lock benchmark benchmark-recovery clean
+.PHONY: help setup demo test check format lock benchmark benchmark-snapshot benchmark-drain benchmark-recovery clean
 
 help:
 	@echo "make demo       train with two workers, kill one, watch it come back (about a minute)"
@@ -20,6 +20,7 @@ help:
 	@echo "make format     let the formatter and the linter rewrite what they can"
 	@echo "make benchmark  what the supervisor itself costs"
 	@echo "make benchmark-recovery  from a kill to the next first step, beside torchrun's own restarts"
+	@echo "make benchmark-snapshot  what a snapshot costs the training, beside torch.save and dcp.async_save"
 	@echo "make benchmark-drain  from a snapshot to a durable checkpoint, beside cp and a plain upload"
 	@echo "make lock       renew $(LOCK) from pyproject.toml"
 
@@ -50,6 +51,9 @@ format: $(STAMP)
 
 benchmark: $(STAMP)
 	$(ACTIVATED) $(BIN)/python benchmarks/supervisor_cost.py
+
+benchmark-snapshot: $(STAMP)
+	$(ACTIVATED) $(BIN)/python benchmarks/snapshot.py
 
 benchmark-drain: $(STAMP)
 	$(ACTIVATED) $(BIN)/python benchmarks/drain.py
