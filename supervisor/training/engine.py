@@ -38,7 +38,7 @@ from supervisor.errors import StorageError
 from supervisor.training.bindings import Bindings, Placed
 from supervisor.training.items import Items
 from supervisor.training.layout import OutgrownError
-from supervisor.training.moves import Moves, Spot, local_of
+from supervisor.training.moves import TINY, Moves, Spot, local_of
 from supervisor.training.overlap import TORN, Fence, Flight, Helper, owned_by
 from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, make_place, spots
 from supervisor.training.slots import Ahead, Slot, new_arenas
@@ -193,7 +193,9 @@ class ArenaWriter:
         mine: Placed = []
         others: Placed = []
         for placed in bindings.sources:
-            (mine if (placed[1].address, placed[1].bytes) in owned else others).append(placed)
+            source = placed[1]
+            waits = source.bytes > TINY and (source.address, source.bytes) in owned
+            (mine if waits else others).append(placed)
         slot.behind, slot.now = slot.moves_of(mine, self._spots), slot.moves_of(others, self._spots)
 
     # ------------------------------------------------------------------ slots
@@ -245,10 +247,10 @@ class ArenaWriter:
 
         owned = owned_by(self._optimizers)
 
-        def is_owned(tensor: torch.Tensor) -> bool:
-            return (tensor.data_ptr(), tensor.nbytes) in owned
+        def waits(tensor: torch.Tensor) -> bool:
+            return tensor.nbytes > TINY and (tensor.data_ptr(), tensor.nbytes) in owned
 
-        storage = ArenaStorage(directory, self._world.rank, items, is_owned, fill)
+        storage = ArenaStorage(directory, self._world.rank, items, waits, fill)
         error = save_with_dcp(self._world, storage, planner)
         if error is not None:
             self._layout, self._bindings = None, None

@@ -23,6 +23,7 @@ from supervisor.training.items import Items
 from supervisor.training.moves import local_of
 
 _ASKED = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_NEAR: Final = 512
 _address: Final = torch.Tensor.data_ptr
 _shape: Final = operator.attrgetter("shape")
 _local: Final = operator.attrgetter("_local_tensor")
@@ -37,21 +38,39 @@ class Places:
         pairs = list(zip(tensors, locals_, strict=True))
         self._holders = [held for held, local in pairs if held is not local]
         self._held = [local for held, local in pairs if held is not local]
-        self._dense = [local for local in locals_ if local.is_contiguous()]
-        self._others = [local for local in locals_ if not local.is_contiguous()]
-        self._addresses = [local.data_ptr() for local in (*self._dense, *self._others)]
-        self._shapes = [local.shape for local in (*self._dense, *self._others)]
-        self._strides = [local.stride() for local in self._others]
+        dense = [local for local in locals_ if local.is_contiguous()]
+        self._dense = [_Look(dense[at : at + _NEAR]) for at in range(0, len(dense), _NEAR)]
+        self._others = [(local, _where(local)) for local in locals_ if not local.is_contiguous()]
 
     def are_same(self) -> bool:
         """Whether all of them are where they were, and of the same shape."""
         return (
             _are(self._held, map(_local, self._holders))
-            and list(map(_address, chain(self._dense, self._others))) == self._addresses
-            and all(map(_is_contiguous, self._dense))
-            and list(map(_shape, chain(self._dense, self._others))) == self._shapes
-            and [tensor.stride() for tensor in self._others] == self._strides
+            and all(map(_Look.is_same, self._dense))
+            and all(_where(tensor) == where for tensor, where in self._others)
         )
+
+
+class _Look:
+    """A look at contiguous tensors, few enough to stay in the processor's cache from one pass to the next."""
+
+    __slots__ = ("_addresses", "_shapes", "_tensors")
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._addresses = list(map(_address, tensors))
+        self._shapes = list(map(_shape, tensors))
+
+    def is_same(self) -> bool:
+        return (
+            list(map(_address, self._tensors)) == self._addresses
+            and all(map(_is_contiguous, self._tensors))
+            and list(map(_shape, self._tensors)) == self._shapes
+        )
+
+
+def _where(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.stride(), tensor.shape
 
 
 class Containers:

@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from supervisor.training.arena import Arena
 
 SMALL: Final = 1 << 16  # bytes; whatever is shorter
+#: bytes; copying as many costs less than seeing to it that they do not change meanwhile
+TINY: Final = 1 << 12
 _VECTORS: Final = 1024  # that Linux takes at once
 _SAME_SIZE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

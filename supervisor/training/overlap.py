@@ -1,7 +1,7 @@
 """Copying behind the next step: when that is safe, and how it is noticed when it was not.
 
 Parameters and optimizer state change in ``optimizer.step()`` and nowhere else. So a copy of them that starts at a save
-point may run on behind the next forward and backward, until any optimizer is about to step: torch calls a global hook
+point may run on behind the next forward and backward (tiny ones are not worth it), until any optimizer is about to step: torch calls a global hook
 there, the *fence*, and the fence waits for the copy. Buffers, schedulers, averages of weights, plain values and random
 state keep no such rule; they are copied while the training stands at the save point.
 

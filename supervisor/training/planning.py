@@ -128,13 +128,13 @@ class ArenaStorage(Storage):
         directory: Path,
         rank: int,
         items: Items,
-        is_owned: Callable[[torch.Tensor], bool],
+        waits: Callable[[torch.Tensor], bool],
         written: Callable[[Layout], None],
     ) -> None:
         super().__init__(directory)
         self._rank = rank
         self._items = items = items.whole()
-        self._is_owned = is_owned
+        self._waits = waits
         self._written = written
         self.layout = Layout(
             file_names(rank),
@@ -144,7 +144,7 @@ class ArenaStorage(Storage):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Lay out this rank's file and fill it."""
-        results = _lay_out(plan, planner, self._items, self.layout, self._is_owned)
+        results = _lay_out(plan, planner, self._items, self.layout, self._waits)
         self._written(self.layout)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -162,7 +162,7 @@ def _lay_out(
     planner: SavePlanner,
     items: Items,
     layout: Layout,
-    is_owned: Callable[[torch.Tensor], bool],
+    waits: Callable[[torch.Tensor], bool],
 ) -> list[WriteResult]:
     """Blobs, then large tensors, then small ones: those that are copied together side by side."""
     count = Counter(item.index.fqn for item in plan.items)
@@ -173,7 +173,7 @@ def _lay_out(
         value = items.values[key]
         archive = _archive(item, value) if count[key] == 1 else None
         if archive is not None:
-            group = int(key in items.constant), archive.payload < SMALL, not is_owned(local_of(value))
+            group = int(key in items.constant), archive.payload < SMALL, not waits(local_of(value))
             tensors.append((group, item, archive))
             continue
         by_planner = item if item.type is not WriteItemType.BYTE_IO else None
