@@ -96,6 +96,9 @@ class Moves:
     """What to copy into arenas, to be given in the order of the files. Holds on to the tensors it copies from."""
 
     sources: list[Source] = field(default_factory=list)
+    _arenas: set[Arena] = field(
+        default_factory=set
+    )  # which stay mapped as long as there are addresses in them
     _flat: list[tuple[int, int, int]] = field(default_factory=list)  # to, from, bytes
     _large: list[tuple[int, int, int]] = field(default_factory=list)
     _small: list[tuple[Arena, Spot, Source]] = field(default_factory=list)
@@ -108,6 +111,7 @@ class Moves:
     def add(self, arena: Arena, spot: Spot, source: Source) -> None:
         """Copy ``source`` to its spot."""
         self.sources.append(source)
+        self._arenas.add(arena)
         if not source.bytes:
             return
         if not source.flat:

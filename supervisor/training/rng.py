@@ -22,13 +22,23 @@ def capture(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
     # as bytes: 625 numbers would be pickled one by one
     state: dict[str, Any] = {
         "python": (version, array("Q", words).tobytes(), spare),
-        "torch": torch.get_rng_state().numpy().tobytes(),
+        "torch": _bytes(torch.get_rng_state()),
     }
     if (numpy := sys.modules.get("numpy")) is not None:
         state["numpy"] = _plain(numpy.random.get_state())
     for device in devices:
-        state.setdefault("devices", {})[str(device)] = torch.get_device_module(device).get_rng_state(device)
+        state.setdefault("devices", {})[str(device)] = _bytes(
+            torch.get_device_module(device).get_rng_state(device)
+        )
     return state
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    return state.cpu().numpy().tobytes()
+
+
+def _tensor(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
 
 
 def _plain(state: Any) -> Any:
@@ -43,7 +53,7 @@ def restore(state: dict[str, Any]) -> None:
     """Set every generator that ``capture`` recorded; devices that this process lacks are passed over."""
     version, words, spare = state["python"]
     random.setstate((version, tuple(array("Q", words)), spare))
-    torch.set_rng_state(torch.frombuffer(bytearray(state["torch"]), dtype=torch.uint8))
+    torch.set_rng_state(_tensor(state["torch"]))
     if (recorded := state.get("numpy")) is not None:
         import numpy as np
 
@@ -54,7 +64,7 @@ def restore(state: dict[str, Any]) -> None:
     for name, device_state in state.get("devices", {}).items():
         module = torch.get_device_module(torch.device(name))
         if module.is_available() and (torch.device(name).index or 0) < module.device_count():
-            module.set_rng_state(device_state, torch.device(name))
+            module.set_rng_state(_tensor(device_state), torch.device(name))
 
 
 def derive(state: dict[str, Any], rank: int) -> None:
