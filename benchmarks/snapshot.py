@@ -158,7 +158,8 @@ def work(rank: int, row: str, case: Case, port: int, root: Path, results: Any) -
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A directory in tmpfs."""
+    """A directory in tmpfs, which goes even if this process is told to end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     root = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="everstep-benchmark-"))
     try:
         yield root
@@ -194,6 +195,7 @@ def run(row: str, case: Case, deadline: float) -> dict[str, Found] | str:
                 process.join(3 if len(answers) == case.ranks else 0)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                process.kill()  # one that has no group yet
                 process.join()
     return worst(list(answers.values()))
 
@@ -262,6 +264,7 @@ def main() -> None:
     for name in chosen:
         rows: dict[str, Found | str] = {}
         for row in ROWS:
+            print(f"  {cases[name]}: {row} …", file=sys.stderr, flush=True)
             left = min(options.deadline, end - time.monotonic())
             found = run(row, cases[name], left) if left > 0 else "left out: no time"
             rows |= found if isinstance(found, dict) else {row: found}

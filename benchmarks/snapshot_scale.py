@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import statistics
 import sys
 import warnings
@@ -38,6 +39,7 @@ mp: Any = torch.multiprocessing
 
 def work(rank: int, ranks: int, tensors: int, rounds: int, port: int, root: Path, results: Any) -> None:
     """One rank: what the first snapshot took, and the median of later ones, in seconds."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     os.environ |= {
