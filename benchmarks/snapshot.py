@@ -1,29 +1,33 @@
 """What a snapshot costs the training: ours and stock PyTorch's, side by side in one run.
 
-A model trains under AdamW; at the end of every measured step its whole state (weights, two moments, step counters) is saved
-to tmpfs. The *stall* is the time for which the training stands because of it: the call, and what is waited for before the
-next ``optimizer.step()``. Stock savers get their state dict ready made, and time to finish between two snapshots, neither
-of which counts; ours gathers its own. The limit is one ``memcpy`` of the same bytes into memory that was touched before.
-Medians over the snapshots, worst rank.
+A model trains under AdamW; at the end of every step its whole state (weights, two moments, step counters) is saved to
+tmpfs. The *stall* is the time for which the training stands because of it: the call, and what is waited for before the next
+``optimizer.step()``. Stock savers get their state dict ready made, which does not count; ours gathers its own. A *step*
+is a whole one with its snapshot, including what has to be finished before the next snapshot can be taken. The limit is one
+``memcpy`` of the same bytes into memory that was touched before. *CPU* is what a rank's process used for a step, its
+threads included (a saver that has a process of its own for the writing uses more than that).
 
-    python benchmarks/snapshot.py [--gb 0.25] [--ranks 1] [--small] [--rounds 7]
+Every row is measured by processes of its own, under a deadline: one that fails or hangs is said to, and the rest goes on.
+Medians over the rounds, worst rank.
+
+    python benchmarks/snapshot.py [--quick] [--gb 0.25] [--rounds 5] [--only 1|2|small]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import platform
 import shutil
-import socket
+import signal
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,255 +37,238 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.multiprocessing
-from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from supervisor.training.direct import DirectReader
-from supervisor.training.engine import ArenaWriter
-from supervisor.training.moves import local_of
-from supervisor.training.reader import read_metadata
-from supervisor.training.state import TrainingState
-from supervisor.training.world import World
+from benchmarks.training import Training, World, copied, free_port, ours, restored, timed
 
-WIDTH = 1024
 dcp: Any = torch.distributed.checkpoint  # neither is typed to the end
 mp: Any = torch.multiprocessing
-Stalls = list[float]
+Found = dict[str, list[float]]
 
 
-class Training:
-    """One rank's model, its optimizer, and a step."""
+@dataclass(frozen=True)
+class Case:
+    """A state to save. ``gigabytes`` of all ranks together, or 5,000 small tensors."""
 
-    def __init__(self, gigabytes: float, *, small: bool, batch: int) -> None:
-        torch.manual_seed(0)
-        if small:
-            layers = [
-                nn.Linear(16, 16) for _ in range(833)
-            ]  # 1,666 parameters, 4,998 tensors beside step counters
-        else:
-            layers = [
-                nn.Linear(WIDTH, WIDTH) for _ in range(max(1, round(gigabytes * 2**30 / 12 / WIDTH**2)))
-            ]
-        self.inputs = torch.randn(batch, layers[0].in_features)
-        self.model = nn.Sequential(*layers)
-        if dist.get_world_size() > 1:
-            from torch.distributed.fsdp import fully_shard
+    ranks: int
+    gigabytes: float
+    small: bool
+    rounds: int
 
-            for layer in self.model if not small else []:
-                fully_shard(layer)
-            fully_shard(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
-        self.step()
-
-    def gradients(self) -> None:
-        """Forward and backward."""
-        self.optimizer.zero_grad()
-        self.model(self.inputs).square().mean().backward()
-
-    def step(self) -> None:
-        """A whole step."""
-        self.gradients()
-        self.optimizer.step()
-
-    def state(self) -> dict[str, Any]:
-        """As stock DCP has it."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+    def __str__(self) -> str:
+        what = "5,000 small tensors" if self.small else f"{self.gigabytes:g} GB"
+        return f"{what}, {self.ranks} rank{'s: FSDP2' if self.ranks > 1 else ''}"
 
 
-def timed(action: Callable[[], object]) -> float:
-    """How long it takes."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-def ours(training: Training, root: Path, rounds: int, *, behind: bool) -> tuple[Stalls, Stalls, list[float]]:
-    """Stalls, times of whole steps, and what the first three snapshots cost."""
-    world = World()
-    state = TrainingState({"model": training.model, "optimizer": training.optimizer}, {}, world)
-    writer = ArenaWriter(
-        world, cleans=world.rank == 0, optimizers=state.optimizers, completed=lambda: completed
-    )
-    fence = [0.0]
-    waiting = writer._at_fence
-
-    def at_fence() -> None:
-        fence[0] += timed(waiting)
-
-    if writer._fence is not None:
-        writer._fence._wait = at_fence
-    stalls: Stalls = []
-    steps: Stalls = []
-    first: Stalls = []
-    completed = 0
-    for number in range(5 + rounds):
-        fence[0] = 0.0
-        begun = time.perf_counter()
-        training.step()
-        completed = number + 1
-        writer.poll()
-        if number > 5:
-            stalls[-1] += fence[0]  # of the snapshot before
-        slot = root / str(number % 3)
-        call = timed(lambda: writer.write(slot, lambda: state.gather(1), _check, behind=behind))  # noqa: B023
-        if number >= 5:
-            stalls.append(call)
-            steps.append(time.perf_counter() - begun)
-        elif number < 3:
-            first.append(call)
-    writer.close()
-    return stalls[:-1] if behind else stalls, steps, first
-
-
-def _check(outcome: object) -> None:
-    if isinstance(outcome, Exception):
-        raise outcome
-
-
-def stock(training: Training, rounds: int, save: Callable[[dict[str, Any]], Any]) -> Stalls:
-    """Stalls of a saver that returns None, or what is to be waited for: (before the optimizer, before the next save)."""
+def stock(training: Training, rounds: int, save: Callable[[dict[str, Any]], Any]) -> Found:
+    """A saver that returns None, or what is to be waited for: before the optimizer steps, and before the next save."""
     state = training.state()
-    stalls = []
+    found: Found = {"stall": [], "step": [], "cpu": []}
+    pending: Any = None
     for number in range(2 + rounds):
-        training.step()
-        pending: Any = None
+        begun, cpu = time.perf_counter(), time.process_time()
+        training.gradients()
+        staged = getattr(pending, "staging_completion", None)
+        waited = timed(staged.result) if staged is not None else 0.0
+        training.optimizer.step()
+        if pending is not None:
+            getattr(pending, "upload_completion", pending).result()
         started = time.perf_counter()
         pending = save(state)
-        stall = time.perf_counter() - started
-        training.gradients()
-        if pending is not None:
-            staged = getattr(pending, "staging_completion", None)
-            stall += timed(staged.result) if staged is not None else 0.0
-            getattr(pending, "upload_completion", pending).result()
         if number >= 2:
-            stalls.append(stall)
-    return stalls
+            found["stall"].append(time.perf_counter() - started + waited)
+            found["step"].append(time.perf_counter() - begun)
+            found["cpu"].append(time.process_time() - cpu)
+    if pending is not None:
+        getattr(pending, "upload_completion", pending).result()
+    return found
 
 
-def memcpy(training: Training, rounds: int) -> tuple[Stalls, int]:
-    """One copy of every tensor into memory that was touched before."""
-    state = list(training.model.parameters())
-    tensors = [local_of(p).detach() for p in state]
-    tensors += [local_of(v) for s in training.optimizer.state.values() for v in s.values()]
-    pairs = [(t.clone(), t) for t in tensors]
-    moves = [(a.data_ptr(), b.data_ptr(), b.numel() * b.element_size()) for a, b in pairs]
-    return [timed(lambda: [ctypes.memmove(*move) for move in moves]) for _ in range(rounds)], sum(
-        m[2] for m in moves
-    )
+def asynchronous(training: Training, case: Case, folder: Path, kind: Any, *, shared: bool) -> Found:
+    """``dcp.async_save``."""
+    group = dist.new_group(backend="gloo")
+    options: dict[str, Any] = {"async_checkpointer_type": kind, "process_group": group}
+    if shared:  # the best there is: shared memory, kept between saves
+        options["async_stager"] = DefaultStager(StagingOptions(False, True, False, False))
+    return stock(training, case.rounds, lambda state: dcp.async_save(state, checkpoint_id=folder, **options))
 
 
-def restore(training: Training, root: Path, rounds: int) -> dict[str, Stalls]:
-    """Loading the newest snapshot into the training's own tensors."""
-    state = TrainingState({"model": training.model, "optimizer": training.optimizer}, {}, World())
-    items = state.gather(1)
-    targets = {k: v.detach() for k, v in items.values.items() if isinstance(v, torch.Tensor)}
-    slot = root / "0"
+def own(training: Training, case: Case, root: Path) -> dict[str, Found]:
+    """Ours, its limits, and reading back what it wrote."""
+    rows: dict[str, Found] = {"memcpy, touched memory": {"stall": copied(training, case.rounds)}}
+    plain: Found = {"step": [], "cpu": []}
+    for _ in range(case.rounds):
+        cpu = time.process_time()
+        plain["step"].append(timed(training.step))
+        plain["cpu"].append(time.process_time() - cpu)
+    rows["(no snapshots)"] = plain
+    world = World()
+    rows["ours, behind the step"], first = ours(training, world, root / "behind", case.rounds, behind=True)
+    rows["ours, at once"], _ = ours(training, world, root / "once", case.rounds, behind=False)
+    rows["ours, the first one"] = {"stall": first}
+    reads = restored(training, world, root / "once" / "0", case.rounds)
+    return rows | {name: {"stall": times} for name, times in reads.items()}
 
-    def load(reader: Any) -> None:
-        dcp.load(dict(targets), storage_reader=reader, no_dist=True)
 
+def measured(row: str, training: Training, case: Case, root: Path, rank: int) -> dict[str, Found]:
+    """The rows that ``row`` stands for."""
+    folder, process = root / "stock", AsyncCheckpointerType.PROCESS
+    if row == OURS:
+        return own(training, case, root)
+    if row == "torch.save":
+        return {row: stock(training, case.rounds, lambda state: torch.save(state, root / f"{rank}.pt"))}
+    if row == "dcp.save":
+        save = dcp.save
+        return {row: stock(training, case.rounds, lambda s: save(s, checkpoint_id=folder) and None)}
+    kind = AsyncCheckpointerType.THREAD if row.endswith("thread") else process
+    return {row: asynchronous(training, case, folder, kind, shared="shared" in row)}
+
+
+OURS = "ours"
+ROWS = [
+    OURS,
+    "torch.save",
+    "dcp.save",
+    "dcp.async_save, thread",
+    "dcp.async_save, process",
+    "dcp.async_save, process, shared memory",
+]
+
+
+def work(rank: int, row: str, case: Case, port: int, root: Path, results: Any) -> None:
+    """One rank of one row."""
+    os.setsid()  # so that whatever it starts can be ended with it
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(case.ranks),
+    }  # fmt: skip
+    with open(root / f"errors-{rank}", "w") as errors:
+        os.dup2(errors.fileno(), 2)
+    try:
+        dist.init_process_group("gloo")
+        training = Training(case.gigabytes, small=case.small)
+        results.put((rank, measured(row, training, case, root, rank)))
+        dist.barrier()
+    except BaseException as error:
+        results.put((rank, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+        raise
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory in tmpfs, which goes even if this process is told to end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    root = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="everstep-benchmark-"))
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def run(row: str, case: Case, deadline: float) -> dict[str, Found] | str:
+    """The rows of the worst rank, or what went wrong."""
+    context = mp.get_context("spawn")
+    with scratch() as root:
+        results = context.Queue()
+        arguments = (row, case, free_port(), root, results)
+        ranks = [context.Process(target=work, args=(rank, *arguments)) for rank in range(case.ranks)]
+        for process in ranks:
+            process.start()
+        answers: dict[int, dict[str, Found]] = {}
+        until = time.monotonic() + deadline
+        try:
+            while len(answers) < case.ranks:
+                with contextlib.suppress(Exception):  # empty
+                    rank, answer = results.get(timeout=0.2)
+                    if isinstance(answer, str):
+                        return f"failed: {answer}"
+                    answers[rank] = answer
+                    continue
+                if time.monotonic() > until:
+                    return f"hung: {deadline:.0f} s"
+                if any(process.exitcode for process in ranks):
+                    return f"failed: exit code {[process.exitcode for process in ranks]}"
+        finally:
+            for process in ranks:
+                process.join(3 if len(answers) == case.ranks else 0)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()  # one that has no group yet
+                process.join()
+    return worst(list(answers.values()))
+
+
+def worst(answers: list[dict[str, Found]]) -> dict[str, Found]:
+    """Of each figure, the rank's whose median is largest."""
     return {
-        "restore, ours": [
-            timed(lambda: load(DirectReader(slot, read_metadata(slot)))) for _ in range(rounds)
-        ],
-        "restore, dcp.load": [timed(lambda: load(dcp.FileSystemReader(slot))) for _ in range(rounds)],
+        name: {
+            figure: max((answer[name][figure] for answer in answers), key=statistics.median)
+            for figure in figures
+        }
+        for name, figures in answers[0].items()
     }
 
 
-def measure(rank: int, options: argparse.Namespace, port: int, root: Path, results: Any) -> None:
-    """Everything, on one rank."""
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(options.ranks)
+def report(case: Case, rows: dict[str, Found | str]) -> None:
+    """One table."""
+    best = (
+        statistics.median(found["stall"])
+        if isinstance(found := rows.get("ours, behind the step"), dict)
+        else 0
     )
-    dist.init_process_group("gloo")
-    training = Training(options.gb, small=options.small, batch=options.batch)
-    rounds = options.rounds
-    found: dict[str, Stalls] = {}
-    found["memcpy, touched memory"], size = memcpy(training, rounds)
-    found["(a step without)"] = [timed(training.step) for _ in range(rounds)]
-    found["ours, behind the step"], steps, first = ours(training, root / "behind", rounds, behind=True)
-    found["(a step with ours behind it)"] = steps
-    found["(ours, the first: laid out)"], found["(ours, 2nd and 3rd slot)"] = first[:1], first[1:]
-    found["ours, at once"], _, _ = ours(training, root / "once", rounds, behind=False)
-    found |= {f"({name})": values for name, values in restore(training, root / "once", rounds).items()}
-    shutil.rmtree(root / "behind", ignore_errors=True)
-    file, folder = root / f"rank-{rank}.pt", root / "stock"
-    found["torch.save"] = stock(training, rounds, lambda state: torch.save(state, file))
-    found["dcp.save"] = stock(training, rounds, lambda state: dcp.save(state, checkpoint_id=folder) and None)
-    group = dist.new_group(backend="gloo")
-    kinds = {"thread": AsyncCheckpointerType.THREAD, "process": AsyncCheckpointerType.PROCESS}
-    for name, kind in kinds.items():
-        found[f"dcp.async_save, {name}"] = stock(
-            training,
-            rounds,
-            lambda state: dcp.async_save(
-                state,
-                checkpoint_id=folder,
-                process_group=group,
-                async_checkpointer_type=kind,  # noqa: B023
-            ),
-        )
-    stager = DefaultStager(StagingOptions(False, True, False, False))  # shared memory, kept between saves
-    found["dcp.async_save, process, shared memory"] = stock(
-        training,
-        rounds,
-        lambda state: dcp.async_save(
-            state, checkpoint_id=folder, process_group=group, async_stager=stager,
-            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
-        ),
-    )  # fmt: skip
-    results.put((rank, size, found))
-    dist.barrier()
+    base = rows.get("(no snapshots)")
+    without = statistics.median(base["step"]) if isinstance(base, dict) else 0
+    print(f"\n{case}; median of {case.rounds}, worst rank")
+    print(
+        f"{'':40}{'stall, ms':>10}{'min':>9}{'max':>9}{'ours is':>11}{'step, ms':>10}{'steps/s':>9}{'CPU, ms':>9}"
+    )
+    for name, values in rows.items():
+        if isinstance(values, str):
+            print(f"{name:40}{values}")
+            continue
+        line = f"{name:40}"
+        if stalls := values.get("stall"):
+            middle = statistics.median(stalls)
+            less = f"{middle / best:.0f}× less" if best and "save" in name else ""
+            line += f"{middle * 1e3:10.2f}{min(stalls) * 1e3:9.2f}{max(stalls) * 1e3:9.2f}{less:>11}"
+        if steps := values.get("step"):
+            step, cpu = statistics.median(steps), statistics.median(values["cpu"])
+            line = f"{line:79}{step * 1e3:10.1f}{without / step if without else 0:8.2f}×{cpu * 1e3:9.1f}"
+        print(line)
+    sys.stdout.flush()
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gb", type=float, default=0.25, help="state of all ranks together")
-    parser.add_argument("--ranks", type=int, default=1, help="1: a plain module; more: FSDP2 over gloo")
-    parser.add_argument("--small", action="store_true", help="5,000 small tensors instead")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--deadline", type=float, default=60, help="seconds for each row")
+    parser.add_argument("--limit", type=float, default=450, help="seconds in all: rows beyond are left out")
+    parser.add_argument("--only", choices=["1", "2", "small"], help="1 rank; 2 ranks; 5,000 small tensors")
+    parser.add_argument("--quick", action="store_true", help="3 rounds; 1 rank only")
     options = parser.parse_args()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    root = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="everstep-benchmark-"))
-    try:
-        spawned = mp.spawn(measure, (options, port, root, results), options.ranks, join=False)
-        while not spawned.join(timeout=1):
-            pass
-        answers = [results.get() for _ in range(options.ranks)]
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(root)
-    report(options, answers)
-
-
-def report(options: argparse.Namespace, answers: list[tuple[int, int, dict[str, Stalls]]]) -> None:
-    """One table."""
-    size = sum(size for _, size, _ in answers) / 2**30
-    what = "5,000 small tensors" if options.small else f"{size:.2f} GB of state"
+    rounds = 3 if options.quick else options.rounds
+    cases = {
+        "1": Case(1, options.gb, False, rounds),
+        "2": Case(2, options.gb, False, rounds),
+        "small": Case(1, 0, True, min(rounds, 3)),  # seconds each, where they are saved one by one
+    }
+    chosen = [options.only] if options.only else ["1"] if options.quick else list(cases)
     print(
-        f"{what}, {options.ranks} rank(s), {'FSDP2' if options.ranks > 1 else 'plain'}; torch {torch.__version__}, "
+        f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}"
     )
-    print(f"{os.cpu_count()} cores, {platform.machine()}, median of {options.rounds}, worst rank, tmpfs\n")
-    worst: dict[str, Stalls] = {}
-    for name in answers[0][2]:
-        worst[name] = max((found[name] for _, _, found in answers), key=statistics.median)
-    best = statistics.median(worst["ours, behind the step"])
-    print(f"{'':42}{'stall, ms':>10}{'min':>9}{'max':>9}{'ours is':>12}")
-    for name, values in worst.items():
-        middle = statistics.median(values)
-        ratio = "" if name.startswith(("(", "ours, behind")) else f"{middle / best:.0f}× less"
-        print(f"{name:42}{middle * 1e3:10.2f}{min(values) * 1e3:9.2f}{max(values) * 1e3:9.2f}{ratio:>12}")
+    end = time.monotonic() + options.limit
+    for name in chosen:
+        rows: dict[str, Found | str] = {}
+        for row in ROWS:
+            print(f"  {cases[name]}: {row} …", file=sys.stderr, flush=True)
+            left = min(options.deadline, end - time.monotonic())
+            found = run(row, cases[name], left) if left > 0 else "left out: no time"
+            rows |= found if isinstance(found, dict) else {row: found}
+        report(cases[name], rows)
 
 
 if __name__ == "__main__":

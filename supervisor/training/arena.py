@@ -14,6 +14,7 @@ import contextlib
 import errno
 import mmap
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -41,8 +42,11 @@ class Arena:
             self._identity = _identity(os.fstat(fd))
             populate = getattr(mmap, "MAP_POPULATE", 0)
             self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | populate)
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        self.fd = fd
+        weakref.finalize(self, os.close, fd)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.memory.data_ptr()
 

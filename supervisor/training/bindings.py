@@ -1,8 +1,14 @@
-"""What of the training goes where: the items of this rank, bound to the places of a layout."""
+"""What of the training goes where: the items of this rank, bound to the places of a layout.
+
+Items that were kept (``items``) are looked into once. Of the others there are few, and they are compared each time. A tensor
+that lies elsewhere in every snapshot (a generator's state is a new one each time) is *restless*: its copy is prepared anew
+each time, so that those of all others need not be.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -10,18 +16,20 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from supervisor.training.items import Items
-from supervisor.training.layout import blob
+from supervisor.training.layout import PlainBlobs, blob, is_plain, pickled
 from supervisor.training.memory import Places
 from supervisor.training.moves import Source, local_of
 from supervisor.training.planning import BlobPlace, Layout, TensorPlace, signature
 
-_SCALARS: Final = frozenset({bool, int, float, complex, str, bytes, type(None)})
+_RESTLESS: Final = 3  # moves
+
+Placed = list[tuple[TensorPlace, Source]]
 
 
 class _Bound:
     """A tensor item, and its place if this rank writes it."""
 
-    __slots__ = ("key", "place", "signature", "source", "value")
+    __slots__ = ("key", "moved", "place", "signature", "source", "value")
 
     def __init__(self, key: str, value: torch.Tensor, place: TensorPlace | None, planned: object) -> None:
         self.key = key
@@ -29,6 +37,22 @@ class _Bound:
         self.place = place
         self.signature = planned
         self.source: Source | None = None if place is None else Source(local_of(value))
+        self.moved = 0  # times
+
+    def rebind(self, value: object) -> bool:
+        """Take over the value of now; whether it still fits."""
+        if value is not self.value:
+            if not isinstance(value, torch.Tensor) or signature(value) != self.signature:
+                return False
+            self.value = value
+        if self.source is not None and self.place is not None:
+            local = local_of(self.value)
+            if not self.source.is_same(local):
+                if tuple(local.shape) != self.place.shape or local.dtype != self.place.dtype:
+                    return False
+                self.source = Source(local)
+                self.moved += 1
+        return True
 
 
 class Bindings:
@@ -40,89 +64,134 @@ class Bindings:
     def __init__(self, layout: Layout, items: Items) -> None:
         self.generation = 0
         self._layout = layout
+        whole = items.whole()
         places = {place.key: place for place in layout.tensors}
-        self._bound = [
-            _Bound(key, items.values[key], places.get(key), planned)
+        self._bound = {
+            key: _Bound(key, whole.values[key], places.get(key), planned)
             for key, planned in layout.signatures.items()
-        ]
-        self._others = [key for key in layout.paths if key not in layout.signatures]
-        self._values = [bound.value for bound in self._bound]
-        self._places = Places(self._placed)
-        self._blobs: dict[int, tuple[object, bytes]] = {}  # by place: print of the value, its archive
+        }
+        self._blobs = [_Blob(place) for place in layout.blobs]
+        self._restless: list[_Bound] = []
+        self._follow(items)
+
+    def _follow(self, items: Items) -> None:
+        """These are the items that were looked into last."""
+        self._kept = list(items.kept)
+        self._paths = dict(items.paths)
+        self._fresh = [self._bound[key] for key in items.paths if key in self._bound]
+        self._others = [key for key in items.paths if key not in self._bound]
+        self._places = Places([bound.value for bound in self._fresh])
+        self._constant = {
+            key: value for part in items.kept for key, value in part.values.items() if key not in self._bound
+        }
 
     @property
-    def sources(self) -> list[tuple[TensorPlace, Source]]:
-        """Every tensor that this rank writes, and where."""
-        return [(b.place, b.source) for b in self._bound if b.place is not None and b.source is not None]
+    def sources(self) -> Placed:
+        """The tensors that this rank writes, and where, in the order of the layout; without the restless."""
+        bound = [self._bound[place.key] for place in self._layout.tensors]
+        return [(b.place, b.source) for b in bound if b.moved < _RESTLESS and b.place and b.source]
+
+    @property
+    def restless(self) -> Placed:
+        """Those that have moved time and again."""
+        return [(b.place, b.source) for b in self._restless if b.place and b.source]
 
     def fit(self, items: Items) -> bool:
         """Take over new values; whether the layout still fits them."""
-        values = items.values
-        if items.paths != self._layout.paths:
+        if _are(self._kept, items.kept) and items.paths == self._paths:
+            values = items.values
+            if any(isinstance(values[key], torch.Tensor) for key in self._others):
+                return False
+            now = [values[bound.key] for bound in self._fresh]
+            if _are([bound.value for bound in self._fresh], now) and self._places.are_same():
+                return True
+            fits = self._rebind(self._fresh, values)
+            self._places = Places([bound.value for bound in self._fresh])
+            return fits
+        whole = items.whole()
+        if whole.paths != self._layout.paths:
             return False
-        if any(isinstance(values[key], torch.Tensor) for key in self._others):
+        if any(
+            isinstance(value, torch.Tensor) != (key in self._bound) for key, value in whole.values.items()
+        ):
             return False
-        now = [values[key] for key in self._layout.signatures]
-        if all(map(operator.is_, now, self._values)) and self._places.are_same():
-            return True
-        fits = self._rebind(values)
-        self._values = now
-        self._places = Places(self._placed)
+        fits = self._rebind(self._bound.values(), whole.values)
+        self._follow(items)
         return fits
 
-    @property
-    def _placed(self) -> list[torch.Tensor]:
-        return [bound.value for bound in self._bound if bound.place is not None]
-
-    def _rebind(self, values: dict[str, Any]) -> bool:
-        for bound in self._bound:
-            value = values[bound.key]
-            if value is not bound.value:
-                if not isinstance(value, torch.Tensor) or signature(value) != bound.signature:
-                    return False
-                bound.value = value
-            source = bound.source
-            if source is not None:
-                local = local_of(value)
-                if not source.is_same(local):
-                    place = bound.place
-                    if place is None or tuple(local.shape) != place.shape or local.dtype != place.dtype:
-                        return False
-                    bound.source = Source(local)
-                    self.generation += 1
+    def _rebind(self, bound: Iterable[_Bound], values: Mapping[str, Any]) -> bool:
+        for one in bound:
+            before = one.moved
+            if not one.rebind(values[one.key]):
+                return False
+            if before != one.moved <= _RESTLESS:
+                self.generation += 1
+                if one.moved == _RESTLESS:
+                    self._restless.append(one)
         return True
 
     def archives(self, items: Items) -> list[bytes]:
         """The archive of each blob. One whose value is as before is the same object. Raises OutgrownError."""
-        return [self._archive(place, number, items) for number, place in enumerate(self._layout.blobs)]
+        archives = []
+        for one in self._blobs:
+            place = one.place
+            if place.item is not None:
+                archives.append(one.of_tensor(_resolved(items, place.item)))
+            elif place.key in self._constant:
+                archives.append(one.of_constant(self._constant[place.key]))
+            else:
+                archives.append(one.of(items.values[place.key]))
+        return archives
 
-    def _archive(self, place: BlobPlace, number: int, items: Items) -> bytes:
-        value = _resolved(items, place.item) if place.item is not None else items.values[place.key]
-        seen = _print(value)
-        known = self._blobs.get(number)
-        if known is not None and seen is not None and known[0] == seen:
-            return known[1]
-        data = blob(value, place.room)
-        self._blobs[number] = (seen, data)
-        return data
+
+class _Blob:
+    """The archive of the value that a place had last."""
+
+    def __init__(self, place: BlobPlace) -> None:
+        self.place = place
+        self._constant: object = None
+        self._pickled: bytes | None = None  # of a plain value
+        self._archive = b""
+        self._plain: PlainBlobs | None = None
+
+    def of_constant(self, value: object) -> bytes:
+        """Of a value that is as it was as long as it is the same object."""
+        if value is not self._constant or not self._archive:
+            self._archive = self.of(value)
+            self._constant = value
+        return self._archive
+
+    def of_tensor(self, value: object) -> bytes:
+        """Of one that only DCP's planner knows how to write."""
+        return blob(value, self.place.room)
+
+    def of(self, value: object) -> bytes:
+        """Of any value."""
+        if not is_plain(value):
+            self._pickled = None
+            return blob(value, self.place.room)
+        data = pickled(value)
+        if data != self._pickled:
+            self._archive = self._of_plain(value, data)
+            self._pickled = data
+        return self._archive
+
+    def _of_plain(self, value: object, data: bytes) -> bytes:
+        if self._plain is not None:
+            return self._plain.archive(data)
+        archive = blob(value, self.place.room)
+        try:
+            self._plain = PlainBlobs(self.place.room, archive, data)
+        except ValueError:
+            self._plain = None  # as slow as ever
+        return archive
 
 
 def _resolved(items: Items, item: WriteItem) -> Any:
     planner = DefaultSavePlanner()
-    planner.state_dict = items.values
+    planner.state_dict = items.whole().values
     return planner.resolve_data(item)
 
 
-def _print(value: object) -> object:
-    """Something that is equal only for equal values of plain types; None where that cannot be said cheaply."""
-    return (type(value), repr(value)) if _is_plain(value) else None
-
-
-def _is_plain(value: object) -> bool:
-    if type(value) in _SCALARS:
-        return True
-    if type(value) is list or type(value) is tuple:
-        return all(map(_is_plain, value))
-    if type(value) is dict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    return False
+def _are(known: Sequence[object], present: Sequence[object]) -> bool:
+    return len(known) == len(present) and all(map(operator.is_, known, present))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,12 @@ from supervisor.training.layout import tensor_archive
 
 _PIECE: Final = 16 << 20  # bytes that one thread reads at a time
 _THREADS: Final = 4
+_HUGE: Final = 2 << 20  # bytes of a huge page
+_MADV_HUGEPAGE: Final = 14
 _AT_ONCE: Final = 256 << 20  # bytes of tensors that are read beside their targets and then copied
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 _Piece = tuple[int, int, int, int]  # file, its offset, address in memory, bytes
 
@@ -87,14 +92,41 @@ class DirectReader(FileSystemReader):
             planner.commit_tensor(item, target)
         return super().read_data(LoadPlan(rest, plan.storage_data, plan.planner_data), planner)
 
-    def _find(self, item: ReadItem, files: dict[str, int], stack: contextlib.ExitStack) -> _Stored | None:
-        """Where the stored tensor lies, if its data lie bare in the file."""
-        info = self.storage_data[item.storage_index]
-        entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
-        shape = _shape_of(entry, item.storage_index)
-        if shape is None or info.transform_descriptors or not isinstance(entry, TensorStorageMetadata):
+    def read_whole(self, targets: Mapping[str, Any]) -> set[str]:
+        """Read, without a plan, each plain tensor that is stored in one piece and wanted whole; which those were.
+
+        DCP's planning of thousands of tensors takes many times as long as reading them. Raises as ``read_data``.
+        """
+        done: set[str] = set()
+        reads: list[tuple[torch.Tensor, int, int]] = []
+        with contextlib.ExitStack() as stack:
+            files: dict[str, int] = {}
+            for key, target in targets.items():
+                entry = self._metadata.state_dict_metadata.get(key)
+                if not isinstance(entry, TensorStorageMetadata) or not _is_like(target, entry):
+                    continue
+                info = (self._metadata.storage_data or {}).get(MetadataIndex(key, entry.chunks[0].offsets))
+                found = self._bare(info, tuple(entry.size), entry.properties.dtype, files, stack)
+                if found is not None:
+                    reads.append((target, *found))
+                    done.add(key)
+            pieces = [piece for target, fd, begin in reads for piece in _pieces(fd, begin, target)]
+            with _pool() as pool:
+                _read_pieces(pieces, pool)
+        self.copied += len(done)
+        return done
+
+    def _bare(
+        self,
+        info: Any,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        files: dict[str, int],
+        stack: contextlib.ExitStack,
+    ) -> tuple[int, int] | None:
+        """The open file and where in it the data of a stored tensor begin, if they lie there bare."""
+        if info is None or info.transform_descriptors:
             return None
-        dtype = entry.properties.dtype
         archive = tensor_archive(shape, dtype)
         if archive is None or archive.payload == 0 or archive.length != info.length:
             return None
@@ -104,11 +136,45 @@ class DirectReader(FileSystemReader):
             stack.callback(os.close, files[name])
         if os.pread(files[name], len(archive.head), info.offset) != archive.head:
             return None
+        return files[name], info.offset + len(archive.head)
+
+    def _find(self, item: ReadItem, files: dict[str, int], stack: contextlib.ExitStack) -> _Stored | None:
+        """Where the stored tensor lies, if its data lie bare in the file."""
+        info = self.storage_data[item.storage_index]
+        entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
+        shape = _shape_of(entry, item.storage_index)
+        if shape is None or not isinstance(entry, TensorStorageMetadata):
+            return None
+        dtype = entry.properties.dtype
+        found = self._bare(info, shape, dtype, files, stack)
+        if found is None:
+            return None
         part = torch.empty(shape, dtype=dtype, device="meta")
         for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             if offset or length != part.size(dim):
                 part = part.narrow(dim, offset, length)
-        return _Stored(files[name], info.offset + len(archive.head), shape, dtype, part)
+        return _Stored(*found, shape, dtype, part)
+
+
+def _is_like(target: object, entry: TensorStorageMetadata) -> bool:
+    """Whether ``target`` is a plain tensor to be filled with all that is stored, which is in one piece."""
+    return (
+        type(target) in (torch.Tensor, torch.nn.Parameter)
+        and isinstance(target, torch.Tensor)
+        and target.device.type == "cpu"
+        and target.is_contiguous()
+        and not (target.is_conj() or target.is_neg())
+        and target.dtype == entry.properties.dtype
+        and target.shape == entry.size
+        and len(entry.chunks) == 1
+        and entry.chunks[0].sizes == entry.size
+    )
+
+
+def _pool() -> ThreadPoolExecutor:
+    """For reading. It starts threads when it needs them."""
+    threads = min(_THREADS, os.cpu_count() or 1)
+    return ThreadPoolExecutor(threads, thread_name_prefix="everstep-restore")
 
 
 def _shape_of(entry: object, index: MetadataIndex) -> tuple[int, ...] | None:
@@ -123,10 +189,7 @@ def _shape_of(entry: object, index: MetadataIndex) -> tuple[int, ...] | None:
 
 
 def _read_all(reads: Sequence[tuple[torch.Tensor, _Stored]]) -> None:
-    threads = min(_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(
-        threads, thread_name_prefix="everstep-restore"
-    ) as pool:  # starts them when needed
+    with _pool() as pool:
         pieces: list[_Piece] = []
         indirect: list[tuple[torch.Tensor, _Stored]] = []
         for target, stored in reads:
@@ -151,6 +214,9 @@ def _read_all(reads: Sequence[tuple[torch.Tensor, _Stored]]) -> None:
 
 def _pieces(fd: int, offset: int, target: torch.Tensor) -> list[_Piece]:
     size, address = target.numel() * target.element_size(), target.data_ptr()
+    if size >= 2 * _HUGE:  # fresh memory is had at half the cost; memory in use is left as it is
+        begin = -(-address // _HUGE) * _HUGE
+        _madvise(begin, (address + size - begin) // _HUGE * _HUGE, _MADV_HUGEPAGE)
     return [(fd, offset + at, address + at, min(_PIECE, size - at)) for at in range(0, size, _PIECE)]
 
 

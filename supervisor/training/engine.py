@@ -35,13 +35,13 @@ from torch.optim import Optimizer
 
 from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.errors import StorageError
-from supervisor.training.bindings import Bindings
+from supervisor.training.bindings import Bindings, Placed
 from supervisor.training.items import Items
 from supervisor.training.layout import OutgrownError
-from supervisor.training.moves import Moves, local_of
+from supervisor.training.moves import TINY, Moves, Spot, local_of
 from supervisor.training.overlap import TORN, Fence, Flight, Helper, owned_by
-from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, make_place
-from supervisor.training.slots import Ahead, Slot, new_arena
+from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, make_place, spots
+from supervisor.training.slots import Ahead, Slot, new_arenas
 from supervisor.training.world import World, say
 from supervisor.training.writer import (
     Finished,
@@ -92,6 +92,7 @@ class ArenaWriter:
         self._optimizers = list((optimizers or {}).values())
         self._layout: Layout | None = None
         self._bindings: Bindings | None = None
+        self._spots: dict[str, Spot] = {}  # by key
         self._slots: dict[Path, Slot] = {}
         self._ahead: dict[Path, Ahead] = {}
         self._spare = tuple(slots)
@@ -160,11 +161,12 @@ class ArenaWriter:
     def _copy(
         self, directory: Path, archives: list[bytes], finished: Finished, started: float, *, behind: bool
     ) -> None:
-        assert self._layout is not None
+        assert self._layout is not None and self._bindings is not None
         slot = self._slots[directory]
         slot.fill(self._layout, archives)
         self._prepare_moves(slot)
         slot.now.run()
+        slot.moves_of(self._bindings.restless, self._spots).run()
         ready = self._is_ready()
         if ready and self._proven and behind and slot.behind.sources:
             flight = Flight(slot.behind, next(self._flights))
@@ -178,7 +180,7 @@ class ArenaWriter:
 
     def _written(self, seconds: float) -> Written:
         assert self._layout is not None
-        return Written(self._layout.size, seconds, self._layout.names)
+        return Written(self._layout.size, seconds, self._layout.all_names)
 
     def _prepare_moves(self, slot: Slot) -> None:
         bindings = self._bindings
@@ -187,20 +189,21 @@ class ArenaWriter:
         if slot.generation == (bindings.generation, held):
             return
         slot.generation = bindings.generation, held
-        slot.now, slot.behind = Moves(), Moves()
-        if slot.arena is None:
-            return
         owned = owned_by(self._optimizers)
-        for place, source in bindings.sources:
-            moves = slot.behind if (source.address, source.bytes) in owned else slot.now
-            moves.add(slot.arena, place.payload, source)
+        mine: Placed = []
+        others: Placed = []
+        for placed in bindings.sources:
+            source = placed[1]
+            waits = source.bytes > TINY and (source.address, source.bytes) in owned
+            (mine if waits else others).append(placed)
+        slot.behind, slot.now = slot.moves_of(mine, self._spots), slot.moves_of(others, self._spots)
 
     # ------------------------------------------------------------------ slots
 
     def _open(self, directory: Path) -> None:
         """Lay out this slot, if it is not. Raises OSError."""
         slot = self._slots.get(directory)
-        if slot is not None and (slot.arena is None or slot.arena.is_in_place):
+        if slot is not None and slot.is_in_place:
             return
         layout = self._layout
         assert layout is not None
@@ -215,10 +218,11 @@ class ArenaWriter:
 
     def _new_slot(self, directory: Path, layout: Layout) -> Slot:
         ahead = self._ahead.pop(directory, None)
-        arena = ahead.result() if ahead is not None else None
-        if arena is None or not arena.is_in_place:
-            arena = new_arena(directory, layout)
-        return Slot(arena, [None] * len(layout.blobs))
+        arenas = ahead.result() if ahead is not None else None
+        slot = Slot(arenas or [], [None] * len(layout.blobs))
+        if not arenas or not slot.is_in_place:
+            slot.arenas = new_arenas(directory, layout)
+        return slot
 
     # ------------------------------------------------------------------ laying out
 
@@ -231,7 +235,7 @@ class ArenaWriter:
         planner = ArenaPlanner(items, directory, cleans=self._cleans, ranks=self._world.size)
 
         def fill(layout: Layout) -> None:
-            self._layout = layout
+            self._layout, self._spots = layout, spots(layout)
             self._bindings = Bindings(layout, items)
             if ahead:
                 return
@@ -241,13 +245,18 @@ class ArenaWriter:
             slot.now.run()
             slot.behind.run()
 
-        storage = ArenaStorage(directory, self._world.rank, items, fill)
+        owned = owned_by(self._optimizers)
+
+        def waits(tensor: torch.Tensor) -> bool:
+            return tensor.nbytes > TINY and (tensor.data_ptr(), tensor.nbytes) in owned
+
+        storage = ArenaStorage(directory, self._world.rank, items, waits, fill)
         error = save_with_dcp(self._world, storage, planner)
         if error is not None:
             self._layout, self._bindings = None, None
             self._drop_slots()
             with contextlib.suppress(OSError):
-                self._remove(directory, storage.layout.name)
+                self._remove(directory, storage.layout.names)
             finished(error)
             return
         # one that was written may be about to be declared a snapshot
@@ -269,8 +278,9 @@ class ArenaWriter:
         self._ahead.clear()
         self._slots.clear()
 
-    def _remove(self, directory: Path, name: str) -> None:
-        (directory / name).unlink(missing_ok=True)
+    def _remove(self, directory: Path, names: Sequence[str]) -> None:
+        for name in names:
+            (directory / name).unlink(missing_ok=True)
         if self._world.rank == 0:
             (directory / ".metadata").unlink(missing_ok=True)
             (directory / ".metadata.tmp").unlink(missing_ok=True)
@@ -340,4 +350,4 @@ class ArenaWriter:
 
 def _size_of(items: Items) -> int:
     """Bytes of this rank's tensors, whoever stores them."""
-    return sum(local_of(v).nbytes for v in items.values.values() if isinstance(v, torch.Tensor))
+    return sum(local_of(v).nbytes for v in items.whole().values.values() if isinstance(v, torch.Tensor))

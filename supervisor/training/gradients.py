@@ -14,7 +14,9 @@ A step inside ``torch.compile`` leaves no marks: there, all gradients are spent 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, repeat
 from typing import Any, Final
 
 import torch
@@ -23,6 +25,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+_grad: Final = operator.attrgetter("grad")
+_version: Final = operator.attrgetter("_version")
 _SPENT: Final = "_everstep_spent"  # on a gradient: the version with which an optimizer stepped
 
 
@@ -75,12 +79,9 @@ class Gradients:
             return
         if index is None and id(optimizer) not in self._strangers and self._is_ours(optimizer):
             self._strangers[id(optimizer)] = optimizer
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is not None:
-                    gradient = getattr(gradient, "_local_tensor", gradient)
-                    gradient._everstep_spent = gradient._version
+        gradients = _locals_of(_gradients_of(optimizer))
+        for _ in map(setattr, gradients, repeat(_SPENT), map(_version, gradients)):
+            pass
 
     def _is_ours(self, optimizer: Optimizer) -> bool:
         ours = {id(parameter) for module in self._modules.values() for parameter in module.parameters()}
@@ -97,18 +98,29 @@ def hidden_in(value: object) -> list[Optimizer]:
     ]
 
 
-def _gradients_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                yield parameter.grad
+def _gradients_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return [gradient for gradient in map(_grad, parameters) if gradient is not None]
+
+
+def _locals_of(tensors: list[torch.Tensor]) -> list[Any]:
+    """The objects that hold this rank's parts."""
+    if set(map(type, tensors)) <= {torch.Tensor}:
+        return tensors
+    return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+
+
+def _sharded(module: nn.Module) -> Iterator[FSDPModule]:
+    if not FSDPModule.__subclasses__():  # of which each that is sharded becomes an instance
+        return
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            yield child
 
 
 def _kept_by_fsdp(module: nn.Module) -> Iterator[torch.Tensor]:
     """What FSDP2 has accumulated without reducing it. Private names; a torch without them has nothing to look at."""
-    for child in module.modules():
-        if not isinstance(child, FSDPModule):
-            continue
+    for child in _sharded(module):
         state: Any = child._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:
@@ -122,11 +134,8 @@ def _kept_by_fsdp(module: nn.Module) -> Iterator[torch.Tensor]:
             yield from (gradient for gradient in kept if isinstance(gradient, torch.Tensor))
 
 
-def _any_pending(gradients: Iterable[torch.Tensor]) -> bool:
-    return any(_is_pending(getattr(gradient, "_local_tensor", gradient)) for gradient in gradients)
-
-
-def _is_pending(gradient: torch.Tensor) -> bool:
-    if getattr(gradient, _SPENT, None) == gradient._version:
+def _any_pending(tensors: Iterable[torch.Tensor]) -> bool:
+    gradients = _locals_of(list(tensors))
+    if list(map(getattr, gradients, repeat(_SPENT), repeat(None))) == list(map(_version, gradients)):
         return False
-    return bool((gradient != 0).any())
+    return any(getattr(g, _SPENT, None) != g._version and bool((g != 0).any()) for g in gradients)

@@ -37,13 +37,21 @@ class Owner:
 
 @dataclass
 class Items:
-    """What one rank contributes to a snapshot: values by flat key, and each key's path in the nested state dict."""
+    """What one rank contributes to a snapshot: values by flat key, and each key's path in the nested state dict.
+
+    ``kept`` are items gathered before that hold still: the same object, the same values in the same place. Whoever has
+    seen one need not look into it again, which is what makes thousands of tensors cheap.
+    """
 
     rank: int
     values: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
+    kept: list[Items] = field(default_factory=list)
+    constant: set[str] = field(
+        default_factory=set
+    )  # keys of tensors that nothing has changed so far: frozen weights
 
-    def add(self, path: Path, value: object, owner: Owner) -> None:
+    def add(self, path: Path, value: object, owner: Owner, *, constant: bool = False) -> None:
         """Contribute ``value`` if this rank is to write it."""
         if owner.rank != self.rank and not owner.everyone:
             return
@@ -54,13 +62,25 @@ class Items:
             raise ValueError(f"two items are called {key!r}")
         self.values[key] = value
         self.paths[key] = path
+        if constant:
+            self.constant.add(key)
 
-    def merge(self, other: Items) -> None:
-        """Contribute all of another's."""
-        if twice := self.values.keys() & other.values.keys():
-            raise ValueError(f"two items are called {min(twice)!r}")
-        self.values.update(other.values)
-        self.paths.update(other.paths)
+    def keep(self, other: Items) -> None:
+        """Contribute all of another's, which will not be changed any more."""
+        self.kept.append(other)
+
+    def whole(self) -> Items:
+        """All of it, in one."""
+        if not self.kept:
+            return self
+        whole = Items(self.rank)
+        for part in (*self.kept, Items(self.rank, self.values, self.paths, constant=self.constant)):
+            if twice := whole.values.keys() & part.values.keys():
+                raise ValueError(f"two items are called {min(twice)!r}")
+            whole.values.update(part.values)
+            whole.paths.update(part.paths)
+            whole.constant |= part.constant
+        return whole
 
 
 def flat(path: Path) -> str:

@@ -15,9 +15,11 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+import re
 import struct
 import types
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +28,7 @@ from torch.serialization import skip_data
 
 _ALIGNMENT: Final = 64
 _LONGEST_COMMENT: Final = 0xFFFF  # bytes, of a zip archive
+_CHECKSUMS: Final = 3  # of a file in a zip archive: in its head, behind it, and in the directory
 
 
 class OutgrownError(Exception):
@@ -44,6 +47,66 @@ class Archive:
     def length(self) -> int:
         """Of the whole archive, in bytes."""
         return len(self.head) + self.payload + len(self.tail)
+
+
+_SCALARS: Final = frozenset({bool, int, float, complex, str, bytes, type(None)})
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is made of Python's own values and containers alone, which pickle alike and at once."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return True
+    if kind is list or kind is tuple:
+        return all(map(is_plain, value))  # type: ignore[call-overload]
+    if kind is dict:
+        items: Any = value
+        return all(map(is_plain, items)) and all(map(is_plain, items.values()))
+    return False
+
+
+class PlainBlobs:
+    """Archives of plain values for one room, without torch: all but the pickle is as in the first one.
+
+    ``torch.save`` opens an archive writer and asks every object of the pickle whether it is a tensor. Here the pickle is
+    put into the archive that was made so before, and its checksum where the former one was.
+    """
+
+    def __init__(self, room: Room, data: bytes, pickled: bytes) -> None:
+        """``data`` is the archive of the value that is ``pickled``. Raises ValueError for one that is laid out otherwise."""
+        self._room = room
+        padded = pickled.ljust(room.pickle, b"\0")
+        self._begin = data.index(padded)
+        self._end = self._begin + room.pickle
+        checksum = _checksum(padded)
+        self._checksums = [
+            match.start()
+            for match in re.finditer(re.escape(checksum), data)
+            if not self._begin - 4 < match.start() < self._end
+        ]
+        if len(data) != room.length or data.count(padded) != 1 or not 1 <= len(self._checksums) <= _CHECKSUMS:
+            raise ValueError("this version of torch lays archives out in another way")
+        self._template = data
+
+    def archive(self, pickled: bytes) -> bytes:
+        """The archive. Raises OutgrownError when it does not fit."""
+        if len(pickled) > self._room.pickle:
+            raise OutgrownError
+        data = bytearray(self._template)
+        data[self._begin : self._end] = padded = pickled.ljust(self._room.pickle, b"\0")
+        checksum = _checksum(padded)
+        for at in self._checksums:
+            data[at : at + 4] = checksum
+        return bytes(data)
+
+
+def pickled(value: object) -> bytes:
+    """A plain value as ``torch.save`` pickles it."""
+    return pickle.dumps(value, protocol=2)
+
+
+def _checksum(data: bytes) -> bytes:
+    return struct.pack("<I", zlib.crc32(data))
 
 
 @functools.lru_cache(maxsize=1 << 14)

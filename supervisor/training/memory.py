@@ -4,11 +4,16 @@ A state dict of thousands of tensors takes tens of milliseconds to build, and sa
 objects there are. So what a part gathered is kept, beside the containers it came from; as long as these hold the very
 same objects, with their data in the same place, it holds. Objects with hooks or methods of their own in this matter are
 asked every time.
+
+The looking is done by ``map`` and ``chain`` over flat lists, without a line of Python for each tensor: about 0.2 µs each.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -18,46 +23,86 @@ from supervisor.training.items import Items
 from supervisor.training.moves import local_of
 
 _ASKED = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_NEAR: Final = 512
+_address: Final = torch.Tensor.data_ptr
+_shape: Final = operator.attrgetter("shape")
+_local: Final = operator.attrgetter("_local_tensor")
+_is_contiguous: Final = torch.Tensor.is_contiguous
 
 
 class Places:
     """Where tensors lie in memory; holds on to them, so that no other tensor can have their ``id``."""
 
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self._tensors = [local_of(tensor) for tensor in tensors]
-        pairs = zip(tensors, self._tensors, strict=True)
-        self._distributed = [(held, local) for held, local in pairs if held is not local]
-        self._places = self._look()
-
-    def _look(self) -> tuple[list[int], list[Any], list[Any]]:
-        tensors = self._tensors
-        return (
-            [tensor.data_ptr() for tensor in tensors],
-            [tensor.stride() for tensor in tensors],
-            [tensor.shape for tensor in tensors],
-        )
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        locals_ = [local_of(tensor) for tensor in tensors]
+        pairs = list(zip(tensors, locals_, strict=True))
+        self._holders = [held for held, local in pairs if held is not local]
+        self._held = [local for held, local in pairs if held is not local]
+        dense = [local for local in locals_ if local.is_contiguous()]
+        self._dense = [_Look(dense[at : at + _NEAR]) for at in range(0, len(dense), _NEAR)]
+        self._others = [(local, _where(local)) for local in locals_ if not local.is_contiguous()]
 
     def are_same(self) -> bool:
         """Whether all of them are where they were, and of the same shape."""
-        if any(local_of(held) is not local for held, local in self._distributed):
-            return False
-        return self._look() == self._places
+        return (
+            _are(self._held, map(_local, self._holders))
+            and all(map(_Look.is_same, self._dense))
+            and all(_where(tensor) == where for tensor, where in self._others)
+        )
+
+
+class _Look:
+    """A look at contiguous tensors, few enough to stay in the processor's cache from one pass to the next."""
+
+    __slots__ = ("_addresses", "_shapes", "_tensors")
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._addresses = list(map(_address, tensors))
+        self._shapes = list(map(_shape, tensors))
+
+    def is_same(self) -> bool:
+        return (
+            list(map(_address, self._tensors)) == self._addresses
+            and all(map(_is_contiguous, self._tensors))
+            and list(map(_shape, self._tensors)) == self._shapes
+        )
+
+
+def _where(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.stride(), tensor.shape
+
+
+class Containers:
+    """Dicts, and what they hold."""
+
+    def __init__(self, containers: Sequence[dict[Any, Any]]) -> None:
+        self._containers = list(containers)
+        self._lengths = list(map(len, containers))
+        self._values = list(chain.from_iterable(map(dict.values, containers)))
+
+    def are_same(self) -> bool:
+        """Whether each holds the very same objects, in the same order."""
+        return list(map(len, self._containers)) == self._lengths and _are(
+            self._values, chain.from_iterable(map(dict.values, self._containers))
+        )
 
 
 class Memory:
     """Items, and the containers that they were found in."""
 
-    def __init__(self, items: Items, containers: list[dict[Any, Any]], tensors: list[torch.Tensor]) -> None:
+    def __init__(
+        self, items: Items, containers: Sequence[dict[Any, Any]], tensors: Sequence[torch.Tensor]
+    ) -> None:
         self._items = items
-        self._containers = [(container, _ids(container)) for container in containers]
-        self._kept = [list(container.values()) for container in containers]
+        self._containers = Containers(containers)
         self._places = Places(tensors)
 
     def recall(self, items: Items) -> bool:
         """Contribute what is remembered, if that still holds."""
-        if any(_ids(container) != ids for container, ids in self._containers) or not self._places.are_same():
+        if not (self._containers.are_same() and self._places.are_same()):
             return False
-        items.merge(self._items)
+        items.keep(self._items)
         return True
 
 
@@ -78,22 +123,21 @@ def of_module(module: nn.Module, items: Items) -> Memory | None:
     return Memory(items, containers, [*module.parameters(), *module.buffers()])
 
 
-def of_optimizer(optimizer: Optimizer, items: Items) -> Memory | None:
-    """What ``items`` says of the state of ``optimizer``; None when it must be asked every time."""
+def of_optimizer(optimizer: Optimizer, items: Items, outer: Optimizer) -> Memory | None:
+    """What ``items`` says of the state of ``optimizer`` inside ``outer``; None when it must be asked every time."""
     kind: Any = type(optimizer)
     own: Any = optimizer
     if kind.state_dict is not Optimizer.state_dict or "state_dict" in own.__dict__:
         return None
     if own._optimizer_state_dict_pre_hooks or own._optimizer_state_dict_post_hooks:
         return None
-    if not optimizer.state or not all(isinstance(value, torch.Tensor) for value in items.values.values()):
+    if not optimizer.state:
         return None
     states = [state for state in optimizer.state.values() if isinstance(state, dict)]
     tensors = [value for state in states for value in state.values()]
     if len(states) != len(optimizer.state) or not all(isinstance(value, torch.Tensor) for value in tensors):
         return None
-    groups = [dict(enumerate(group["params"])) for group in optimizer.param_groups]
-    return OptimizerMemory(optimizer, items, [optimizer.state, *states], groups)
+    return OptimizerMemory([optimizer, outer], items, [optimizer.state, *states], tensors)
 
 
 class OptimizerMemory(Memory):
@@ -101,23 +145,36 @@ class OptimizerMemory(Memory):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         items: Items,
-        containers: list[dict[Any, Any]],
-        groups: list[dict[int, Any]],
+        containers: Sequence[dict[Any, Any]],
+        tensors: Sequence[torch.Tensor],
     ) -> None:
-        super().__init__(items, containers, [])  # the items are the tensors in use
-        self._optimizer = optimizer
-        self._groups = [_ids(group) for group in groups]
+        super().__init__(items, containers, tensors)
+        self._groups = [(optimizer, Groups(optimizer)) for optimizer in dict.fromkeys(optimizers)]
 
     def recall(self, items: Items) -> bool:
         """As above."""
-        groups = [tuple(map(id, group["params"])) for group in self._optimizer.param_groups]
-        return groups == self._groups and super().recall(items)
+        return all(groups.are_same(optimizer) for optimizer, groups in self._groups) and super().recall(items)
 
 
-def _ids(container: dict[Any, Any]) -> tuple[int, ...]:
-    return tuple(map(id, container.values()))
+class Groups:
+    """The parameters of an optimizer, by group."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._parameters = [list(group["params"]) for group in optimizer.param_groups]
+
+    def are_same(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer has the very same ones."""
+        groups = optimizer.param_groups
+        return len(groups) == len(self._parameters) and all(
+            _are(known, group["params"]) for known, group in zip(self._parameters, groups, strict=True)
+        )
+
+
+def _are(known: Sequence[object], present: Iterable[object]) -> bool:
+    found = list(present)
+    return len(found) == len(known) and all(map(operator.is_, found, known))
 
 
 def _is_of_fsdp(hook: Any) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from supervisor.errors import UsageError
 from supervisor.training import memory
 from supervisor.training.items import Items, Owner, Path, mesh_owner
+from supervisor.training.moves import local_of
 from supervisor.training.reader import Mismatch, Stored
 
 _CHECKPOINT_WRAPPED = "_checkpoint_wrapped_module"  # activation checkpointing's wrapper, invisible in names
@@ -77,16 +78,18 @@ class ModulePart:
         self._targets: dict[str, Any] = {}  # by fully qualified name
         self._memory: memory.Memory | None = None
         self._keys: dict[str, str] = {}  # stored key by fully qualified name
+        self._frozen = _frozen(module)
 
     def gather(self, items: Items) -> None:
         """Contribute every entry of the state dict."""
         if self._memory is not None and self._memory.recall(items):
             return
         owners = {held.name: owner(held, self._rank) for held in held_by(self.module)}
+        frozen = dict(_frozen(self.module).items() & self._frozen.items())
         own = Items(self._rank)
         for fqn, value in get_model_state_dict(self.module).items():
-            own.add((self.name, fqn), value, self._owner(owners, fqn, value))
-        items.merge(own)
+            own.add((self.name, fqn), value, self._owner(owners, fqn, value), constant=fqn in frozen)
+        items.keep(own)
         plain = all(isinstance(value, torch.Tensor) for value in own.values.values())
         self._memory = memory.of_module(self.module, own) if plain else None
 
@@ -118,11 +121,21 @@ class ModulePart:
         state.update({fqn: objects[key] for fqn, key in rest.items()})
         set_model_state_dict(self.module, state)
         self._targets = {}
+        self._frozen = _frozen(self.module)
 
     def _owner(self, owners: dict[str, Owner], fqn: str, value: object) -> Owner:
         if fqn in owners:
             return owners[fqn]
         return mesh_owner(value) if isinstance(value, DTensor) else Owner(self._rank)
+
+
+def _frozen(module: nn.Module) -> dict[str, int]:
+    """The parameters that are not trained, and how often each was written. (Averages of others are not trained, too.)"""
+    return {
+        held.name: local_of(held.tensor)._version
+        for held in held_by(module)
+        if held.is_parameter and not held.tensor.requires_grad
+    }
 
 
 def _walk(module: nn.Module, prefix: str, ddp: DistributedDataParallel | None, in_ddp: str) -> Iterator[Held]:

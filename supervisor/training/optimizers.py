@@ -41,6 +41,7 @@ class OptimizerPart:
         self._local = optimizer
         self._partitioned = False
         self._memory: memory.Memory | None = None
+        self._groups_owner = Owner(rank)
         zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
         if zero is not None and isinstance(optimizer, zero.ZeroRedundancyOptimizer):
             if getattr(optimizer, "_overlap_with_ddp", False):
@@ -111,14 +112,17 @@ class OptimizerPart:
         if self._memory is None or not self._memory.recall(items):
             own = Items(self._rank)
             self._gather_states(own)
-            items.merge(own)
-            self._memory = memory.of_optimizer(self._local, own)
-        owner = self._group_owner()
+            plain = all(isinstance(value, torch.Tensor) for value in own.values.values())
+            self._groups_owner = self._group_owner()
+            for index, group in enumerate(self.optimizer.param_groups):
+                names = [self._named(parameter)[0] for parameter in group["params"]]
+                own.add((self.name, "param_groups", index, "params"), names, self._groups_owner)
+            items.keep(own)
+            self._memory = memory.of_optimizer(self._local, own, self.optimizer) if plain else None
         for index, group in enumerate(self.optimizer.param_groups):
             for key, value in group.items():
-                if key == "params":
-                    value = [self._named(parameter)[0] for parameter in value]
-                self._add(items, (self.name, "param_groups", index, key), value, owner, None)
+                if key != "params":
+                    self._add(items, (self.name, "param_groups", index, key), value, self._groups_owner, None)
 
     def _gather_states(self, items: Items) -> None:
         parameters = self._numbered()

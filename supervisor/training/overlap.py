@@ -1,7 +1,7 @@
 """Copying behind the next step: when that is safe, and how it is noticed when it was not.
 
 Parameters and optimizer state change in ``optimizer.step()`` and nowhere else. So a copy of them that starts at a save
-point may run on behind the next forward and backward, until any optimizer is about to step: torch calls a global hook
+point may run on behind the next forward and backward (tiny ones are not worth it), until any optimizer is about to step: torch calls a global hook
 there, the *fence*, and the fence waits for the copy. Buffers, schedulers, averages of weights, plain values and random
 state keep no such rule; they are copied while the training stands at the save point.
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import operator
 import os
 import queue
 import threading
@@ -44,6 +45,8 @@ from supervisor.training.moves import Moves, Source, local_of
 
 _SAMPLES: Final = 64  # tensors
 _WINDOW: Final = 64  # bytes of each
+_tensor: Final = operator.attrgetter("tensor")
+_version: Final = operator.attrgetter("_version")
 
 TORN = "parameters or optimizer state changed while they were copied, outside of optimizer.step()"
 
@@ -91,7 +94,7 @@ class Flight:
 
 def versions(sources: Iterable[Source]) -> list[int]:
     """How often each tensor was written in place."""
-    return [source.tensor._version for source in sources]
+    return list(map(_version, map(_tensor, sources)))
 
 
 def _sampled(sources: Sequence[Source], number: int) -> list[tuple[int, bytes]]:

@@ -6,11 +6,14 @@ all ranks have laid out, and holds for every slot and every later snapshot of th
 
 from __future__ import annotations
 
+import operator
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -23,9 +26,11 @@ from torch.futures import Future
 from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.training.items import Items
 from supervisor.training.layout import Archive, Room, aligned, new_blob, tensor_archive
-from supervisor.training.moves import local_of
+from supervisor.training.moves import SMALL, Spot, local_of
 from supervisor.training.trees import is_storable
 from supervisor.training.writer import PlannerOfItems, Storage
+
+FILES: Final = 2  # of a rank
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class TensorPlace:
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    file: int
     offset: int  # of the archive
     archive: Archive
 
@@ -46,7 +52,7 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class BlobPlace:
-    """Where the archive of anything else goes. ``item`` is set when the planner is to say what is stored."""
+    """Where the archive of anything else goes: in the first file. ``item`` is set when the planner says what is stored."""
 
     key: str
     offset: int
@@ -56,21 +62,30 @@ class BlobPlace:
 
 @dataclass
 class Layout:
-    """What one rank writes into its file ``name``, and what it was planned for."""
+    """What one rank writes into its files, and what it was planned for.
 
-    name: str
+    What stays the same from snapshot to snapshot is in a file of its own, so that a checkpoint can share it with the one
+    before.
+    """
+
+    names: list[str]
     paths: dict[str, Any]
     signatures: dict[str, object]  # of every tensor item
-    tensors: list[TensorPlace] = field(default_factory=list)
+    tensors: list[TensorPlace] = field(default_factory=list)  # in the order of the files
     blobs: list[BlobPlace] = field(default_factory=list)
-    size: int = 0
+    sizes: list[int] = field(default_factory=lambda: [0] * FILES)
     index: bytes | None = None  # ``.metadata``, on rank 0
-    names: frozenset[str] = frozenset()  # of all ranks' files, on rank 0
+    all_names: frozenset[str] = frozenset()  # of all ranks' files, on rank 0
+
+    @property
+    def size(self) -> int:
+        """Bytes, of all files."""
+        return sum(self.sizes)
 
 
-def file_name(rank: int) -> str:
-    """The file of a rank, as stock DCP names it."""
-    return f"__{rank}_0.distcp"
+def file_names(rank: int) -> list[str]:
+    """The files that a rank may have, as stock DCP names them: of what changes, and of what does not."""
+    return [f"__{rank}_{number}.distcp" for number in range(FILES)]
 
 
 def signature(value: torch.Tensor) -> object:
@@ -85,7 +100,7 @@ def signature(value: torch.Tensor) -> object:
 def make_place(directory: Path, ranks: int) -> None:
     """Make the slot's directory, and remove what a job of another shape left in it; files of ranks are written over."""
     directory.mkdir(parents=True, exist_ok=True)
-    ours = {file_name(rank) for rank in range(ranks)}
+    ours = {name for rank in range(ranks) for name in file_names(rank)}
     for name in (SLOT_NAME, ".metadata", *os.listdir(directory)):
         if name in (SLOT_NAME, ".metadata", ".metadata.tmp") or (
             name.endswith(".distcp") and name not in ours
@@ -108,20 +123,28 @@ class ArenaPlanner(PlannerOfItems):
 class ArenaStorage(Storage):
     """DCP's side of the first snapshot: takes this rank's plan, lays it out, has it written, and keeps the index."""
 
-    def __init__(self, directory: Path, rank: int, items: Items, written: Callable[[Layout], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        items: Items,
+        waits: Callable[[torch.Tensor], bool],
+        written: Callable[[Layout], None],
+    ) -> None:
         super().__init__(directory)
         self._rank = rank
-        self._items = items
+        self._items = items = items.whole()
+        self._waits = waits
         self._written = written
         self.layout = Layout(
-            file_name(rank),
+            file_names(rank),
             dict(items.paths),
             {key: signature(value) for key, value in items.values.items() if isinstance(value, torch.Tensor)},
         )
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Lay out this rank's file and fill it."""
-        results = _lay_out(plan, planner, self._items, self.layout)
+        results = _lay_out(plan, planner, self._items, self.layout, self._waits)
         self._written(self.layout)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -130,33 +153,59 @@ class ArenaStorage(Storage):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index."""
         super().finish(metadata, results)
-        self.layout.names = frozenset(self.names)
+        self.layout.all_names = frozenset(self.names)
         self.layout.index = (Path(self.path) / ".metadata").read_bytes()
 
 
-def _lay_out(plan: SavePlan, planner: SavePlanner, items: Items, layout: Layout) -> list[WriteResult]:
+def _lay_out(
+    plan: SavePlan,
+    planner: SavePlanner,
+    items: Items,
+    layout: Layout,
+    waits: Callable[[torch.Tensor], bool],
+) -> list[WriteResult]:
+    """Blobs, then large tensors, then small ones: those that are copied together side by side."""
+    count = Counter(item.index.fqn for item in plan.items)
     results = []
-    count: dict[str, int] = {}
-    for item in plan.items:
-        count[item.index.fqn] = count.get(item.index.fqn, 0) + 1
+    tensors: list[tuple[tuple[int, bool, bool], WriteItem, Archive]] = []
     for item in plan.items:
         key = item.index.fqn
         value = items.values[key]
         archive = _archive(item, value) if count[key] == 1 else None
         if archive is not None:
-            local = local_of(value)
-            offset = aligned(layout.size, len(archive.head))
-            layout.tensors.append(TensorPlace(key, tuple(local.shape), local.dtype, offset, archive))
-            size, length = archive.payload, archive.length
-        else:
-            by_planner = item if item.type is not WriteItemType.BYTE_IO else None
-            data, room = new_blob(planner.resolve_data(item) if by_planner else value)
-            offset = aligned(layout.size, 0)
-            layout.blobs.append(BlobPlace(key, offset, room, by_planner))
-            size = length = len(data)
-        layout.size = offset + length
-        results.append(_result(item.index, size, layout.name, offset, length))
+            group = int(key in items.constant), archive.payload < SMALL, not waits(local_of(value))
+            tensors.append((group, item, archive))
+            continue
+        by_planner = item if item.type is not WriteItemType.BYTE_IO else None
+        data, room = new_blob(planner.resolve_data(item) if by_planner else value)
+        offset = aligned(layout.sizes[0], 0)
+        layout.blobs.append(BlobPlace(key, offset, room, by_planner))
+        layout.sizes[0] = offset + len(data)
+        results.append(_result(item.index, len(data), layout.names[0], offset, len(data)))
+    for (file, _, _), item, archive in sorted(tensors, key=operator.itemgetter(0)):
+        key = item.index.fqn
+        local = local_of(items.values[key])
+        offset = aligned(layout.sizes[file], len(archive.head))
+        layout.tensors.append(TensorPlace(key, tuple(local.shape), local.dtype, file, offset, archive))
+        layout.sizes[file] = offset + archive.length
+        results.append(_result(item.index, archive.payload, layout.names[file], offset, archive.length))
     return results
+
+
+def spots(layout: Layout) -> dict[str, Spot]:
+    """Where the data of each tensor go, and what lies between them and the next ones."""
+    found = {}
+    for place, following in zip_longest(layout.tensors, layout.tensors[1:]):
+        then = None
+        if (
+            following is not None
+            and following.file == place.file
+            and following.payload - place.payload < 2 * SMALL
+        ):
+            gap = bytes(following.offset - place.offset - place.archive.length)
+            then = place.archive.tail + gap + following.archive.head
+        found[place.key] = Spot(place.payload, then)
+    return found
 
 
 def _archive(item: WriteItem, value: Any) -> Archive | None:

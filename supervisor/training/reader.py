@@ -13,7 +13,9 @@ training. An object that cannot be unpickled counts as damage, and its item is n
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import io
 import pickle
 import warnings
@@ -64,6 +66,18 @@ _ALLOWED: Final = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Making 100,000 objects would have the garbage collector look through all of torch's, time and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
@@ -77,7 +91,8 @@ def read_metadata(directory: FilePath) -> Metadata:
     """The ``.metadata`` of a checkpoint, checked. Raises CheckpointError and StorageError."""
     data = _patiently(directory / ".metadata", (directory / ".metadata").read_bytes)
     try:
-        metadata = _Unpickler(io.BytesIO(data)).load()
+        with _without_collection():
+            metadata = _Unpickler(io.BytesIO(data)).load()
     except MemoryError as error:
         raise StorageError(f"{directory / '.metadata'} cannot be read: out of memory") from error
     except Exception as error:
@@ -213,16 +228,23 @@ class Stored:
         _patiently(self.directory, lambda: self._read_once(values))
 
     def _read_once(self, values: dict[str, Any]) -> None:
+        reader = DirectReader(self.directory, self._metadata)
+        try:
+            done = reader.read_whole(values)
+        except EOFError as error:
+            raise CheckpointError(f"{self.directory} cannot be loaded: {error}") from error
+        rest = {key: value for key, value in values.items() if key not in done}
+        if rest:
+            self._read_planned(rest, reader)
+            values.update(rest)
+
+    def _read_planned(self, values: dict[str, Any], reader: DirectReader) -> None:
+        """With DCP's planning: what is sharded, what is no plain tensor, and objects."""
         planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp_load(
-                    values,
-                    storage_reader=DirectReader(self.directory, self._metadata),
-                    planner=planner,
-                    no_dist=True,
-                )
+                dcp_load(values, storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, (OSError, MemoryError)):

@@ -22,35 +22,54 @@ def capture(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
     # as bytes: 625 numbers would be pickled one by one
     state: dict[str, Any] = {
         "python": (version, array("Q", words).tobytes(), spare),
-        "torch": torch.get_rng_state(),
+        "torch": _bytes(torch.get_rng_state()),
     }
     if (numpy := sys.modules.get("numpy")) is not None:
-        state["numpy"] = numpy.random.get_state()
+        state["numpy"] = _plain(numpy.random.get_state())
     for device in devices:
-        state.setdefault("devices", {})[str(device)] = torch.get_device_module(device).get_rng_state(device)
+        state.setdefault("devices", {})[str(device)] = _bytes(
+            torch.get_device_module(device).get_rng_state(device)
+        )
     return state
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    return state.cpu().numpy().tobytes()
+
+
+def _tensor(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+def _plain(state: Any) -> Any:
+    """Of numpy's generator. Of bytes and numbers: those are pickled in no time, arrays are not."""
+    if isinstance(state, tuple) and len(state) == 5:
+        name, keys, position, has_spare, spare = state
+        return str(name), keys.tobytes(), int(position), int(has_spare), float(spare)
+    return state  # not the legacy generator's
 
 
 def restore(state: dict[str, Any]) -> None:
     """Set every generator that ``capture`` recorded; devices that this process lacks are passed over."""
     version, words, spare = state["python"]
     random.setstate((version, tuple(array("Q", words)), spare))
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(_tensor(state["torch"]))
     if (recorded := state.get("numpy")) is not None:
         import numpy as np
 
+        if isinstance(recorded, tuple):
+            name, keys, *rest = recorded
+            recorded = (name, np.frombuffer(keys, dtype=np.uint32), *rest)
         np.random.set_state(recorded)
     for name, device_state in state.get("devices", {}).items():
         module = torch.get_device_module(torch.device(name))
         if module.is_available() and (torch.device(name).index or 0) < module.device_count():
-            module.set_rng_state(device_state, torch.device(name))
+            module.set_rng_state(_tensor(device_state), torch.device(name))
 
 
 def derive(state: dict[str, Any], rank: int) -> None:
     """Seed the generators of a rank that the checkpoint does not know, from rank 0's: repeatable, and its own stream."""
-    digest = hashlib.blake2b(
-        state["torch"].numpy().tobytes() + rank.to_bytes(8, "little"), digest_size=8
-    ).digest()
+    digest = hashlib.blake2b(bytes(state["torch"]) + rank.to_bytes(8, "little"), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1
     random.seed(seed)
     torch.manual_seed(seed)

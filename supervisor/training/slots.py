@@ -1,31 +1,44 @@
-"""A slot's arena for a layout: what never changes in it is written here, once; and that can be done ahead."""
+"""A slot's arenas for a layout: what never changes in it is written here, once; and that can be done ahead."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor.training.arena import Arena
-from supervisor.training.moves import Moves
+from supervisor.training.bindings import Placed
+from supervisor.training.moves import Moves, Spot
 from supervisor.training.planning import Layout
 
 
-def new_arena(directory: Path, layout: Layout) -> Arena | None:
-    """The arena of this rank, allocated, with all heads and tails; None if it writes nothing. Raises OSError."""
+def new_arenas(directory: Path, layout: Layout) -> list[Arena | None]:
+    """The arenas of this rank, allocated, with all heads and tails; None for a file without contents. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / layout.name
-    if layout.size == 0:
+    made: list[Path] = []
+    try:
+        return [_new_arena(directory / name, file, layout, made) for file, name in enumerate(layout.names)]
+    except OSError:
+        for path in made:  # give back what there was
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _new_arena(path: Path, file: int, layout: Layout, made: list[Path]) -> Arena | None:
+    if layout.sizes[file] == 0:
         path.unlink(missing_ok=True)
         return None
-    arena = Arena(path, layout.size)
+    arena = Arena(path, layout.sizes[file])
+    made.append(path)
     end = 0
-    spans = [(place.offset, place.archive.length) for place in layout.tensors]
-    spans += [(place.offset, place.room.length) for place in layout.blobs]
+    tensors = [place for place in layout.tensors if place.file == file]
+    spans = [(place.offset, place.archive.length) for place in tensors]
+    spans += [(place.offset, place.room.length) for place in layout.blobs if file == 0]
     for offset, length in sorted(spans):
         arena.put(end, bytes(offset - end))
         end = offset + length
-    for place in layout.tensors:
+    for place in tensors:
         arena.put(place.offset, place.archive.head)
         arena.put(place.payload + place.archive.payload, place.archive.tail)
     return arena
@@ -33,51 +46,64 @@ def new_arena(directory: Path, layout: Layout) -> Arena | None:
 
 @dataclass
 class Slot:
-    """A slot that is laid out: its arena, the blobs that it holds, and what is prepared for copying."""
+    """A slot that is laid out: its arenas, the blobs that it holds, and what is prepared for copying."""
 
-    arena: Arena | None  # None: this rank writes nothing
+    arenas: list[Arena | None]  # by file; None: this rank writes nothing there
     blobs: list[bytes | None]
     generation: object = None
     now: Moves = field(default_factory=Moves)
     behind: Moves = field(default_factory=Moves)
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether its files still are those that are mapped."""
+        return all(arena is None or arena.is_in_place for arena in self.arenas)
+
+    def moves_of(self, placed: Placed, spots: Mapping[str, Spot]) -> Moves:
+        """What copies these tensors here."""
+        moves = Moves()
+        for place, source in placed:
+            if (arena := self.arenas[place.file]) is not None:
+                moves.add(arena, spots[place.key], source)
+        return moves
+
     def fill(self, layout: Layout, archives: list[bytes]) -> None:
         """Write the blobs that it does not hold yet."""
         for number, (place, data) in enumerate(zip(layout.blobs, archives, strict=True)):
-            if self.arena is not None and self.blobs[number] is not data:
-                self.arena.put(place.offset, data)
+            if (arena := self.arenas[0]) is not None and self.blobs[number] is not data:
+                arena.put(place.offset, data)
                 self.blobs[number] = data
 
 
 class Ahead:
-    """An arena that another thread makes, before its slot is offered: only where there is no snapshot."""
+    """The arenas of a slot, made by another thread before it is offered: only where there is no snapshot."""
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self._directory = directory
         self._layout = layout
         self._over = threading.Event()
         self._taken = threading.Lock()
-        self._arena: Arena | None = None
+        self._arenas: list[Arena | None] | None = None
 
     def run(self) -> None:
-        """Make it, unless somebody could not wait for that."""
+        """Make them, unless somebody could not wait for that."""
         if self._taken.acquire(blocking=False):
             try:
-                self._arena = new_arena(self._directory, self._layout)
+                self._arenas = new_arenas(self._directory, self._layout)
             except OSError:
-                self._arena = None  # whoever needs it tries again, and reports
+                self._arenas = None  # whoever needs them tries again, and reports
             finally:
                 self._over.set()
 
     @property
     def is_over(self) -> bool:
-        """Whether it was made, or could not be."""
+        """Whether they were made, or could not be."""
         return self._over.is_set()
 
-    def result(self) -> Arena | None:
-        """What was made of it. Waits if it is being made."""
+    def result(self) -> list[Arena | None] | None:
+        """What was made. Waits if they are being made."""
         if self._taken.acquire(blocking=False):
             return None  # not begun: it never will
         self._over.wait()
-        arena, self._arena = self._arena, None
-        return arena
+        arenas, self._arenas = self._arenas, None
+        return arenas

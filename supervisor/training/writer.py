@@ -200,7 +200,7 @@ class PlannerOfItems(DefaultSavePlanner):
         is_coordinator: bool = False,
     ) -> None:
         """Gather; then clear."""
-        items = self._gather()
+        items = self._gather().whole()
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._cleans:
             self.clear()

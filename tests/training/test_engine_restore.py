@@ -98,6 +98,30 @@ def test_parts_and_other_dtypes(engine: Engine, tmp_path: Path, monkeypatch: pyt
     assert all(torch.equal(targets[key].float(), value) for key, value in values.items())
 
 
+def test_planned_only_where_it_must_be(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {str(number): torch.randn(50, 30) for number in range(4)}
+    values |= {"large": torch.randn(3_000_000), "empty": torch.empty(0, 3), "object": {"a": 1}}
+    engine.write(tmp_path, values)
+    planned: list[str] = []
+    plan = Stored._read_planned
+
+    def noted(self: Stored, wanted: dict[str, Any], reader: DirectReader) -> None:
+        planned.extend(wanted)
+        plan(self, wanted, reader)
+
+    monkeypatch.setattr(Stored, "_read_planned", noted)
+    targets = {key: torch.zeros_like(value) for key, value in values.items() if key != "object"}
+    targets["1"] = torch.zeros(30, 50).t()
+    targets["2"] = torch.zeros(50, 30, dtype=torch.float64)
+    stored = Stored(tmp_path, 0)
+    stored.load(targets)
+    assert sorted(planned) == ["1", "2", "empty"]
+    assert all(torch.equal(target.float(), values[key]) for key, target in targets.items())
+    assert stored.objects(["object"]) == {"object": {"a": 1}}
+
+
 def test_a_file_that_is_too_short_is_damaged(engine: Engine, tmp_path: Path) -> None:
     engine.write(tmp_path, {"a": torch.ones(1000)})
     stored = Stored(tmp_path, 0)

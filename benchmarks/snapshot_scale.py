@@ -1,0 +1,132 @@
+"""What a snapshot costs against the number of tensors and of ranks: the first one, which is planned, and every later one.
+
+Small tensors, so that what is measured is the work for each tensor and each rank, and not the copying of bytes. Ranks are
+gloo processes with 300 tensors each that stay in step at each snapshot; more of them than there are cores wait for each
+other's turns, too. Writes a plot.
+
+    python benchmarks/snapshot_scale.py [--plot docs/snapshot-cost.svg] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import statistics
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from benchmarks.snapshot import scratch
+from benchmarks.training import Training, World, free_port, ours
+
+TENSORS = [100, 300, 1000, 3000, 10_000]
+RANKS = [1, 2, 4, 8]
+Point = tuple[int, float]
+Curves = dict[str, list[Point]]
+COLOURS = ["#b33", "#27c", "#292"]
+mp: Any = torch.multiprocessing
+
+
+def work(rank: int, ranks: int, tensors: int, rounds: int, port: int, root: Path, results: Any) -> None:
+    """One rank: what the first snapshot took, and the median of later ones, in seconds."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks),
+    }  # fmt: skip
+    dist.init_process_group("gloo")
+    training = Training(0, small=True, batch=8, layers=max(1, tensors // 6))
+    found, first = ours(training, World(), root, rounds, behind=True)
+    results.put((first[0], statistics.median(found["stall"])))
+    dist.barrier()
+
+
+def measure(ranks: int, tensors: int, rounds: int) -> tuple[float, float]:
+    """The worst rank's first and later snapshots."""
+    context = mp.get_context("spawn")
+    with scratch() as root:
+        results = context.SimpleQueue()
+        arguments = (ranks, tensors, rounds, free_port(), root, results)
+        mp.spawn(work, arguments, ranks)
+        answers = [results.get() for _ in range(ranks)]
+    return max(first for first, _ in answers), max(later for _, later in answers)
+
+
+def panel(curves: Curves, left: float, title: str, unit: str) -> str:
+    """One plot, both axes logarithmic; milliseconds against ``unit``."""
+    width, height, top = 300.0, 220.0, 50.0
+    points = [point for curve in curves.values() for point in curve]
+    low_x, high_x = math.log(min(x for x, _ in points)), math.log(max(x for x, _ in points))
+    decades = [
+        math.floor(math.log10(min(y for _, y in points))),
+        math.ceil(math.log10(max(y for _, y in points))),
+    ]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log(x) - low_x) / (high_x - low_x)
+        up = (math.log10(y) - decades[0]) / (decades[1] - decades[0])
+        return left + across * width, top + height * (1 - up)
+
+    parts = [f'<text x="{left}" y="24" font-weight="bold">{title}</text>']
+    for decade in range(decades[0], decades[1] + 1):
+        _, y = place(math.exp(low_x), 10.0**decade)
+        parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#8886"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0**decade:g} ms</text>')
+    for x in sorted({x for x, _ in points}):
+        at, _ = place(x, 10.0 ** decades[0])
+        parts.append(f'<text x="{at:.1f}" y="{top + height + 18}" text-anchor="middle">{x:,}</text>')
+    parts.append(f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">{unit}</text>')
+    for number, (name, curve) in enumerate(curves.items()):
+        line = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)
+        colour = COLOURS[number]
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        _, y = place(*curve[-1])
+        parts.append(f'<text x="{left + width + 6}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+    return "\n".join(parts)
+
+
+def plot(panels: Sequence[tuple[Curves, str, str]]) -> str:
+    """The panels side by side, as SVG."""
+    drawn = [panel(curves, 70 + 470 * number, *words) for number, (curves, *words) in enumerate(panels)]
+    body = "\n".join(drawn)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {470 * len(panels)} 320" '
+        f'font-family="sans-serif" font-size="12" fill="#888">\n{body}\n</svg>\n'
+    )
+
+
+def main() -> None:
+    """Measure, print, plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--plot", type=Path, help="where to write the SVG")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    print(f"{'ranks':>6}{'tensors each':>14}{'first, ms':>11}{'later, ms':>11}")
+    curves: list[Curves] = []
+    for cases in ([(1, tensors) for tensors in TENSORS], [(ranks, 300) for ranks in RANKS]):
+        found: Curves = {"the first": [], "each later": []}
+        for ranks, tensors in cases:
+            first, later = (1e3 * seconds for seconds in measure(ranks, tensors, options.rounds))
+            print(f"{ranks:6}{tensors:14,}{first:11.1f}{later:11.2f}", flush=True)
+            x = tensors if ranks == 1 and len(cases) == len(TENSORS) else ranks
+            found["the first"].append((x, first))
+            found["each later"].append((x, later))
+        curves.append(found)
+    if options.plot:
+        words = [("stall, one rank", "tensors"), ("stall, 300 tensors on each rank", "ranks")]
+        options.plot.write_text(plot([(c, *w) for c, w in zip(curves, words, strict=True)]))
+
+
+if __name__ == "__main__":
+    main()

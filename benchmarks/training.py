@@ -1,0 +1,160 @@
+"""The training that the benchmarks take snapshots of, and our engine at work on it."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+
+from supervisor.training.engine import ArenaWriter
+from supervisor.training.moves import local_of
+from supervisor.training.reader import Stored
+from supervisor.training.state import TrainingState
+from supervisor.training.world import World
+
+__all__ = ["Training", "World", "copied", "free_port", "ours", "restored", "timed"]
+
+WIDTH = 1024
+SMALL = 833  # layers: 1,666 parameters, 4,998 tensors beside step counters
+Stalls = list[float]
+dcp: Any = torch.distributed.checkpoint
+
+
+class Training:
+    """One rank's model, its optimizer, and a step."""
+
+    def __init__(self, gigabytes: float, *, small: bool, batch: int = 256, layers: int = SMALL) -> None:
+        torch.manual_seed(0)
+        width = 16 if small else WIDTH
+        count = layers if small else max(1, round(gigabytes * 2**30 / 12 / WIDTH**2))
+        self.model = nn.Sequential(*(nn.Linear(width, width) for _ in range(count)))
+        self.inputs = torch.randn(batch, width)
+        if dist.get_world_size() > 1 and not small:
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in self.model:
+                fully_shard(layer)
+            fully_shard(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self.step()
+
+    def gradients(self) -> None:
+        """Forward and backward."""
+        self.optimizer.zero_grad()
+        self.model(self.inputs).square().mean().backward()
+
+    def step(self) -> None:
+        """A whole step."""
+        self.gradients()
+        self.optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        """As stock DCP has it."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def timed(action: Callable[[], object]) -> float:
+    """How long it takes, in seconds."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def _state_of(training: Training, world: World) -> TrainingState:
+    return TrainingState({"model": training.model, "optimizer": training.optimizer}, {}, world)
+
+
+def ours(
+    training: Training, world: World, root: Path, rounds: int, *, behind: bool
+) -> tuple[dict[str, Stalls], Stalls]:
+    """Stalls, times of whole steps and CPU seconds of each; and the stall of the first snapshot."""
+    state = _state_of(training, world)
+    completed = 0
+    writer = ArenaWriter(
+        world,
+        cleans=world.rank == 0,
+        optimizers=state.optimizers,
+        completed=lambda: completed,
+        slots=[root / str(slot) for slot in range(3)],
+    )
+    fence = [0.0]
+    waiting = writer._at_fence
+
+    def at_fence() -> None:
+        fence[0] += timed(waiting)
+
+    if writer._fence is not None:
+        writer._fence._wait = at_fence
+    found: dict[str, Stalls] = {"stall": [], "step": [], "cpu": []}
+    first: Stalls = []
+    good = 0
+    outcomes: list[object] = []
+    number = 0
+    while good < 6 + rounds:
+        fence[0] = 0.0
+        begun, cpu = time.perf_counter(), time.process_time()
+        training.step()
+        completed += 1
+        writer.poll()
+        outcomes.clear()
+        slot = root / str(number % 3)
+        call = timed(lambda: writer.write(slot, lambda: state.gather(1), outcomes.append, behind=behind))  # noqa: B023
+        if any(isinstance(outcome, Exception) for outcome in outcomes):
+            raise RuntimeError(str(outcomes))
+        if not first:
+            first.append(call)
+        if None in outcomes:  # the files are being made
+            continue
+        number += 1
+        good += 1
+        if good > 5:
+            found["stall"].append(call)
+            found["step"].append(time.perf_counter() - begun)
+            found["cpu"].append(time.process_time() - cpu)
+        if good > 6:
+            found["stall"][-2] += fence[0]  # of the snapshot before
+    writer.close()
+    return {figure: values[:-1] for figure, values in found.items()}, first
+
+
+def copied(training: Training, rounds: int) -> Stalls:
+    """One copy of every tensor into memory that was touched before."""
+    tensors = [local_of(p).detach() for p in training.model.parameters()]
+    tensors += [local_of(v) for s in training.optimizer.state.values() for v in s.values()]
+    pairs = [(t.clone(), t) for t in tensors]
+    moves = [(a.data_ptr(), b.data_ptr(), b.numel() * b.element_size()) for a, b in pairs]
+    return [timed(lambda: [ctypes.memmove(*move) for move in moves]) for _ in range(1 + rounds)][1:]
+
+
+def restored(training: Training, world: World, slot: Path, rounds: int) -> dict[str, Stalls]:
+    """Loading a snapshot into the training's own tensors."""
+    items = _state_of(training, world).gather(1).whole()
+    targets = {k: v.detach() for k, v in items.values.items() if isinstance(v, torch.Tensor)}
+
+    def stock() -> None:
+        dcp.load(dict(targets), storage_reader=dcp.FileSystemReader(slot), no_dist=True)
+
+    def straight() -> None:
+        Stored(slot, world.rank).load(targets)
+
+    return {
+        "restore, ours": [timed(straight) for _ in range(1 + rounds)][1:],
+        "restore, dcp.load": [timed(stock) for _ in range(1 + rounds)][1:],
+    }
