@@ -342,7 +342,7 @@ class ArenaWriter:
         flight = pending.flight
         flight.close()
         if flight.problem is None:
-            pending.finished(self._written(pending.stall + flight.seconds))
+            pending.finished(self._written(pending.stall + flight.waited))
             return
         self._distrust()
         pending.finished(TornError(flight.problem))

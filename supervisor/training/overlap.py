@@ -61,16 +61,14 @@ class Flight:
         self._over = threading.Event()
         self._closed = False
         self.problem: str | None = None
-        self.seconds = 0.0
+        self.waited = 0.0  # seconds that ``close`` stood still
 
     def run(self) -> None:
         """Copy; on the copying thread."""
-        started = time.monotonic()
         try:
             self._moves.run()
         except BaseException as error:  # noqa: BLE001 (it is told where the outcome is asked for)
             self.problem = f"{type(error).__name__}: {error}"
-        self.seconds = time.monotonic() - started
         self._over.set()
 
     @property
@@ -80,7 +78,9 @@ class Flight:
 
     def close(self) -> None:
         """Wait for the copy and judge it: to be called before anything may legitimately change what it copied."""
+        started = time.monotonic()
         self._over.wait()
+        self.waited += time.monotonic() - started
         if not self._closed:
             self._closed = True
             if self.problem is None and self._has_changed():

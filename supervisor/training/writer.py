@@ -46,7 +46,7 @@ Finished = Callable[["Written | StorageError | None"], None]
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank wrote, in bytes, and the seconds that took, whether the training stood or not.
+    """What one rank wrote, in bytes, and the seconds that the training stood for it.
 
     On rank 0, also the names of the files that all ranks wrote.
     """
