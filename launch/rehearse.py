@@ -276,5 +276,5 @@ def _lost(report: Report) -> str:
 def _taken_for(report: Report) -> str:
     if report.failure is None:
         return report.reason or ""
-    unexpected = "" if report.as_expected else " (which it was not)"
-    return f"{report.failure}{unexpected}: {report.reason}"
+    reason = "" if report.verdict else f": {report.reason}"  # a verdict says it too
+    return report.failure + ("" if report.as_expected else ", which it was not") + reason
