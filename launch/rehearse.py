@@ -152,13 +152,14 @@ def _may(kind: Kind, scene: Scene, plan: Plan) -> bool:
         raise UsageError(
             f"this would be done: {plan.words}; without a terminal nobody can be asked: --yes does it"
         )
-    print(f"job       {scene.job}\nfault     {plan.words}")
+    _say(f"this will be done: {plan.words}")
     verdict = rehearsal.foreseen(kind, scene.record, clock.now())
     if verdict is not None:
-        print(f"then      {verdict.reason}")
+        _say(f"the answer will be: {verdict.reason}")
     if scene.record.resumed_step is None:
-        print("state     the script has no Session: it finds its own way back")
-    return input("do it? [y/N] ").strip().lower() in ("y", "yes")
+        _say("the script has no Session: it finds its own way back, or begins anew")
+    print("everstep: do it? [y/N] ", end="", file=sys.stderr, flush=True)  # standard output is the report's
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 # --------------------------------------------------------------------------- watching

@@ -51,12 +51,13 @@ def has_open(pid: int, path: Path) -> bool:
     """Whether the process has the file open."""
     try:
         wanted = os.stat(path)
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):  # closed meanwhile
-                if os.path.samestat(os.stat(entry.path), wanted):
-                    return True
+        numbers = os.listdir(f"/proc/{pid}/fd")
     except OSError:
         return False
+    for number in numbers:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), wanted):
+                return True
     return False
 
 
