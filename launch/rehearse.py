@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from json import dumps
 from pathlib import Path
@@ -96,25 +98,41 @@ def _rehearse(kind: Kind, job: Path, rank: int | None, patience: float, *, agree
     for signum in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: undo what was done
         signal.signal(signum, signal.default_int_handler)
     scene = _scene(kind, job, rank, agreed=agreed)
-    if (mended := strikes.mend(job)) is not None:
-        _say(f"{mended} was still damaged by an earlier rehearsal: mended")
-    plan = strikes.plan(kind, scene)
-    if not agreed and not _may(kind, scene, plan):
-        return DECLINED
-    reader = Reader.from_now_on(job / "journal")
-    with plan.strike() as struck:
-        _say(f"done: {plan.words}")
-        course = rehearsal.Course(
-            kind=kind,
-            attempt=scene.attempt,
-            rank=scene.rank if rehearsal.ABOUT[kind].of_rank else None,
-            struck=struck.time,
-            damaged=struck.damaged,
-        )
-        course, trouble = _watch(course, job, reader, struck, clock.monotonic() + patience)
+    with _alone(job):
+        if (mended := strikes.mend(job)) is not None:
+            _say(f"{mended} was still damaged by an earlier rehearsal: mended")
+        plan = strikes.plan(kind, scene)
+        if not agreed and not _may(kind, scene, plan):
+            return DECLINED
+        reader = Reader.from_now_on(job / "journal")
+        try:
+            with plan.strike() as struck:
+                _say(f"done: {plan.words}")
+                course = rehearsal.Course(
+                    kind=kind,
+                    attempt=scene.attempt,
+                    rank=scene.rank if rehearsal.ABOUT[kind].of_rank else None,
+                    struck=struck.time,
+                    damaged=struck.damaged,
+                )
+                course, trouble = _watch(course, job, reader, struck, clock.monotonic() + patience)
+        except KeyboardInterrupt:
+            _say("broken off: what was done is undone as far as it can be, the job goes its way")
+            return DECLINED
     report = rehearsal.report(course, trouble)
     print(dumps(asdict(report), indent=2) if json else _text(report))
     return 0 if report.recovered else 1
+
+
+@contextlib.contextmanager
+def _alone(job: Path) -> Iterator[None]:
+    """One rehearsal of a job at a time: two faults would be taken for one. Raises UsageError."""
+    with open(job / "job.json", "rb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{job}: another rehearsal is under way") from None
+        yield
 
 
 def _scene(kind: Kind, job: Path, rank: int | None, *, agreed: bool) -> Scene:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -99,6 +100,9 @@ def refused_or_undone(job: Job) -> None:
         assert (done.returncode, done.stdout) == (64, "")
         assert said in done.stderr
         assert len(done.stderr.splitlines()) == 1
+    with (job.folder / "job.json").open("rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert "another rehearsal is under way" in rehearse(job, "--yes", "kill-rank").stderr
     ours, theirs = pty.openpty()
     os.write(ours, b"n\n")
     done = rehearse(job, "kill-rank", stdin=theirs)
@@ -110,7 +114,21 @@ def refused_or_undone(job: Job) -> None:
         assert "the fault was not noticed" in report["result"]
         step = job.status()["step"]
         job.until(lambda seen=step: True if job.status()["step"] > seen else None)  # type: ignore[misc]
+    broken_off(job)
     assert job.facts(AttemptEnded) == []
+
+
+def broken_off(job: Job) -> None:
+    """By SIGTERM; the rank goes on."""
+    argv = [sys.executable, "-m", "launch.cli", "rehearse", "--dir", str(job.folder), "--yes", "stop-rank"]
+    with subprocess.Popen(argv, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as one:
+        assert one.stderr is not None
+        assert "done: SIGSTOP to rank 1" in one.stderr.readline()
+        one.terminate()
+        assert "broken off" in one.stderr.read()
+        assert one.wait() == 130
+    step = job.status()["step"]
+    job.until(lambda: True if job.status()["step"] > step else None)  # type: ignore[operator]
 
 
 def test_a_program_without_torch_and_without_torchrun(job: Job, tmp_path: Path) -> None:
