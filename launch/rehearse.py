@@ -132,6 +132,8 @@ def _alone(job: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{job}: another rehearsal is under way") from None
+        except OSError:
+            _say(f"{job} cannot be locked: take care that nobody else rehearses")
         yield
 
 
