@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LOOK: Final = 0.01  # seconds between two looks at the journal
 LOOK_FOR_SUPERVISOR: Final = 1.0
+STEADY: Final = 1.0  # seconds for which it must go on to count as recovered
 DECLINED: Final = 130
 TEXT = """\
 Inflicts a real fault on a job that is running on this host, watches it recover, and reports how long what took and how
@@ -194,21 +195,23 @@ def _watch(
     from supervisor.edge.live import is_held
 
     look_again = clock.monotonic() + LOOK_FOR_SUPERVISOR
-    held = True
+    held, steady = True, 0.0
     while True:
         for fact in reader.facts():
             if (followed := rehearsal.follow(course, fact)) is not course:
                 course = followed
                 _tell(fact, course.struck)
+        now = clock.monotonic()
         if rehearsal.is_over(course):
-            return course, None
+            steady = steady or now + STEADY
+            if now >= steady or course.left is not None or course.relapse is not None:
+                return course, None
         if course.kind is rehearsal.Kind.FULL_DISK and course.refused and course.relieved is None:
             struck.relieve()
             course = replace(course, relieved=clock.now())
-        now = clock.monotonic()
         if not held:  # and nothing that it wrote last was left to read
             return course, "its supervisor is gone without a word: run the same command again"
-        if now > deadline:
+        if now > deadline and not steady:
             return course, f"not within the time given (--timeout): {rehearsal.stage(course)}"
         if now > look_again:
             held, look_again = is_held(job / "lock"), now + LOOK_FOR_SUPERVISOR

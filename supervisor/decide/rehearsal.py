@@ -7,7 +7,7 @@ everything would be done again.
 How it went is told by the facts that the supervisor journals anyway, from the moment of the fault on; nothing in the supervisor
 knows of rehearsals, so nothing can behave otherwise in one. Three courses:
 
-- most faults end the attempt: it recovered when a later attempt has completed its first step;
+- most faults end the attempt: it recovered when a later attempt has completed its first step and does not fail right after it;
 - a full disk ends nothing: it recovered when, after a drain has failed and the space is there again, a checkpoint is committed;
 - a notice ends the run: it went well when the supervisor has left with code 75.
 """
@@ -180,6 +180,7 @@ class Course:
     started: AttemptStarted | None = None
     resumed: Resumed | None = None
     first: FirstStep | None = None
+    relapse: AttemptEnded | None = None  # a failure right after that
     rejected: tuple[CheckpointRejected, ...] = ()
     refused: CheckpointFailed | None = None  # the drain that found the disk full
     committed: CheckpointCommitted | None = (
@@ -197,6 +198,8 @@ def follow(course: Course, fact: Fact) -> Course:
             return replace(course, stop=fact)
         case AttemptEnded() if course.ended is None:
             return replace(course, ended=fact)
+        case AttemptEnded(failure=Failure()) if course.first is not None and course.relapse is None:
+            return replace(course, relapse=fact)
         case Decided() if course.decided is None:
             return replace(course, decided=fact)
         case AttemptStarted(attempt=attempt) if attempt > course.attempt:
@@ -304,6 +307,8 @@ def _why_not(course: Course) -> str | None:
         return (
             f"the job has ended instead: {left.reason}" if left is not None else "it did not come to a step"
         )
+    if course.relapse is not None and course.relapse.failure is not None:
+        return f"it came back, and then {course.relapse.failure.reason}"
     if course.damaged is None or course.damaged in {fact.path for fact in course.rejected}:
         return None
     resumed = course.resumed

@@ -165,6 +165,14 @@ def test_damage_must_be_noticed() -> None:
     assert "try again" in report.result
 
 
+def test_an_attempt_that_fails_after_its_first_step_is_no_recovery() -> None:
+    again = AttemptEnded(time=12.5, attempt=4, step=131, failure=failure(), noticed=12.25)
+    report, over = told(KILL, ended(), *AGAIN, again)
+    assert over
+    assert (report.recovered, report.detection, report.total) == (False, 0.5, 2.0)
+    assert report.result == "it came back, and then rank 1 was killed by SIGKILL"
+
+
 DISK = Course(kind=Kind.FULL_DISK, attempt=3, struck=10.0)
 REFUSED = CheckpointFailed(time=11.0, step=150, reason="No space left on device")
 
