@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from launch import rehearse
 from supervisor.errors import EverstepError, UsageError
 
 if TYPE_CHECKING:
@@ -121,11 +122,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
         "checkpoints", help="list, verify, look into, compare, export or prune checkpoints"
     )
     parsers |= _checkpoints_parsers(checkpoints)
+    parsers["rehearse"] = rehearse.add_parser(commands, _add_job)
     parsed, unknown = parser.parse_known_args(list(arguments))
     command = parsed.command
     if command is None:
         parser.reject(unknown)
-        parser.error("no command given: run, status or checkpoints")
+        parser.error("no command given: run, status, checkpoints or rehearse")
     if command == "checkpoints":
         command = parsed.action
     parsers[command].reject(unknown)
@@ -136,6 +138,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         from launch import show
 
         return show.status(find_job(parsed.dir), json=parsed.json, watch=parsed.watch)
+    if command == "rehearse":
+        return rehearse.answer(given, lambda: find_job(parsed.dir))
     return _checkpoints(given)
 
 

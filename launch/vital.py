@@ -36,6 +36,7 @@ import time
 from types import CodeType, FrameType
 from typing import Final
 
+from launch import fault
 from supervisor.decide import stacks
 from supervisor.edge.control import ControlPage, Phase, Word
 from supervisor.edge.link import Link, stacks_path
@@ -61,7 +62,7 @@ class Beat:
     """The background thread of one page. ``main`` is the main thread's identity."""
 
     def __init__(self, page: ControlPage, main: int) -> None:
-        self._words = page.words
+        self._page, self._words = page, page.words
         self._main = main
         self._clock = time.pthread_getcpuclockid(main)
         self._cpu, self._cpu_at = 0, 0
@@ -85,6 +86,8 @@ class Beat:
         """One beat."""
         words, now = self._words, time.monotonic_ns()
         words[Word.BEAT_NS] = now
+        if words[Word.FAULT]:
+            fault.strike(self._page, self._main)
         frame = sys._current_frames().get(self._main)
         if frame is None:
             return

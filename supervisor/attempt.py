@@ -20,7 +20,7 @@ from typing import Any
 
 from supervisor.decide import symptoms
 from supervisor.edge import clock, forensics, processes
-from supervisor.edge.control import ControlPage, SessionFlag, Word
+from supervisor.edge.control import ControlPage, Phase, SessionFlag, Word
 from supervisor.edge.link import ATTEMPT, control_folder, page_path, stacks_path
 from supervisor.errors import StorageError
 from supervisor.model import AttemptEvidence, Hang, Raised, RankEnd
@@ -126,9 +126,10 @@ class Attempt:
 
     @property
     def in_session(self) -> bool:
-        """Whether every rank is inside a Session's loop, so that a save can be agreed."""
+        """Whether every rank is inside a Session and knows its step, so that a save can be agreed."""
         return self.is_full and all(
             seat.page[Word.SESSION] & (SessionFlag.OPEN | SessionFlag.CLOSED) == SessionFlag.OPEN
+            and seat.page[Word.PHASE] != Phase.RESTORE  # its STEP is not yet the one that it resumes at
             and seat.end is None
             for seat in self.seats.values()
         )

@@ -1,7 +1,7 @@
 """The control page: 4 KiB of shared memory per rank, through which worker and supervisor talk in nanoseconds.
 
 Each field has one writer and is one aligned 8-byte word, so a reader sees an old or a new value, never a mix. The
-worker writes its words (step, phase, heartbeat, …), the supervisor writes the save proposal. The proposal is a small
+worker writes its words (step, phase, heartbeat, …), the supervisor writes the save proposal, a rehearsal asks for a fault. The proposal is a small
 protocol of its own (theory in ``decide/savepoint.py``): the supervisor fills ``PROPOSAL_STEP`` and ``PROPOSAL_FLAGS``
 first and ``PROPOSAL`` (serial << 2 | verdict) last; the worker publishes ``STEP`` first and reads ``PROPOSAL`` after.
 
@@ -24,6 +24,7 @@ __all__ = [
     "SIZE",
     "SLOTS",
     "ControlPage",
+    "Fault",
     "Phase",
     "ProposalFlag",
     "ProposalState",
@@ -58,11 +59,15 @@ class Word(enum.IntEnum):
     )
     DEBUGGED = 19  # 1: a debugger inside of the process is connected
     STACKS = 20  # number of the signal that has all stacks written; 0: none does
+    STRUCK_NS = 21  # CLOCK_MONOTONIC when it did what FAULT asked for; written just before
 
     PROPOSAL = 64  # serial << 2 | ProposalState
     PROPOSAL_STEP = 65  # save when this many steps are complete
     PROPOSAL_FLAGS = 66  # ProposalFlag
     FREE_SLOT = 67  # snapshot slot to write next, plus one; 0: none is free, skip the save point
+
+    # by `everstep rehearse`
+    FAULT = 128  # Fault; the worker's background thread takes it back to 0 as it strikes
 
 
 class Phase(enum.IntEnum):
@@ -77,6 +82,14 @@ class Phase(enum.IntEnum):
     CLOSED = 6  # the training loop is over, the script goes on
 
 
+class Fault(enum.IntEnum):
+    """What a worker is asked to do to itself (``launch/fault.py``)."""
+
+    RAISE = 1
+    OUT_OF_MEMORY = 2
+    STICK = 3
+
+
 class SessionFlag(enum.IntFlag):
     """Whether the worker uses a Session, and whether it left the loop in order."""
 
@@ -88,6 +101,7 @@ class ControlPage:
     """One rank's page, mapped. ``page[Word.STEP]`` reads and ``page[Word.STEP] = n`` writes one word atomically."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
+        self.path = path
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         fd = os.open(path, flags, 0o600)
         try:

@@ -125,6 +125,12 @@ class Reader:
         self.places = {} if places is None else places
         self.newest = newest  # time and file of the last fact in the merged order
 
+    @classmethod
+    def from_now_on(cls, directory: Path, report: Report = _log.warning) -> Reader:
+        """A reader of what is yet to be written."""
+        sizes = {path.name: path.stat().st_size for path in directory.glob("*.jsonl")}
+        return cls(directory, report, {name: Place(offset=size) for name, size in sizes.items()})
+
     def fits(self) -> bool:
         """Whether what was read is still there."""
         return all(place.fits(self._directory / name) for name, place in self.places.items())
