@@ -109,11 +109,12 @@ def test_without_the_lock_there_is_no_beat_but_there_are_stacks(listener: Listen
 
 
 def test_without_torch_there_is_no_thread_and_there_are_stacks(listener: Listener) -> None:
-    pid = start(listener, READY, "def f():\n    import time; time.sleep(600)\nf()")
+    pid = start(listener, f"import time\ndef f():\n    {READY}\n    time.sleep(600)\nf()")
     page = listener.page()
     assert page[Word.BEAT_NS] == 0
     text = ask(listener, pid, page[Word.STACKS])
-    assert [frame.name for frame in stacks.main_thread(text)][:2] == ["f", "<module>"]
+    names = [frame.name for frame in stacks.main_thread(text)]  # it may still be in tell()
+    assert names[names.index("f") + 1] == "<module>"
     assert len(stacks.threads(text)) == 1
 
 
