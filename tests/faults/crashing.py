@@ -161,7 +161,11 @@ class Library(Life):
     def _train(self, root: Path) -> str:
         training = Training()
         with Session(
-            model=training.model, optimizer=training.optimizer, dir=root, checkpoint_every="2steps", keep_last=2
+            model=training.model,
+            optimizer=training.optimizer,
+            dir=root,
+            checkpoint_every="2steps",
+            keep_last=2,
         ) as session:
             assert session.step >= self.promised, f"{self.promised} was committed: resumed at {session.step}"
             for number in session.steps(STEPS):

@@ -134,9 +134,7 @@ class Training:
         self.model = nn.Sequential(nn.Linear(30, 30, bias=False), nn.BatchNorm1d(30, affine=False))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.values: dict[str, int] = {"seen": 0}
-        self.state = TrainingState(
-            {"model": self.model, "optimizer": self.optimizer}, self.values, World()
-        )
+        self.state = TrainingState({"model": self.model, "optimizer": self.optimizer}, self.values, World())
 
     def step(self, number: int) -> None:
         generator = torch.Generator().manual_seed(number)
@@ -165,7 +163,11 @@ def work(desk: Desk, runtime: Path) -> Training:
     done = [found.step]
     folders = [runtime / "slots" / str(index) for index in range(3)]
     writer = ArenaWriter(
-        World(), cleans=True, optimizers={"optimizer": training.optimizer}, completed=lambda: done[0], slots=folders
+        World(),
+        cleans=True,
+        optimizers={"optimizer": training.optimizer},
+        completed=lambda: done[0],
+        slots=folders,
     )
 
     def save(step: int, slot: int, *, behind: bool) -> None:

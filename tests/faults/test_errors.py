@@ -104,8 +104,7 @@ def until_full(root: Path) -> list[int]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         try:
             drain(source, step_directory(checkpoints, NEW), origin(NEW))
-        except StorageError as error:
-            assert "File too large" in str(error)
+        except StorageError:
             assert os.listdir(checkpoints) == [f"step-{OLD:09d}"]
         else:
             sizes.append(size)

@@ -12,7 +12,6 @@ import pytest
 
 from tests.training.harness import collect, start
 
-
 DEADLINE = 200.0
 
 Sweep = Callable[[str], dict[str, Any]]
