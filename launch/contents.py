@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.choosing import Chosen
-from launch.tables import columns, finite, number, print_json, size
+from launch.tables import columns, finite, number, print_json
 from supervisor.checkpoint.manifest import Key
+from supervisor.status import size
 
 if TYPE_CHECKING:
     from supervisor.training.contents.compare import Change

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch import plot
 from launch.choosing import Best
-from launch.tables import columns, finite, print_json, size
+from launch.tables import columns, finite, print_json
 from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import Key, read_manifest
@@ -21,6 +21,7 @@ from supervisor.decide.retention import KeepBest, RetentionPolicy, to_remove
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.errors import CheckpointError, JobError, UsageError
 from supervisor.replay import Replay
+from supervisor.status import size
 
 
 def checkpoints_of(job: Path) -> Location:

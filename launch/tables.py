@@ -7,15 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 
-def size(count: float) -> str:
-    """Bytes, for people."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def columns(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
     """Rows of cells as lines, each column as wide as its widest cell; the columns ``right`` flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

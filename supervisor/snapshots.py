@@ -11,13 +11,14 @@ What makes them durable is in ``draining``.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from supervisor.checkpoint import slots
 from supervisor.checkpoint.manifest import Key
-from supervisor.edge import clock, jobdir
+from supervisor.edge import arenas, clock, jobdir
 from supervisor.edge.control import SLOTS
 from supervisor.errors import CheckpointError, EverstepError
 from supervisor.model import Fact, SnapshotCompleted
@@ -46,7 +47,9 @@ class Snapshots:
         run_id: str,
         key: Key | None,
         fact: Callable[[Fact], None],
+        report: Callable[[str], None] = lambda _text: None,
     ) -> None:
+        self._report = report
         self._slots = [runtime / "slots" / str(index) for index in range(SLOTS)]
         self._run_id, self._key, self._fact = run_id, key, fact
         self._saves: dict[int, _Save] = {}
@@ -55,8 +58,9 @@ class Snapshots:
         self._offered: int | None = None
         self._failed: int | None = None  # the slot that the last save failed in: another one is tried next
         self._draining: int | None = None
+        self._moved = False  # a slot lies on disk: that was said
         self._said: SnapshotCompleted | None = None  # held back from the journal
-        self._said_at = 0.0
+        self._said_at = -math.inf  # on the monotonic clock
         self.failure: str | None = None  # why the newest snapshot failed, None once one is whole
         for index, folder in enumerate(self._slots):
             with contextlib.suppress(CheckpointError):  # damaged, or another key's: as good as empty
@@ -79,9 +83,24 @@ class Snapshots:
                 except (EverstepError, OSError) as error:
                     self.failure = str(error)
                     return None
+                self._make_room(chosen)
                 self._complete.pop(chosen, None)
                 self._offered = chosen
         return self._offered
+
+    def _make_room(self, slot: int) -> None:
+        """Move the slot to disk if memory has no room for what it is going to hold."""
+        size = max((record.bytes for record in self._complete.values()), default=0)
+        short = arenas.lacking(self._slots[slot], size)
+        if short is None or (place := jobdir.move_slot_to_disk(self._slots[slot])) is None:
+            return
+        if not self._moved:
+            missing, room = (value / 1e9 for value in short)
+            self._report(
+                f"memory has no room for {SLOTS} snapshots ({missing:.2f} GB more are needed, {room:.2f} GB are there): "
+                f"what does not fit lies in {Path(place).parent} from now on"
+            )
+        self._moved = True
 
     def newest(self) -> tuple[Path, slots.SlotRecord] | None:
         """The newest complete snapshot and where it lies."""
@@ -154,13 +173,15 @@ class Snapshots:
     def abandon(self, step: int, reason: str) -> str | None:
         """``step`` could not be written: another slot is offered next, and this one moves from memory to disk.
 
-        Returns where to; None where it lies on disk already.
+        Returns where to; None where it lies on disk already, or where such a move was said before.
         """
         self._saves.clear()
         self.failure = f"the snapshot of step {step} failed: {reason}"
         if self._offered is not None:
             self._failed, self._offered = self._offered, None
-        return None if self._failed is None else jobdir.move_slot_to_disk(self._slots[self._failed])
+        moved = None if self._failed is None else jobdir.move_slot_to_disk(self._slots[self._failed])
+        said, self._moved = self._moved, self._moved or moved is not None
+        return None if said else moved
 
     def tear(self, step: int, slot: int) -> bool:
         """One rank's part of ``step`` is no good, which the others do not know: theirs count for nothing.
@@ -177,14 +198,14 @@ class Snapshots:
     def _tell(self, fact: SnapshotCompleted) -> None:
         unsaid = self._said.stalled or 0.0 if self._said is not None else 0.0
         self._said = replace(fact, stalled=unsaid + fact.seconds)
-        if fact.time - self._said_at >= SNAPSHOT_FACT_PERIOD:
+        if clock.monotonic() - self._said_at >= SNAPSHOT_FACT_PERIOD:
             self.flush_fact()
 
     def flush_fact(self) -> None:
         """Journal the newest snapshot if that was held back."""
         if self._said is not None:
             self._fact(self._said)
-            self._said_at, self._said = self._said.time, None
+            self._said_at, self._said = clock.monotonic(), None
 
     # ------------------------------------------------------------------ drain
 

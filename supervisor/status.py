@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.decide import goodput, lifecycle, straggler
+from supervisor.edge import arenas
+from supervisor.edge.arenas import Arenas
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.live import Live, is_held, read_live
 from supervisor.errors import JobError
@@ -51,6 +53,7 @@ class Status:
     checkpoint: Held | None
     metrics: dict[str, float]
     own_shares: dict[int, float] = field(default_factory=dict)  # by rank (decide/straggler.py)
+    arenas: Arenas | None = None  # this node's
     run_id: str | None = None
     problems: tuple[str, ...] = ()  # lines of the journal that could not be used
 
@@ -85,6 +88,7 @@ class Watch:
             now,
             alive=alive,
             live=live,
+            arenas=arenas.measure(Path(file.runtime), record.pid) if live and file is not None else None,
             run_id=file.run_id if file is not None else None,
             problems=self._folded.problems,
         )
@@ -102,6 +106,7 @@ def describe(
     *,
     alive: bool,
     live: Live | None = None,
+    arenas: Arenas | None = None,
     run_id: str | None = None,
     problems: tuple[str, ...] = (),
 ) -> Status:
@@ -133,6 +138,7 @@ def describe(
         checkpoint=checkpoint,
         metrics=metrics,
         own_shares=live.own_shares if live else {},
+        arenas=arenas,
         run_id=run_id,
         problems=problems,
     )
@@ -168,6 +174,9 @@ def to_json(status: Status) -> dict[str, Any]:
         "snapshot": _held(status.snapshot, status.now),
         "checkpoint": _held(status.checkpoint, status.now),
         "checkpoint_failure": record.drain_failure,
+        "memory": None
+        if status.arenas is None
+        else {**asdict(status.arenas), "needed": status.arenas.needed},
         "goodput": round(status.spent.goodput, 6),
         "seconds": {name: round(seconds, 3) for name, seconds in asdict(status.spent).items()},
         "lost_steps": record.lost_steps,
@@ -202,6 +211,7 @@ def to_text(status: Status) -> str:
             if record.drain_failure
             else []
         ),
+        *_memory(status.arenas),
         ("goodput", _goodput(status)),
         ("time", _time(status.spent)),
     ]
@@ -233,6 +243,15 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def size(count: float) -> str:
+    """Bytes: ``512 B``, ``1.5 MB``, ``20 GB``."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 # --------------------------------------------------------------------------- parts
@@ -276,6 +295,19 @@ def _slow_rank(status: Status) -> list[tuple[str, str]]:
         return []
     text = f"rank {rank}: {shares[rank]:.0%} of its time is its own, the others' {straggler.others(shares, rank):.0%}"
     return [("slow rank", f"{text}: they wait for it")]
+
+
+def _memory(arenas: Arenas | None) -> list[tuple[str, str]]:
+    if arenas is None:
+        return []
+    parts = [
+        f"{arenas.slots} snapshots of {size(arenas.slot)}: {size(arenas.needed)}",
+        f"{size(arenas.held)} held in {arenas.place}",
+        *([f"{size(arenas.on_disk)} on disk"] if arenas.on_disk else []),
+        f"{size(arenas.free)} free there",
+        *([f"limit of the cgroup {size(arenas.limit)}"] if arenas.limit is not None else []),
+    ]
+    return [("memory", ", ".join(parts))]
 
 
 def _goodput(status: Status) -> str:

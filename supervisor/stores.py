@@ -46,7 +46,9 @@ class Stores:
         self._looked = False  # at what checkpoints there are: from then on this run knows of every newer one
         runtime = Path(file.runtime)
         #: the state in RAM
-        self.snapshots = Snapshots(runtime, run_id=file.run_id, key=self._key, fact=ledger.add)
+        self.snapshots = Snapshots(
+            runtime, run_id=file.run_id, key=self._key, fact=ledger.add, report=console.say
+        )
         #: how it becomes durable
         self.draining = Draining(
             self.snapshots,

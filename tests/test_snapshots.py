@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from supervisor.edge import clock, jobdir, memory
 from supervisor.model import Fact
 from supervisor.snapshots import Snapshots
 
@@ -60,3 +62,45 @@ def test_torn_on_one_rank(others_first: bool, snapshots: Snapshots) -> None:
     newest = snapshots.newest()
     assert newest is not None
     assert newest[1].step == 5
+
+
+def test_a_wall_clock_set_back_holds_no_snapshot_back_from_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts: list[Fact] = []
+    snapshots = Snapshots(tmp_path / "runtime", run_id="run", key=None, fact=facts.append)
+    moments = iter([0.0, 0.0, 5.0, 5.0])
+    monkeypatch.setattr(clock, "monotonic", lambda: next(moments))
+    for step, wall in ((1, 5000.0), (2, 10.0)):
+        monkeypatch.setattr(clock, "now", lambda wall=wall: wall)
+        slot = snapshots.offer()
+        assert slot is not None
+        write(snapshots, 0, step, slot)
+        write(snapshots, 1, step, slot)
+    assert [fact.time for fact in facts] == [5000.0, 10.0]
+
+
+def test_what_memory_has_no_room_for_goes_to_disk_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    runtime = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    try:
+        jobdir.lay_out_runtime(runtime, runtime)
+        snapshots = Snapshots(runtime, run_id="run", key=None, fact=lambda fact: None, report=said.append)
+        for step in range(1, 7):
+            slot = snapshots.offer()
+            assert slot is not None
+            write(snapshots, 0, step, slot)
+            assert write(snapshots, 1, step, slot)
+            monkeypatch.setattr(memory, "available", lambda: 0)  # from the second on
+        places = [(runtime / "slots" / str(index)).is_symlink() for index in range(3)]
+        assert places == [False, True, True]
+        (line,) = said
+        assert "memory has no room for 3 snapshots" in line
+        newest = snapshots.newest()
+        assert newest is not None
+        assert newest[1].step == 6
+    finally:
+        jobdir.remove_runtime(runtime)
+    assert not runtime.exists()

@@ -175,6 +175,21 @@ def test_a_live_job_shows_what_its_slowest_rank_has_done(held: Job) -> None:
     assert 0 < shown["goodput"] < 1
 
 
+def test_the_memory_of_its_snapshots_is_shown(held: Job) -> None:
+    held.journal(running())
+    held.page(0, STEP=125)
+    assert held.read()["memory"] is None
+    for slot, length in ((0, 3_000_000), (1, 3_000_000), (2, 0)):
+        folder = held.runtime / "slots" / str(slot)
+        folder.mkdir(parents=True)
+        (folder / "__0_0.distcp").write_bytes(bytes(length))
+    shown = held.read()["memory"]
+    assert (shown["slots"], shown["slot"], shown["needed"]) == (3, 3_000_000, 9_000_000)
+    assert shown["free"] > 0
+    text = status.to_text(status.read_status(held.path, 1131.0))
+    assert "memory        3 snapshots of 3 MB: 9 MB, " in text
+
+
 def test_a_snapshot_ahead_of_the_journal_has_the_age_that_its_last_rank_says(held: Job) -> None:
     held.journal(running())
     now = time.time()

@@ -197,6 +197,8 @@ def lay_out_runtime(runtime: Path, job: Path) -> None:
         runtime.mkdir(mode=0o700, exist_ok=True)
     shutil.rmtree(runtime / "control", ignore_errors=True)
     for name in ("control", "slots/0", "slots/1", "slots/2"):
+        if (runtime / name).is_symlink() and not (runtime / name).is_dir():
+            (runtime / name).unlink()  # a slot that was moved to disk, and swept there by somebody
         (runtime / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     stamp.write_text(boot)
     (runtime / "job").write_text(str(job))

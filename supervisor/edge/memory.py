@@ -4,33 +4,76 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+_ROOT: Final = Path("/sys/fs/cgroup")
+_NO_LIMIT: Final = 1 << 62  # bytes; version 1 has no other word for it
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What the files of one version of cgroups are called."""
+
+    limit: str
+    used: str
+    cache: str  # of memory.stat: file pages that are given back when somebody needs the room
+
+
+_V1: Final = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2: Final = _Version("memory.max", "memory.current", "inactive_file")
 
 
 def available() -> int | None:
-    """Bytes that can be had without swapping, on this host and in our cgroup (v2); None when nobody says."""
-    found = []
+    """Bytes that can be had without swapping, on this host and in our cgroups; None when nobody says."""
+    found = [room for _, room in _groups("self")]
     try:
         match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
         if match:
             found.append(int(match[1]) << 10)
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::"):
-                found += _of_group(Path("/sys/fs/cgroup") / line[3:].lstrip("/"))
     except OSError:
         pass
     return min(found, default=None)
 
 
-def _of_group(folder: Path) -> list[int]:
+def limit(pid: int) -> int | None:
+    """Bytes that a process and those beside it may use by its cgroups; None without a limit, or when nobody says."""
+    return min((most for most, _ in _groups(str(pid))), default=None)
+
+
+def _groups(process: str) -> Iterator[tuple[int, int]]:
+    """The limit of each cgroup that has one, and what is left of it: the process's own, and those around it."""
     try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        cache = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+        lines = Path("/proc", process, "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, version = _ROOT, _V2
+        elif "memory" in controllers.split(","):
+            root, version = _ROOT / "memory", _V1
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            yield from _of_group(folder, version)
+            if folder == root:
+                break
+
+
+def _of_group(folder: Path, version: _Version) -> Iterator[tuple[int, int]]:
+    try:
+        text = (folder / version.limit).read_text().strip()
+        if text == "max" or (most := int(text)) >= _NO_LIMIT:
+            return
+        used = int((folder / version.used).read_text())
+        cache = re.search(rf"^{version.cache} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
     except (OSError, ValueError):
-        return []
-    return [] if limit == "max" else [int(limit) - used + (int(cache[1]) if cache else 0)]
+        return
+    yield most, most - used + (int(cache[1]) if cache else 0)
 
 
 def resident(pids: Iterable[int]) -> int:

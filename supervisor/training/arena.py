@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 from supervisor.edge import memory
-
-_MARGIN = 1 / 8  # of the memory that is available: left to the training
+from supervisor.edge.arenas import MARGIN
 
 
 class Arena:
@@ -76,7 +75,7 @@ def _check_room(path: Path, missing: int) -> None:
     if room is None or not path.resolve().is_relative_to("/dev/shm"):
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if missing * ranks > room * (1 - _MARGIN):
+    if missing * ranks > room * (1 - MARGIN):
         raise OSError(
             errno.ENOMEM,
             f"{missing / 1e9:.2f} GB for each of {ranks} ranks are needed, {room / 1e9:.2f} GB of memory are available",

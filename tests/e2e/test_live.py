@@ -53,6 +53,10 @@ def test_status_of_a_live_job_follows_it(job: Job, tmp_path: Path) -> None:
         assert isinstance(point, dict)
         assert point["step"] % (2 if name == "snapshot" else 5) == 0 or point["step"] % 5 == 0
         assert 0 <= point["age_s"] < 60
+    memory = second["memory"]
+    assert isinstance(memory, dict)
+    assert memory["needed"] == 3 * memory["slot"] > 0
+    assert memory["held"] + memory["on_disk"] > 0
     assert 0 < float(second["goodput"]) < 1  # type: ignore[arg-type]
     assert second["lost_steps"] in range(1, 10)
     steps = [one["step"] for one in listed(job)]

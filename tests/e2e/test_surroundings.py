@@ -36,26 +36,41 @@ def test_a_copy_of_a_running_jobs_directory_is_a_job_of_its_own(
     assert digests(first) == undisturbed
 
 
-def test_full_memory_moves_the_snapshots_to_disk(tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    """/dev/shm is large enough to be chosen and has no room left."""
-    out, folder = tmp_path / "out", tmp_path / "job"
+def run_in_little_memory(tmp_path: Path, left: str, ballast: int) -> str:
+    """Run to the end where /dev/shm is large enough to be chosen, but has only ``left`` left; what was said."""
+    folder = tmp_path / "job"
     script = (
-        "mount -t tmpfs -o size=520m tmpfs /dev/shm && head -c 519m /dev/zero > /dev/shm/ballast; "
-        'head -c 900k /dev/zero > /dev/shm/more; exec "$@"'
+        "mount -t tmpfs -o size=520m tmpfs /dev/shm && fallocate -l 520m /dev/shm/ballast && "
+        f'truncate -s -{left} /dev/shm/ballast && exec "$@"'
     )
     argv = [
         sys.executable, "-m", "launch.cli", "run", "--dir", str(folder), *SNAPSHOTS,
-        *torchrun("--out", out, "--ballast", 1 << 20),
+        *torchrun("--out", tmp_path / "out", "--ballast", ballast),
     ]  # fmt: skip
     result = subprocess.run(
         ["unshare", "-m", "sh", "-c", script, "sh", *argv], cwd=harness.ROOT, capture_output=True, text=True, check=False,
         env={**harness.environment(), "TMPDIR": str(tmp_path)}, timeout=harness.DEADLINE,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "from now on" in result.stderr
     assert (folder / "checkpoints" / f"step-{STEPS:09d}" / "everstep.json").exists()
-    assert digests(out) == undisturbed
     assert not list(tmp_path.glob("everstep-*"))
+    return result.stderr
+
+
+def test_full_memory_moves_the_snapshots_to_disk(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    said = run_in_little_memory(tmp_path, "100K", 1 << 20)
+    assert said.count("from now on") == 1, said
+    assert "failed: " in said
+    assert digests(tmp_path / "out") == undisturbed
+
+
+def test_memory_for_two_snapshots_of_three(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    """Known after the first: the third goes to disk before it is tried."""
+    said = run_in_little_memory(tmp_path, "20M", 4 << 20)
+    assert said.count("from now on") == 1, said
+    assert "memory has no room for 3 snapshots" in said
+    assert "failed" not in said
+    assert digests(tmp_path / "out") == undisturbed
 
 
 def test_a_program_beside_us_is_not_touched(job: Job, tmp_path: Path) -> None:

@@ -102,3 +102,13 @@ def test_runtimes_of_jobs_that_are_gone_are_swept_and_others_kept(tmp_path: Path
     (root / "not ours").mkdir()
     jobdir.sweep_runtimes(root / "mine")
     assert sorted(path.name for path in root.iterdir()) == ["mine", "not ours", "there"]
+
+
+def test_a_slot_on_disk_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
+    runtime = tmp_path / "runtime"
+    jobdir.lay_out_runtime(runtime, tmp_path)
+    (runtime / "slots" / "1").rmdir()
+    (runtime / "slots" / "1").symlink_to(tmp_path / "swept")
+    jobdir.lay_out_runtime(runtime, tmp_path)
+    assert (runtime / "slots" / "1").is_dir()
+    assert not (runtime / "slots" / "1").is_symlink()

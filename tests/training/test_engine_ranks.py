@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.harness import collect, launch, start
+from tests.training.harness import RankError, collect, launch, start
 from tests.training.programs.engine import tear
 from tests.training.programs.trainings import Plan, train
 from tests.training.station import Station
@@ -59,6 +59,20 @@ def test_killed_while_copying(tmp_path: Path) -> None:
     results = launch(train, 2, plan, environ=again.environ)
     assert {result["start"] for result in results} == {station.newest[1]}
     assert digests(results) == expected
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_files_of_two_steps_are_refused_by_all_ranks(kind: str, tmp_path: Path) -> None:
+    """Of the same layout, so that no size tells."""
+    plan = replace(WIDE, kind=kind, steps=6)
+    station = Station(tmp_path / "r", 2, every=(1,), keep=tmp_path / "kept")
+    launch(train, 2, plan, environ=station.environ)
+    older, newer = sorted((tmp_path / "kept").iterdir(), key=lambda path: int(path.name))[-2:]
+    shutil.copy(older / "__1_0.distcp", newer / "__1_0.distcp")
+    again = Station(tmp_path / "s", 2, every=(1,), resume=(newer, int(newer.name)))
+    with pytest.raises(RankError, match=f"holds step {older.name}, not {newer.name}"):
+        launch(train, 2, plan, environ=again.environ)
+    assert {message["damaged"] for message in again.of_kind("rejected")} == {True}
 
 
 def test_torn_on_one_rank_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def strike(fault: dict) -> None:
     if kind == "exit":
         sys.exit(0)
     if kind == "kill-in-save":
-        threading.Thread(target=kill_in_save, daemon=True).start()
+        victim = supervisor_pid() if fault.get("target") == "supervisor" else os.getpid()
+        threading.Thread(target=kill_in_save, args=(victim,), daemon=True).start()
         return
     signum = getattr(signal, kind)
     target = fault.get("target", "self")
@@ -74,8 +75,8 @@ def strike(fault: dict) -> None:
         time.sleep(60)  # it must be the signal that ends this step
 
 
-def kill_in_save() -> None:
-    """Die in the middle of the next save: when this rank's page says that one is under way."""
+def kill_in_save(victim: int) -> None:
+    """Kill it in the middle of the next save: when this rank's page says that one is under way."""
     from supervisor.edge import link
     from supervisor.edge.control import Phase, Word
 
@@ -83,7 +84,7 @@ def kill_in_save() -> None:
     assert current is not None
     while current.page[Word.PHASE] != Phase.SAVE:
         pass
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Whatever fails, whenever it fails: nothing that was committed is lost."""
