@@ -56,15 +56,12 @@ def test_the_supervisor_killed_in_the_middle_of_a_snapshot(
     job: Job, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     out = tmp_path / "out"
-    faults = [
-        {"attempt": attempt, "rank": 1, "step": step, "kind": "kill-in-save", "target": "supervisor"}
-        for attempt, step in enumerate((3, 13, 23))
-    ]
-    for _ in faults:
-        assert job.run(torchrun("--out", out, *LARGE), *SNAPSHOTS, faults=faults) == -9, job.output
-        job.until_no_processes()
-    assert job.run(torchrun("--out", out, *LARGE), *SNAPSHOTS, faults=faults) == 0, job.output
-    assert [fact.step > 0 for fact in job.facts(Resumed)] == [False, True, True, True]
+    faults = [{"attempt": 0, "rank": 1, "step": 13, "kind": "kill-in-save", "target": "supervisor"}]
+    assert job.run(torchrun("--out", out, *LARGE), *SNAPSHOTS, faults=faults) == -9, job.output
+    job.until_no_processes()
+    assert job.run(torchrun("--out", out, *LARGE), *SNAPSHOTS) == 0, job.output
+    assert job.facts(Resumed)[-1].tier is Tier.RAM
+    assert job.facts(Resumed)[-1].step > 0
     assert digests(out) == undisturbed
 
 
