@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor import evidence as evidences
+from supervisor import vigil
 from supervisor.about import version
 from supervisor.attempt import Attempt
 from supervisor.config import Options
@@ -111,7 +112,7 @@ class Node:
         )
         if not jobdir.is_in_memory(self._runtime):
             self._console.say(f"/dev/shm is too small: snapshots go to {self._runtime}")
-        for notice in self._program.notices:
+        for notice in (*self._program.notices, vigil.describe(self._options)):
             self._console.say(notice)
         self._console.say(
             f"{'job resumed' if record.attempt is not None else 'job started'} in {self._job.path} "

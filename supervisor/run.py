@@ -7,7 +7,6 @@ import signal
 import socket
 from pathlib import Path
 
-from supervisor import vigil
 from supervisor.config import Options
 from supervisor.edge import jobdir, journal
 from supervisor.edge.console import Console
@@ -60,7 +59,6 @@ def _own(
     written = journal.Journal(job.journal / f"{socket.gethostname()}.jsonl", console.say)
     folded.advance()  # a torn last line has its newline now
     ledger = Ledger(written, folded)
-    console.say(vigil.describe(options))
     try:
         return asyncio.run(Node(options, program, job, file, ledger, console).run())
     finally:
