@@ -112,7 +112,7 @@ class Listener:
                 message = json.loads(line)
                 rank = message.get("rank", rank)
                 if message["kind"] == "hello":
-                    connection.sendall(json.dumps({"snapshot_every_steps": None}).encode() + b"\n")
+                    connection.sendall(json.dumps({}).encode() + b"\n")
                 self.messages.put({**message, "from": rank})
         self.messages.put({"kind": CLOSED, "from": rank})
 
