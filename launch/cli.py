@@ -209,6 +209,11 @@ def _run_parser(commands: Any) -> _Parser:
         metavar="on|off",
         help="keep the next attempt launched and imported, so that a failure costs a fraction of a second (default: on)",
     )
+    stopping.add_argument(
+        "--requeue",
+        metavar="auto|off",
+        help="in a SLURM job: requeue it when its state is saved for a stop (default: auto)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--quiet",
@@ -237,25 +242,20 @@ def _run(given: Mapping[str, Any]) -> int:
 def _with_directory(options: Options, program: Program) -> Options:
     from dataclasses import replace
 
+    from launch.slurm import scheduler
+
     if options.dir is not None:
         return options
-    return replace(options, dir=RUNS / ((options.name or program.name) + _cluster_suffix(os.environ)))
-
-
-def _cluster_suffix(environ: Mapping[str, str]) -> str:
-    """``-4711`` in SLURM job 4711, ``-4711_3`` in task 3 of its array: the same when it is requeued, and no other job's."""
-    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    if array and task:
-        return f"-{array}_{task}"
-    job = environ.get("SLURM_JOB_ID") or environ.get("SLURM_JOBID")
-    return f"-{job}" if job else ""
+    return replace(options, dir=RUNS / ((options.name or program.name) + scheduler.suffix(os.environ)))
 
 
 def run_job(options: Options, program: Program) -> int:
     """Supervise the job to its end; returns the exit code of ``everstep run``."""
+    from launch.slurm import scheduler
     from supervisor.run import run
 
-    return run(options, program)
+    engine = scheduler.engine(options, os.environ, lambda text: print(f"everstep: {text}", file=sys.stderr))
+    return run(options, program, engine)
 
 
 def _flags(given: Mapping[str, Any]) -> dict[str, object]:
