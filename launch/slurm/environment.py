@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from launch.slurm import hostlist
 from supervisor.errors import ConfigError, UsageError
+
+#: until there is more
+ONE_NODE: Final = "several nodes are not supported yet (--nodes=1)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +92,14 @@ def check(allocation: Allocation) -> str | None:
     if nodes == 1:
         return None
     if allocation.step_id is not None:
-        raise UsageError(
-            f"srun started everstep on {_counted(nodes)}: several nodes are not supported yet (srun --nodes=1)"
-        )
+        raise UsageError(f"srun started everstep on {_counted(nodes)}: {ONE_NODE}")
     return f"the job has {_counted(nodes)}, of which only {allocation.address} is used"
+
+
+def check_nodes(nodes: str) -> None:
+    """Raise UsageError for ``--nodes`` that would be more than one."""
+    if nodes not in ("1", "1-1"):
+        raise UsageError(f"--nodes={nodes}: {ONE_NODE}")
 
 
 def _counted(nodes: int) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+EPILOG = Path(__file__).parents[2] / "deploy" / "slurm" / "epilog.sh"
 NODES = ("n1", "n2", "n3")
 GRACE = 15  # seconds
 KILL_WAIT = 20  # seconds
@@ -66,6 +67,8 @@ TCPTimeout=5
 MessageTimeout=20
 UnkillableStepTimeout=60
 SlurmdParameters=config_overrides
+GresTypes=gpu
+Epilog={epilog}
 CommunicationParameters=NoAddrCache
 """
 PARTITIONS = """\
@@ -167,11 +170,14 @@ def _write_conf(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)
     nodes = "".join(
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=1000 State=UNKNOWN\n"
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=1000 Gres=gpu:8 State=UNKNOWN\n"
         for node, port in zip(NODES, ports, strict=True)
     )
-    conf = CONF.format(host=host, controller=controller, folder=folder, kill_wait=KILL_WAIT)
+    conf = CONF.format(epilog=EPILOG, host=host, controller=controller, folder=folder, kill_wait=KILL_WAIT)
     partitions = PARTITIONS.format(nodes=",".join(NODES), grace=GRACE)
+    for gpu in range(8):  # the plugin wants files that exist, and nothing more
+        (folder / f"gpu{gpu}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
     (folder / "slurm.conf").write_text(conf + nodes + partitions)
 
 
@@ -216,13 +222,13 @@ def _await(lab: Lab, *words: str) -> None:
 
 
 def _await_idle(lab: Lab) -> None:
-    words = ["sinfo", "--noheader", "--Node", "--partition=low", "--states=idle", "--format=%N"]
+    words = ["sinfo", "--noheader", "--Node", "--partition=low", "--format=%N:%T"]
     limit = time.monotonic() + DEADLINE
     while True:
         result = subprocess.run(
             words, env=lab.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
-        if len(result.stdout.split()) == len(NODES):
+        if sorted(result.stdout.split()) == [f"{node}:idle" for node in NODES]:
             return
         assert time.monotonic() < limit, lab.log()
         time.sleep(0.05)
