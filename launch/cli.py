@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import asking, rehearse, submit
+from launch import asking, doctor, rehearse, submit
 from supervisor.errors import EverstepError, UsageError
 
 if TYPE_CHECKING:
@@ -115,11 +115,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
     parsers |= asking.add_parsers(checkpoints, _Parser, _add_job)
     parsers["rehearse"] = rehearse.add_parser(commands, _add_job)
     parsers["submit"] = submit.add_parser(commands)
+    parsers["doctor"] = doctor.add_parser(commands, _add_job)
     parsed, unknown = parser.parse_known_args(list(arguments))
     command = parsed.command
     if command is None:
         parser.reject(unknown)
-        parser.error("no command given: run, status, checkpoints, rehearse or submit")
+        parser.error("no command given: run, status, checkpoints, rehearse, submit or doctor")
     if command == "checkpoints":
         command = parsed.action
     parsers[command].reject(unknown)
@@ -134,6 +135,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return rehearse.answer(given, lambda: find_job(parsed.dir))
     if command == "submit":
         return submit.answer(given, _read_run)
+    if command == "doctor":
+        return doctor.answer(given, _flags(given), lambda: find_job(None))
     return _checkpoints(given)
 
 
@@ -268,7 +271,8 @@ def _flags(given: Mapping[str, Any]) -> dict[str, object]:
     """The options among the parsed words that the configuration knows."""
     from supervisor.config import READERS
 
-    return {name: value for name, value in given.items() if name in READERS or name == "config"}
+    known = {name: value for name, value in given.items() if name in READERS or name == "config"}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 # --------------------------------------------------------------------------- status, checkpoints

@@ -19,6 +19,7 @@ from typing import Final
 
 #: for ``scontrol``'s environment: times as Unix seconds instead of local dates
 TIME_FORMAT: Final = {"SLURM_TIME_FORMAT": "%s"}
+_LIMIT: Final = re.compile(r"(?:([0-9]+)-)?([0-9]+):([0-9]+):([0-9]+)")
 _SECONDS: Final = re.compile(r"([0-9]+)(?: sec)?")
 
 
@@ -37,18 +38,23 @@ class ShownJob:
 
 def parse_job(text: str) -> ShownJob | None:
     """From ``scontrol --oneliner show job ID``, with TIME_FORMAT; None when that is not what it is."""
-    fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
-    if not {"JobState", "Requeue"} <= fields.keys():
+    found = fields(text)
+    if not {"JobState", "Requeue"} <= found.keys():
         return None
     return ShownJob(
-        state=fields["JobState"],
-        reason=fields.get("Reason", ""),
-        restarts=int(_time(fields.get("Restarts")) or 0),
-        requeue=fields["Requeue"] == "1",
-        batch=fields.get("BatchFlag") == "1",
-        end_time=_time(fields.get("EndTime")),
-        preempt_time=_time(fields.get("PreemptTime")),
+        state=found["JobState"],
+        reason=found.get("Reason", ""),
+        restarts=int(_time(found.get("Restarts")) or 0),
+        requeue=found["Requeue"] == "1",
+        batch=found.get("BatchFlag") == "1",
+        end_time=_time(found.get("EndTime")),
+        preempt_time=_time(found.get("PreemptTime")),
     )
+
+
+def fields(text: str) -> dict[str, str]:
+    """``Name=value …`` on one line, as ``scontrol --oneliner`` shows jobs and partitions."""
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
 
 def parse_config(text: str) -> dict[str, str]:
@@ -61,6 +67,15 @@ def seconds(config: Mapping[str, str], name: str) -> float | None:
     """A setting of the kind ``30 sec``; None when it is not there."""
     found = _SECONDS.fullmatch(config.get(name, ""))
     return float(found[1]) if found else None
+
+
+def limit(text: str | None) -> float | None:
+    """Seconds of a limit such as ``1-02:00:00``, ``00:10:00``; None where there is none (UNLIMITED, …)."""
+    found = _LIMIT.fullmatch(text or "")
+    if found is None:
+        return None
+    days, hours, mins, secs = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + mins) * 60 + secs)
 
 
 @dataclass(frozen=True, kw_only=True)

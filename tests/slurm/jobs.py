@@ -163,7 +163,7 @@ def killed(story: Story) -> None:
     story.until_it_steps()
     assert story.job.runtime.exists()
     story.lab.call("scancel", "--signal=KILL", story.number)
-    story.until("FAILED")
+    story.until("FAILED", "CANCELLED")
 
 
 def container(story: Story) -> None:
