@@ -62,7 +62,7 @@ def answer(given: Mapping[str, Any], read: Read) -> int:
 def built(words: Sequence[str], read: Read, everstep: Sequence[str]) -> str:
     """The batch script that the words ask for. Raises UsageError, ConfigError."""
     from launch.slurm import environment, options
-    from launch.slurm.script import CHAIN, Batch, build
+    from launch.slurm.script import Batch, build
 
     own = _before(words)
     command = list(words[len(own) + 1 :])
@@ -85,7 +85,7 @@ def built(words: Sequence[str], read: Read, everstep: Sequence[str]) -> str:
             words=command,
             name=name,
             options=sbatch,
-            directory=f"everstep-runs/{name}-${CHAIN}" if chain and run.dir is None else None,
+            directory=f"everstep-runs/{name}-" if chain and run.dir is None else None,
             requeue=run.requeue == "auto",
             chain=chain,
         )

@@ -45,7 +45,7 @@ _SUCCEED = """
 if [ "$code" -eq 75 ]; then
     case $(timeout 20 scontrol --oneliner show job "$SLURM_JOB_ID") in
         *' JobState=RUNNING '* | *' JobState=COMPLETING Reason=TimeLimit '*)
-            timeout 20 sbatch --dependency=afterany:"$SLURM_JOB_ID" "$0" ;;
+            timeout 20 sbatch --export=ALL --dependency=afterany:"$SLURM_JOB_ID" "$0" ;;
     esac
 fi
 exit "$code"
@@ -95,6 +95,6 @@ def _srun(batch: Batch) -> str:
     if "no-kill" in batch.options:
         words.append("--no-kill")  # sbatch's alone does not save the step
     own = [*batch.everstep, "run"]
-    where = [f'--dir "{batch.directory}"'] if batch.directory is not None else []
+    where = [f'--dir {shlex.quote(batch.directory)}"${CHAIN}"'] if batch.directory is not None else []
     lines = [" ".join([*map(shlex.quote, [*words, *own]), *where]), shlex.join(batch.words)]
     return " \\\n    ".join(lines)
