@@ -73,6 +73,8 @@ class Options:
     """Seconds without any output, for programs whose steps cannot be seen. None: output does not matter."""
     standby: str = "on"
     """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``."""
+    requeue: str = "auto"
+    """Under a scheduler, have a job that has saved for a stop run again: ``auto`` (where that is possible) or ``off``."""
     quiet: bool = False
     """Print everstep's own messages only, not the workers' output (which is in the logs)."""
     continue_: bool = False
@@ -201,6 +203,15 @@ def _standby(value: object) -> str:
     return word
 
 
+def _requeue(value: object) -> str:
+    if isinstance(value, bool):  # YAML reads on and off as these
+        value = "auto" if value else "off"
+    word = _text(value).strip().lower()
+    if word not in ("auto", "off"):
+        raise ConfigError(f"{word!r}; allowed: auto, off")
+    return word
+
+
 def _snapshot_interval(value: object) -> Interval:
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ConfigError(f"{value} has no unit; allowed: {INTERVALS}")
@@ -272,6 +283,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "hang_ceiling": _limit,
     "hang_silence": _limit_or_never,
     "standby": _standby,
+    "requeue": _requeue,
     "quiet": _switch,
     "continue_": _switch,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from supervisor.model import Failure, Limits, State, StopRequested
+from supervisor.model import DeadlineSet, Failure, Limits, State, StopRequested
 from supervisor.timesheet import Activity, Timesheet
 
 
@@ -50,6 +50,7 @@ class JobRecord:
     drain_failure: str | None = None  # why no newer checkpoint could be written; None: the last one was
     drain_failure_time: float | None = None
     stop: StopRequested | None = None
+    deadline: DeadlineSet | None = None  # of the run: when it is ended from outside
     metrics: dict[str, float] = field(default_factory=dict)
     resumed_step: int | None = None  # where the newest attempt resumed; None: not yet, or it has no Session
     rate: float | None = None  # steps a second, smoothed over about a minute

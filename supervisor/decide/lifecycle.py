@@ -32,6 +32,7 @@ from supervisor.model import (
     CheckpointFailed,
     CheckpointRejected,
     CheckpointsPruned,
+    DeadlineSet,
     Decided,
     Fact,
     FirstStep,
@@ -70,7 +71,15 @@ _STORED: tuple[Event, ...] = (
     CheckpointsPruned,
 )
 #: what changes no state as long as there is work
-_COURSE: tuple[Event, ...] = (StandbyReady, WorkersReady, Resumed, AttemptEnded, RunEnded, *_STORED)
+_COURSE: tuple[Event, ...] = (
+    StandbyReady,
+    WorkersReady,
+    Resumed,
+    AttemptEnded,
+    RunEnded,
+    DeadlineSet,
+    *_STORED,
+)
 
 _ENDS: dict[Event, State] = {
     Action.COMPLETE: State.COMPLETED,
@@ -111,7 +120,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         **_stay(State.STOPPING, StopRequested, AttemptStarted, FirstStep, Progress, *_COURSE),
     },
     **{
-        end: {RunStarted: State.STARTING, **_stay(end, StopRequested, RunEnded, *_STORED)}
+        end: {RunStarted: State.STARTING, **_stay(end, StopRequested, DeadlineSet, RunEnded, *_STORED)}
         for end in (State.COMPLETED, State.PREEMPTED, State.FAILED)
     },
 }
@@ -207,8 +216,8 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
             return record.with_(drain_failure=fact.reason, drain_failure_time=fact.time)
         case CheckpointRejected() | CheckpointsPruned():
             return record.with_(checkpoint=None) if _is_gone(record.checkpoint, fact) else record
-        case StopRequested():
-            return record.with_(stop=fact)
+        case StopRequested() | DeadlineSet():
+            return _noticed(record, fact)
         case AttemptEnded():
             return _attempt_ended(record, fact)
         case Decided():
@@ -233,6 +242,7 @@ def _run_started(record: JobRecord, fact: RunStarted) -> JobRecord:
         command=fact.command,
         limits=Limits(max_failures=fact.max_failures, max_preemptions=fact.max_preemptions),
         stop=None,
+        deadline=None,
         exit_code=None,
         reason=None,
     )
@@ -309,6 +319,10 @@ def _progressed(record: JobRecord, step: int) -> JobRecord:
     if step > record.preemption_committed_step:
         record = record.with_(preemptions_since_progress=0)
     return record
+
+
+def _noticed(record: JobRecord, fact: StopRequested | DeadlineSet) -> JobRecord:
+    return record.with_(stop=fact) if isinstance(fact, StopRequested) else record.with_(deadline=fact)
 
 
 def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
