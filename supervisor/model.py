@@ -54,6 +54,21 @@ class StopCause(enum.StrEnum):
     USER = "user"
 
 
+class Effect(enum.StrEnum):
+    """What a notice asks for; the theory is in ``decide/notices.py``."""
+
+    WARN = "warn"  # save now, and go on
+    LEAVE = "leave"  # save now, and stop in time for the deadline
+    STOP = "stop"  # stop now
+
+
+class Scope(enum.StrEnum):
+    """What is taken away."""
+
+    NODE = "node"
+    JOB = "job"
+
+
 class ProposalState(enum.IntEnum):
     """The verdict on the current save proposal; the theory is in ``decide/savepoint.py``."""
 
@@ -223,6 +238,34 @@ class DeadlineSet(Fact):
 
     source: str
     deadline: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeReceived(Fact):
+    """Whoever gives the job its machine has said that it may be taken away. ``deadline``: Unix seconds."""
+
+    source: str
+    key: str
+    effect: Effect
+    deadline: float | None = None
+    scope: Scope = Scope.NODE
+    revocable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeWithdrawn(Fact):
+    """The notice of that ``key`` does not hold any more; ``too_late``: the stop that it asked for is carried out all the same."""
+
+    source: str
+    key: str
+    too_late: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopWithdrawn(Fact):
+    """The stop that was requested will not be carried out: the job goes on. ``source``: who had asked for it."""
+
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
