@@ -210,6 +210,11 @@ def _run_parser(commands: Any) -> _Parser:
         help="keep the next attempt launched and imported, so that a failure costs a fraction of a second (default: on)",
     )
     stopping.add_argument(
+        "--notices",
+        metavar="auto|aws|gcp|azure|slurm|none",
+        help="whose notices of interruption and maintenance to watch (default: auto, the cloud that this machine is in)",
+    )
+    stopping.add_argument(
         "--requeue",
         metavar="auto|off",
         help="in a SLURM job: requeue it when its state is saved for a stop (default: auto)",
@@ -263,11 +268,12 @@ def _with_directory(options: Options, program: Program) -> Options:
 
 def run_job(options: Options, program: Program) -> int:
     """Supervise the job to its end; returns the exit code of ``everstep run``."""
+    from launch.notices import found
     from launch.slurm import scheduler
     from supervisor.run import run
 
     engine = scheduler.engine(options, os.environ, lambda text: print(f"everstep: {text}", file=sys.stderr))
-    return run(options, program, engine)
+    return run(options, program, engine, found.source(options.notices))
 
 
 def _flags(given: Mapping[str, Any]) -> dict[str, object]:

@@ -26,6 +26,7 @@ _RATE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?B)(?:/s)?", re.IGNORE
 _BYTES: Final = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
+NOTICES: Final = ("auto", "aws", "gcp", "azure", "slurm", "none")
 SNAPSHOT_EVERY: Final = Interval(unit=Unit.SECONDS, value=30)
 CHECKPOINT_EVERY: Final = Interval(unit=Unit.AUTO)
 
@@ -73,6 +74,9 @@ class Options:
     """Seconds without any output, for programs whose steps cannot be seen. None: output does not matter."""
     standby: str = "on"
     """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``."""
+    notices: str = "auto"
+    """Whose notices are watched: ``auto`` (the cloud that this machine belongs to, if any), ``aws``, ``gcp``, ``azure``, or
+    ``slurm`` and ``none``: no cloud's. Signals, and a scheduler's deadlines, are heeded in any case."""
     requeue: str = "auto"
     """Under a scheduler, have a job that has saved for a stop run again: ``auto`` (where that is possible) or ``off``."""
     quiet: bool = False
@@ -203,6 +207,13 @@ def _standby(value: object) -> str:
     return word
 
 
+def _notices(value: object) -> str:
+    word = _text(value).strip().lower()
+    if word not in NOTICES:
+        raise ConfigError(f"{word!r}; allowed: {', '.join(NOTICES)}")
+    return word
+
+
 def _requeue(value: object) -> str:
     if isinstance(value, bool):  # YAML reads on and off as these
         value = "auto" if value else "off"
@@ -283,6 +294,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "hang_ceiling": _limit,
     "hang_silence": _limit_or_never,
     "standby": _standby,
+    "notices": _notices,
     "requeue": _requeue,
     "quiet": _switch,
     "continue_": _switch,

@@ -1,4 +1,5 @@
-"""The time that the job has left: asked of the engine now and then, journalled, and kept by stopping early enough.
+"""The time that the job has left: asked of the engine now and then, heard in notices, journalled, and kept by stopping
+early enough. The nearer of the two holds.
 
 Also how long a stop may take once it has begun: signals come without a reason, so the engine is asked at once what they mean.
 """
@@ -6,6 +7,7 @@ Also how long a stop may take once it has begun: signals come without a reason, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Final
@@ -28,22 +30,42 @@ class Deadlines:
         self, engine: Engine, ledger: Ledger, grace: float, stop: Callable[[Deadline], None]
     ) -> None:
         self._engine, self._ledger, self._grace, self._stop = engine, ledger, grace, stop
-        self._known: Deadline | None = None
+        self._known: Deadline | None = None  # the engine's
         self._known_at = 0.0
+        self._noticed: Deadline | None = None
+        self._noticed_at = 0.0
+        self._news = asyncio.Event()
 
     async def watch(self) -> None:
         """Look until the stop is called for, then no more. Cancel it to end it before."""
-        if math.isinf(self._engine.period):
-            return
         while True:
-            await self.look()
-            due = self._due_in()
-            if due is not None and due <= 0:
-                assert self._known is not None
-                self._stop(self._known)
+            self._news.clear()
+            if not math.isinf(self._engine.period):
+                await self.look()
+            due, nearest = self._due_in(), self.nearest
+            if due is not None and nearest is not None and due <= 0:
+                self._stop(nearest)
                 return
             # a limit may have been moved: look once more before acting on it
-            await asyncio.sleep(max(_SHORTEST, min(self._engine.period, due or self._engine.period)))
+            wait = max(_SHORTEST, min(self._engine.period, due or self._engine.period))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), None if math.isinf(wait) else wait)
+
+    @property
+    def nearest(self) -> Deadline | None:
+        """What is known now."""
+        both = [one for one in (self._known, self._noticed) if one is not None]
+        return min(both, key=lambda one: one.end, default=None)
+
+    def hear(self, deadline: Deadline | None) -> None:
+        """What the notices that stand say; None: nothing."""
+        if deadline is not None and (self._noticed is None or abs(deadline.end - self._noticed.end) > _SAME):
+            self._noticed_at = clock.now()
+            self._ledger.add(
+                DeadlineSet(time=self._noticed_at, source=deadline.source, deadline=deadline.end)
+            )
+        self._noticed = deadline
+        self._news.set()
 
     async def look(self) -> Deadline | None:
         """Ask the engine, and remember the answer; an engine that does not answer has not changed its mind."""
@@ -58,12 +80,19 @@ class Deadlines:
 
     def patience(self, began: float) -> float:
         """How long a stop that begins at that time may take, by what is known."""
-        return decide.patience(self._known, began, self._costs(), self._grace)
+        return decide.patience(self.nearest, began, self._costs(), self._grace)
 
     def _due_in(self) -> float | None:
-        if self._known is None:
-            return None
-        return decide.stop_at(self._known, self._known_at, self._costs(), self._grace) - clock.now()
+        """Seconds until the stop must begin for the first of them."""
+        costs = self._costs()
+        return min(
+            (
+                decide.stop_at(deadline, at, costs, self._grace) - clock.now()
+                for deadline, at in ((self._known, self._known_at), (self._noticed, self._noticed_at))
+                if deadline is not None
+            ),
+            default=None,
+        )
 
     def _costs(self) -> Costs:
         record = self._ledger.record

@@ -87,6 +87,7 @@ class Draining:
         self._good: int | None = None
         self._retry_at = 0.0
         self._failures = 0  # in a row
+        self._in_flight: tuple[int, float] | None = None  # the step being drained, and since when
         self.failure: str | None = None  # why the newest drain failed, None once one has succeeded
         self.seconds: float | None = None  # of the last drain that committed
         self.newest_committed: tuple[int, int] | None = None  # attempt and step, of this run
@@ -115,6 +116,18 @@ class Draining:
     def cancel(self) -> None:
         """Give up the drain that is running, and all that would follow; the snapshot stays in memory."""
         self._cancelled.set()
+
+    @property
+    def under_way(self) -> float | None:
+        """How many seconds ago the drain that is running began; None: none is."""
+        return None if self._in_flight is None else clock.monotonic() - self._in_flight[1]
+
+    def leaves_out_newest(self) -> bool:
+        """Whether the newest snapshot is neither durable nor being made so."""
+        newest = self._source.newest()
+        if newest is None or self.is_durable(newest[1].step):
+            return False
+        return self._in_flight is None or self._in_flight[0] != newest[1].step
 
     # ------------------------------------------------------------------ what is durable
 
@@ -224,6 +237,7 @@ class Draining:
             )
 
         self._source.hold(folder)
+        self._in_flight = record.step, started
         try:
             manifest = await in_thread(work)
         except (EverstepError, OSError) as error:
@@ -232,6 +246,7 @@ class Draining:
             return False
         finally:
             self._source.hold(None)
+            self._in_flight = None
         self.failure, self._good = None, record.step
         self.newest_committed = record.attempt, record.step
         self.seconds = clock.monotonic() - started

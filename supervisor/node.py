@@ -43,6 +43,7 @@ from supervisor.model import (
     StopRequested,
     Verdict,
 )
+from supervisor.noticing import Source
 from supervisor.program import Program
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
@@ -64,6 +65,7 @@ class Node:
         ledger: Ledger,
         console: Console,
         engine: Engine,
+        source: Source | None = None,
     ) -> None:
         self._options, self._program, self._job, self._file = options, program, job, file
         self._ledger, self._console = ledger, console
@@ -83,8 +85,8 @@ class Node:
         self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
         self._engine = engine
         self._stopping = Stopping(
-            engine, ledger, console, self._draining, options.grace,
-            begun=self._on_stop, end=self._end_attempt,
+            engine, ledger, console, self._draining, options.grace, source=source,
+            begun=self._on_stop, end=self._end_attempt, recalled=self._recall_stop, save=self._save_soon,
         )  # fmt: skip
         self._unsaved: str | None = None  # why the newest state is not durable
         self._launched = False
@@ -135,6 +137,7 @@ class Node:
             await channel.close()
         if not self._unsaved:
             jobdir.remove_runtime(self._runtime)
+            await self._stopping.acknowledge()
         code = restart.exit_code(verdict.action, self._stopping.requested)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
@@ -350,6 +353,16 @@ class Node:
     def _drive_stop(self) -> None:
         if self._stopping.requested is not None and self._pulse is not None:
             self._pulse.drive_stop()
+
+    def _recall_stop(self) -> bool:
+        if self._pulse is None or not self._pulse.recall_stop():
+            return False
+        self._standby.allow()
+        return True
+
+    def _save_soon(self) -> None:
+        if self._pulse is not None:
+            self._pulse.save_soon()
 
     def _end_attempt(self) -> None:
         if self._pulse is not None:

@@ -187,6 +187,22 @@ class Pulse:
             processes.send([s.pid for s in attempt.seats.values() if s.end is None], signal.SIGTERM)
         # else: restoring, or its loop is over already: it gets the grace period
 
+    def recall_stop(self) -> bool:
+        """Forget the stop, if no worker has heard of it yet; returns whether that was so."""
+        attempt = self._attempt
+        if attempt.ended.is_set() or self._stop_forwarded:
+            return False
+        if self._stop_proposed and not self._savepoints.recall_stop():
+            return False
+        self._stop_proposed = attempt.stopping = False
+        return True
+
+    def save_soon(self) -> None:
+        """Have all ranks save the same step, make it durable, and go on."""
+        if self._attempt.in_session:
+            self._checkpoint_at = clock.monotonic()
+            self._savepoints.want(ProposalFlag.CHECKPOINT)
+
     def end_attempt(self) -> None:
         """Have the attempt torn down now."""
         self._attempt.ended.set()

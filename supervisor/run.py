@@ -15,22 +15,25 @@ from supervisor.errors import UsageError
 from supervisor.ledger import Ledger
 from supervisor.model import State
 from supervisor.node import Node
+from supervisor.noticing import Source
 from supervisor.program import Program
 from supervisor.replay import Replay
 from supervisor.stopping import SIGNALS
 
 
-def run(options: Options, program: Program, engine: Engine | None = None) -> int:
+def run(
+    options: Options, program: Program, engine: Engine | None = None, source: Source | None = None
+) -> int:
     """Run the job to its end; returns the exit code of ``everstep run``. Raises EverstepError before it starts.
 
-    ``engine``: who may end it beside signals; None: nobody.
+    ``engine``: who may end it beside signals; ``source``: who gives notice of that; None: nobody.
     """
     if options.dir is None:
         raise UsageError("the job needs a directory: --dir D")
     job = jobdir.JobDirectory(options.dir)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the node can do something about them
     try:
-        code = _claim(options, program, job, engine or Alone())
+        code = _claim(options, program, job, engine or Alone(), source)
         for signum in SIGNALS:  # a requeue that was asked for ends us, too: the exit code stands
             signal.signal(signum, signal.SIG_IGN)
         return code
@@ -38,7 +41,9 @@ def run(options: Options, program: Program, engine: Engine | None = None) -> int
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _claim(options: Options, program: Program, job: jobdir.JobDirectory, engine: Engine) -> int:
+def _claim(
+    options: Options, program: Program, job: jobdir.JobDirectory, engine: Engine, source: Source | None
+) -> int:
     with job.claim():
         console = Console(quiet=options.quiet)
         try:
@@ -50,7 +55,7 @@ def _claim(options: Options, program: Program, job: jobdir.JobDirectory, engine:
             if folded.record.state is State.COMPLETED and not options.continue_:
                 console.say(f"{job.path} is finished (step {folded.record.step}); --continue runs it on")
                 return 0
-            return _own(options, program, job, folded, console, engine)
+            return _own(options, program, job, folded, console, engine, source)
         finally:
             console.close()
 
@@ -62,6 +67,7 @@ def _own(
     folded: Replay,
     console: Console,
     engine: Engine,
+    source: Source | None,
 ) -> int:
     file = job.open_epoch(program.identity, list(program.command))
     if folded.record.command and folded.record.command != program.command:
@@ -73,6 +79,6 @@ def _own(
     folded.advance()  # a torn last line has its newline now
     ledger = Ledger(written, folded)
     try:
-        return asyncio.run(Node(options, program, job, file, ledger, console, engine).run())
+        return asyncio.run(Node(options, program, job, file, ledger, console, engine, source).run())
     finally:
         ledger.close()

@@ -40,6 +40,13 @@ class SavePoints:
         self._wanted = flags | (self._wanted or ProposalFlag(0))
         self.pump()
 
+    def recall_stop(self) -> bool:
+        """Nobody wants a stop any more: whether no rank has heard of it yet."""
+        if self._wanted is None or not self._wanted & ProposalFlag.STOP:
+            return False
+        self._wanted &= ~ProposalFlag.STOP
+        return True
+
     def request(self, step: int) -> None:
         """A rank asks for a checkpoint at ``step``: that very step if all can still make it."""
         if self._out is not None and self._step == step:

@@ -79,6 +79,7 @@ class Standby:
         console: Console,
     ) -> None:
         self._enabled, self._launcher, self._folder_of = enabled, launcher, folder_of
+        self._wished = enabled
         self._welcome, self._ledger, self._console = welcome, ledger, console
         self._imports: list[str] = []
         self._waiting: Waiting | None = None
@@ -126,6 +127,10 @@ class Standby:
         """``drop``, and no standby any more."""
         self._enabled = False
         await self.drop()
+
+    def allow(self) -> None:
+        """After an ``end`` that was for nothing: there is a standby again from the next first step on."""
+        self._enabled = self._wished
 
     def _forget(self) -> None:
         if self._timer is not None:

@@ -1,4 +1,4 @@
-"""A stop that was asked for: by whom, and how long it may take."""
+"""A stop that was asked for: by whom, how long it may take, and what can be saved in that time."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from collections.abc import Callable
 from typing import Final
 
 from supervisor.deadlines import Deadlines
+from supervisor.decide import notices
 from supervisor.decide.deadline import Deadline
+from supervisor.decide.notices import Notice, Plan
 from supervisor.draining import Draining
 from supervisor.edge import clock
 from supervisor.edge.console import Console
 from supervisor.engine import Engine
 from supervisor.ledger import Ledger
-from supervisor.model import StopCause, StopRequested
+from supervisor.model import StopCause, StopRequested, StopWithdrawn
+from supervisor.noticing import Noticing, Source, means
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopping:
-    """Of one run: at most one stop. ``begun`` is called when there is one, ``end`` when its time is up."""
+    """Of one run: at most one stop at a time.
+
+    ``begun`` is called when there is one, ``end`` when its time is up, ``recalled`` to take it back (it returns whether that
+    could be done), ``save`` to have a checkpoint made soon.
+    """
 
     def __init__(
         self,
@@ -32,10 +39,14 @@ class Stopping:
         *,
         begun: Callable[[], None],
         end: Callable[[], None],
+        recalled: Callable[[], bool],
+        save: Callable[[], None],
+        source: Source | None = None,
     ) -> None:
         self._ledger, self._console, self._draining = ledger, console, draining
         self._deadlines = Deadlines(engine, ledger, grace, self._on_deadline)
-        self._begun, self._end = begun, end
+        self._begun, self._end, self._recalled, self.save = begun, end, recalled, save
+        self._noticing = Noticing(source, self, ledger, console)
         self._began = (0.0, 0.0)  # Unix, and monotonic
         self._patience = grace  # seconds that the stop may take
         self._time_up: asyncio.TimerHandle | None = None
@@ -44,7 +55,7 @@ class Stopping:
         self.requested: StopRequested | None = None
         #: set once there is a stop
         self.seen = asyncio.Event()
-        #: why it was not waited for: ``user`` or ``grace``
+        #: why it was not waited for: ``user``, ``grace``, or ``plan``: there is no time for a new snapshot
         self.cut_short: str | None = None
 
     def listen(self) -> None:
@@ -55,6 +66,13 @@ class Stopping:
                 loop.add_signal_handler(signum, self._on_signal, signum)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self._background(asyncio.create_task(self._deadlines.watch()))
+        self._background(asyncio.create_task(self._noticing.watch()))
+
+    async def acknowledge(self) -> None:
+        """All is saved and everybody has left: whoever gave notice need not wait."""
+        await self._noticing.acknowledge()
+
+    # ------------------------------------------------------------------ who asks for it
 
     def _on_signal(self, signum: signal.Signals) -> None:
         if self.requested is None:
@@ -75,15 +93,52 @@ class Stopping:
                 StopRequested(time=now, cause=cause, source=deadline.source, deadline=deadline.end), left
             )
 
+    def hear(self, standing: tuple[Notice, ...]) -> None:
+        """These notices stand."""
+        self._deadlines.hear(notices.deadline(standing))
+        if self.requested is not None:
+            self._limit()
+
+    def heed(self, notice: Notice) -> None:
+        """A notice that asks for a stop now."""
+        if self.requested is None:
+            cause = StopCause.PREEMPTION
+            self._begin(
+                StopRequested(time=clock.now(), cause=cause, source=notice.source, deadline=notice.deadline),
+                "",
+            )
+
+    def recall(self, source: str) -> bool | None:
+        """The stop that ``source`` asked for is needless: whether it was taken back; None: it asked for none."""
+        if self.requested is None or self.requested.source != source:
+            return None
+        if self.cut_short or not self._recalled():
+            return False
+        if self._time_up is not None:
+            self._time_up.cancel()
+        self._ledger.add(StopWithdrawn(time=clock.now(), source=source))
+        self.requested = self._draining.deadline = None
+        self.seen.clear()
+        self._background(asyncio.create_task(self._deadlines.watch()))
+        return True
+
+    # ------------------------------------------------------------------ the time it has
+
     def _begin(self, stop: StopRequested, remark: str) -> None:
         self.requested, self._began = stop, (clock.now(), clock.monotonic())
         self._ledger.add(stop)
         self._limit()
+        timed = stop.cause is StopCause.PREEMPTION and self._deadlines.nearest is not None
+        plan = notices.plan(self._patience if timed else None, means(self._ledger, self._draining))
         self._console.say(
-            f"{stop.source}: all ranks save the same step and stop; they have {self._patience:.3g} s{remark}"
+            f"{stop.source}: {plan.value} and stop; they have {self._patience:.3g} s{remark}"
+            if plan is Plan.SAVE
+            else f"{stop.source}: {self._patience:.3g} s are too short for a new snapshot; {plan.value}"
         )
         self.seen.set()
         self._begun()
+        if plan is not Plan.SAVE:
+            self._end_now("plan")
 
     async def _learn_deadline(self) -> None:
         """A signal says nothing of the time that is left; the engine may."""
@@ -111,4 +166,12 @@ class Stopping:
 
     def _background(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)  # the loop itself would forget it
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # a bug of ours must not end the training; but deadlines and notices may not be seen any more
+            self._console.say(
+                f"unexpected {type(error).__name__} in what watches for the end of the job: {error}"
+            )

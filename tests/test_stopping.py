@@ -89,10 +89,14 @@ def test_only_a_deadline_that_has_moved_is_news() -> None:
 
 def stopping(engine: Engine, ledger: Ledger, said: list[str], ended: list[str]) -> Stopping:
     console = SimpleNamespace(say=said.append)
-    draining = SimpleNamespace(deadline=None, cancel=lambda: ended.append("drain"))
+    draining = SimpleNamespace(
+        deadline=None, cancel=lambda: ended.append("drain"),
+        seconds=None, under_way=None, leaves_out_newest=lambda: False,
+    )  # fmt: skip
     return Stopping(
         engine, ledger, console, draining, GRACE,  # type: ignore[arg-type]
         begun=lambda: said.append("begun"), end=lambda: ended.append("attempt"),
+        recalled=lambda: True, save=lambda: said.append("save"),
     )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ from supervisor.model import (
     Fact,
     FirstStep,
     Limits,
+    NoticeReceived,
+    NoticeWithdrawn,
     Progress,
     Resumed,
     RunEnded,
@@ -46,6 +48,7 @@ from supervisor.model import (
     State,
     StopCause,
     StopRequested,
+    StopWithdrawn,
     Tier,
     WorkersReady,
 )
@@ -70,6 +73,8 @@ _STORED: tuple[Event, ...] = (
     CheckpointRejected,
     CheckpointsPruned,
 )
+#: what others intend; only a StopRequested follows from it
+_NOTICED: tuple[Event, ...] = (DeadlineSet, NoticeReceived, NoticeWithdrawn)
 #: what changes no state as long as there is work
 _COURSE: tuple[Event, ...] = (
     StandbyReady,
@@ -77,7 +82,7 @@ _COURSE: tuple[Event, ...] = (
     Resumed,
     AttemptEnded,
     RunEnded,
-    DeadlineSet,
+    *_NOTICED,
     *_STORED,
 )
 
@@ -112,15 +117,16 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         StopRequested: State.STOPPING,
         Action.RESTART: State.RESTARTING,
         **_ENDS,
-        **_stay(State.RUNNING, Progress, *_COURSE),
+        **_stay(State.RUNNING, FirstStep, Progress, *_COURSE),
     },
     State.STOPPING: {  # the request may meet an attempt that is just being launched
         RunStarted: State.STARTING,
         **_ENDS,
+        StopWithdrawn: State.RUNNING,  # wherever the attempt was: its first step may come yet
         **_stay(State.STOPPING, StopRequested, AttemptStarted, FirstStep, Progress, *_COURSE),
     },
     **{
-        end: {RunStarted: State.STARTING, **_stay(end, StopRequested, DeadlineSet, RunEnded, *_STORED)}
+        end: {RunStarted: State.STARTING, **_stay(end, StopRequested, RunEnded, *_NOTICED, *_STORED)}
         for end in (State.COMPLETED, State.PREEMPTED, State.FAILED)
     },
 }
@@ -216,7 +222,7 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
             return record.with_(drain_failure=fact.reason, drain_failure_time=fact.time)
         case CheckpointRejected() | CheckpointsPruned():
             return record.with_(checkpoint=None) if _is_gone(record.checkpoint, fact) else record
-        case StopRequested() | DeadlineSet():
+        case StopRequested() | DeadlineSet() | NoticeWithdrawn() | StopWithdrawn():
             return _noticed(record, fact)
         case AttemptEnded():
             return _attempt_ended(record, fact)
@@ -321,8 +327,19 @@ def _progressed(record: JobRecord, step: int) -> JobRecord:
     return record
 
 
-def _noticed(record: JobRecord, fact: StopRequested | DeadlineSet) -> JobRecord:
-    return record.with_(stop=fact) if isinstance(fact, StopRequested) else record.with_(deadline=fact)
+def _noticed(
+    record: JobRecord, fact: StopRequested | DeadlineSet | NoticeWithdrawn | StopWithdrawn
+) -> JobRecord:
+    match fact:
+        case StopRequested():
+            return record.with_(stop=fact)
+        case DeadlineSet():
+            return record.with_(deadline=fact)
+        case StopWithdrawn():
+            return record.with_(stop=None)
+        case NoticeWithdrawn(source=source):
+            theirs = record.deadline is not None and record.deadline.source == source
+            return record.with_(deadline=None) if theirs else record
 
 
 def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from supervisor.decide.deadline import Deadline
@@ -76,7 +76,9 @@ def _is_news(notice: Notice, before: Notice | None) -> bool:
 
 def deadline(standing: Collection[Notice]) -> Deadline | None:
     """The nearest end among those that ask for a stop; None: no such notice, or none with a time."""
-    ends = [(n.deadline, n.source) for n in standing if n.effect is not Effect.WARN and n.deadline is not None]
+    ends = [
+        (n.deadline, n.source) for n in standing if n.effect is not Effect.WARN and n.deadline is not None
+    ]
     if not ends:
         return None
     end, source = min(ends)
@@ -86,6 +88,17 @@ def deadline(standing: Collection[Notice]) -> Deadline | None:
 def urgent(standing: Collection[Notice]) -> Notice | None:
     """The notice for which the job must stop now."""
     return next((notice for notice in standing if notice.effect is Effect.STOP), None)
+
+
+def as_of(notice: Notice, began: float) -> Notice:
+    """The notice as a run takes it that ``began`` then.
+
+    One whose time was over by then has stopped the run before this one, or has come to nothing: to stop again would only
+    idle until the machine does go.
+    """
+    if notice.effect is Effect.WARN or notice.deadline is None or notice.deadline > began:
+        return notice
+    return replace(notice, effect=Effect.WARN)
 
 
 class Plan(enum.Enum):

@@ -1,0 +1,1 @@
+"""The clouds' metadata services, emulated, and what everstep makes of them."""
