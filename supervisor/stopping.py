@@ -16,7 +16,7 @@ from supervisor.engine import Engine
 from supervisor.ledger import Ledger
 from supervisor.model import StopCause, StopRequested
 
-SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopping:

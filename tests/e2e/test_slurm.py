@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +26,7 @@ class Stories:
     """Every story, told side by side from the first test on."""
 
     def __init__(self, one: lab.Lab, folder: Path, pool: ThreadPoolExecutor) -> None:
+        self.lab = one
         self._told: dict[str, tuple[Story, Future[None]]] = {}
         for tell in jobs.STORIES:
             story = Story(one, folder / tell.__name__)
@@ -46,6 +50,20 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stories]:
         told = Stories(one, tmp_path_factory.mktemp("slurm"), pool)
         yield told
         told.close()
+
+
+def test_the_doctor_knows_the_cluster(stories: Stories) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "doctor", "--json"], env=stories.lab.environment, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    found = {one["check"]: one for one in json.loads(result.stdout)}
+    assert found["slurm requeue"]["level"] == "ok"
+    assert found["slurm KillWait"]["found"].startswith(f"{lab.KILL_WAIT} s")
+    assert found["slurm preemption"]["found"] == f"REQUEUE, GraceTime {lab.GRACE} s"
+    assert found["slurm ProctrackType"]["level"] == "warning"
+    assert found["slurm time limit"]["found"].startswith("60 min")
+    assert found["slurm /dev/shm"]["level"] == "ok"
 
 
 def check_finished(story: Story) -> None:
@@ -99,7 +117,7 @@ def test_a_cancelled_job_is_saved_and_not_requeued(stories: Stories) -> None:
 
 def test_of_a_job_that_was_killed_nothing_stays_in_memory(stories: Stories) -> None:
     story = stories["killed"]
-    assert story.shown["Restarts"] == "0"
+    assert story.shown["ExitCode"] == "137:0", story.log
     assert not story.job.runtime.exists()
 
 
