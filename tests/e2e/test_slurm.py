@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.model import Resumed, State, StopRequested
+from supervisor.model import DeadlineSet, Resumed, State, StopRequested
 from tests.e2e.conftest import STEPS
 from tests.e2e.harness import digests
 from tests.slurm import jobs, lab
@@ -89,7 +89,7 @@ def test_it_is_requeued_once_and_ends_on_the_same_bits(
     assert story.log.count(f"SLURM job {story.number} requeued") == story.job.record.preemptions
     assert int(story.shown["Restarts"]) == story.job.record.preemptions
     if name == "preemption":
-        assert "a preemption by SLURM" in story.log
+        assert "a preemption by SLURM" in {fact.source for fact in story.job.facts(DeadlineSet)}
     else:
         stop = story.job.facts(StopRequested)[0]
         assert stop.source == "SLURM's time limit"
