@@ -114,14 +114,14 @@ def _dispatch(arguments: Sequence[str]) -> int:
     )
     parsers |= asking.add_parsers(checkpoints, _Parser, _add_job)
     parsers["rehearse"] = rehearse.add_parser(commands, _add_job)
-    parsers["simulate"] = simulate.add_parser(commands)
     parsers["submit"] = submit.add_parser(commands)
     parsers["doctor"] = doctor.add_parser(commands, _add_job)
+    parsers["simulate"] = simulate.add_parser(commands)
     parsed, unknown = parser.parse_known_args(list(arguments))
     command = parsed.command
     if command is None:
         parser.reject(unknown)
-        parser.error("no command given: run, status, checkpoints, rehearse, simulate, submit or doctor")
+        parser.error("no command given: run, status, checkpoints, rehearse, submit, doctor or simulate")
     if command == "checkpoints":
         command = parsed.action
     parsers[command].reject(unknown)

@@ -173,7 +173,7 @@ def _study(given: Mapping[str, Any]) -> Study:
         raise UsageError(f"--runs {given['runs']}: at least 1")
     seen = None if given["dir"] is None else _measured(Path(given["dir"]).expanduser().absolute())
     preset = None if given["preset"] is None else _preset(given["preset"])
-    if given["gpus"] is not None and preset is seen is None and given["mtbf"] is None:
+    if given["gpus"] is not None and preset is None and seen is None and given["mtbf"] is None:
         preset = _preset("llama3")
     mtbf, source = _mtbf(given, seen, preset)
     costs = {"step": 1.0, **({} if seen is None else seen.costs)}

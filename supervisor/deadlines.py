@@ -59,12 +59,13 @@ class Deadlines:
 
     def hear(self, deadline: Deadline | None) -> None:
         """What the notices that stand say; None: nothing."""
+        before = self.nearest
         if deadline is not None and (self._noticed is None or abs(deadline.end - self._noticed.end) > _SAME):
             self._noticed_at = clock.now()
-            self._ledger.add(
-                DeadlineSet(time=self._noticed_at, source=deadline.source, deadline=deadline.end)
-            )
-        self._noticed = deadline
+        self._noticed, now = deadline, clock.now()
+        nearest = self.nearest
+        if nearest is not None and (before is None or abs(nearest.end - before.end) > _SAME):
+            self._ledger.add(DeadlineSet(time=now, source=nearest.source, deadline=nearest.end))
         self._news.set()
 
     async def look(self) -> Deadline | None:

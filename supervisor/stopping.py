@@ -19,7 +19,7 @@ from supervisor.ledger import Ledger
 from supervisor.model import StopCause, StopRequested, StopWithdrawn
 from supervisor.noticing import Noticing, Source, means
 
-SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopping:

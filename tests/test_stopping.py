@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from supervisor.deadlines import Deadlines
-from supervisor.decide.deadline import MARGIN, Deadline
+from supervisor.decide.deadline import LEAST, MARGIN, Deadline
 from supervisor.edge import clock
 from supervisor.model import DeadlineSet, Fact, StopCause, StopRequested
 from supervisor.record import JobRecord, Point
 from supervisor.stopping import Stopping
 
 GRACE = 60.0
+DEADLINE = 30.0
 
 
 class Ledger:
@@ -53,11 +54,10 @@ def deadlines(engine: Engine, ledger: Ledger) -> tuple[Deadlines, list[Deadline]
     return Deadlines(engine, ledger, GRACE, stops.append), stops  # type: ignore[arg-type]
 
 
-def test_a_deadline_that_is_near_stops_the_job_at_once() -> None:
-    saved = Point(step=1, time=0.0, seconds=30.0)
-    ledger = Ledger(JobRecord(checkpoint=saved, rate=0.5))
-    kept, stops = deadlines(Engine(70.0), ledger)  # 10 s + 2 × (30 s + 2 s) are needed
-    asyncio.run(kept.watch())
+def test_a_deadline_that_has_come_stops_the_job_at_once() -> None:
+    ledger = Ledger()
+    kept, stops = deadlines(Engine(0.0), ledger)
+    asyncio.run(asyncio.wait_for(kept.watch(), DEADLINE))
     assert [stop.source for stop in stops] == ["a limit"]
     assert [type(fact) for fact in ledger.facts] == [DeadlineSet]
 
@@ -72,6 +72,20 @@ def test_a_deadline_that_is_far_away_is_looked_at_again() -> None:
     engine = Engine(7200.0)
     assert asyncio.run(watched(engine)) == []
     assert engine.asked == 1
+
+
+def test_what_a_save_took_decides_how_early_the_stop_begins() -> None:
+    async def due(record: JobRecord) -> float:
+        kept, _ = deadlines(Engine(7200.0), Ledger(record))
+        await kept.look()
+        left = kept._due_in()
+        assert left is not None
+        return left
+
+    saved, copied = Point(step=1, time=0.0, seconds=30.0), Point(step=1, time=0.0, seconds=1.0)
+    measured = JobRecord(checkpoint=saved, snapshot=copied, rate=0.5)
+    assert asyncio.run(due(measured)) == pytest.approx(7200 - LEAST - 2 * (30 + 1 + 2), abs=5)
+    assert asyncio.run(due(JobRecord())) == pytest.approx(7200 - GRACE, abs=5)
 
 
 def test_only_a_deadline_that_has_moved_is_news() -> None:

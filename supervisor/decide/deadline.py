@@ -3,8 +3,8 @@
 A job that is ended from outside (a time limit, a preemption with grace) is sent signals at ``end`` and is killed at
 ``kill``. Everything that a stop takes should fit before ``end``: the step that is under way, the agreed save, the drain to
 durable storage, the workers' leave. What these took so far is measured, and doubled for the next time; before anything was
-measured, the grace that the user allows is taken, but never more than half of what was left when the deadline became known:
-a short job must train for a part of its time.
+measured, the grace that the user allows is taken. Never more than a share of what was left when the deadline became known: a
+short job must train for a part of its time, or it would be stopped and run again for ever.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ LEAST: Final = (
     10.0  # for what is not measured: the way to the save point, the teardown, the scheduler's answer
 )
 SAFETY: Final = 2.0  # on what is measured
+LARGEST: Final = 0.75  # share of the time that was left, for what was measured
+LARGEST_UNKNOWN: Final = 0.5  # … and for what was not
 MARGIN: Final = 2.0  # before ``kill``: to write down why
 
 
@@ -45,10 +47,8 @@ def lead(costs: Costs, grace: float) -> float:
 
 def stop_at(deadline: Deadline, known_at: float, costs: Costs, grace: float) -> float:
     """When to ask for the stop. ``known_at``: when this deadline was first heard of."""
-    before = lead(costs, grace)
-    if costs.save is None:
-        before = min(before, max(0.0, deadline.end - known_at) / 2)
-    return deadline.end - before
+    share = LARGEST if costs.save is not None else LARGEST_UNKNOWN
+    return deadline.end - min(lead(costs, grace), share * max(0.0, deadline.end - known_at))
 
 
 def patience(deadline: Deadline | None, began: float, costs: Costs, grace: float) -> float:

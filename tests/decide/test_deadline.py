@@ -25,6 +25,7 @@ def deadline(end: float, kill_wait: float = 30.0) -> Deadline:
         (Costs(save=20.0, step=5.0), 0.0, DAY - LEAST - 50),
         (Costs(save=300.0), 0.0, DAY - LEAST - 600),  # longer than the grace: measured is measured
         (Costs(save=0.1), DAY - 20, DAY - LEAST - 0.2),
+        (Costs(save=200.0), DAY - 300, DAY - 225),  # it must train for a part of its time
     ],
 )
 def test_when_to_stop(costs: Costs, known_at: float, expected: float) -> None:

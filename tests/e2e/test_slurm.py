@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from supervisor.model import Resumed, State, StopRequested
+from supervisor.model import DeadlineSet, Resumed, State, StopRequested
 from tests.e2e.conftest import STEPS
 from tests.e2e.harness import digests
 from tests.slurm import jobs, lab
@@ -23,6 +26,7 @@ class Stories:
     """Every story, told side by side from the first test on."""
 
     def __init__(self, one: lab.Lab, folder: Path, pool: ThreadPoolExecutor) -> None:
+        self.lab = one
         self._told: dict[str, tuple[Story, Future[None]]] = {}
         for tell in jobs.STORIES:
             story = Story(one, folder / tell.__name__)
@@ -48,6 +52,20 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stories]:
         told.close()
 
 
+def test_the_doctor_knows_the_cluster(stories: Stories) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "doctor", "--json"], env=stories.lab.environment, capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    found = {one["check"]: one for one in json.loads(result.stdout)}
+    assert found["slurm requeue"]["level"] == "ok"
+    assert found["slurm KillWait"]["found"].startswith(f"{lab.KILL_WAIT} s")
+    assert found["slurm preemption"]["found"] == f"REQUEUE, GraceTime {lab.GRACE} s"
+    assert found["slurm ProctrackType"]["level"] == "warning"
+    assert found["slurm time limit"]["found"].startswith("60 min")
+    assert found["slurm /dev/shm"]["level"] == "ok"
+
+
 def check_finished(story: Story) -> None:
     """It ended well, in more than one allocation, and no step was done twice."""
     assert (story.shown["JobState"], story.shown["ExitCode"]) == ("COMPLETED", "0:0"), story.log
@@ -71,7 +89,7 @@ def test_it_is_requeued_once_and_ends_on_the_same_bits(
     assert story.log.count(f"SLURM job {story.number} requeued") == story.job.record.preemptions
     assert int(story.shown["Restarts"]) == story.job.record.preemptions
     if name == "preemption":
-        assert "a preemption by SLURM" in story.log
+        assert "a preemption by SLURM" in {fact.source for fact in story.job.facts(DeadlineSet)}
     else:
         stop = story.job.facts(StopRequested)[0]
         assert stop.source == "SLURM's time limit"
@@ -99,7 +117,7 @@ def test_a_cancelled_job_is_saved_and_not_requeued(stories: Stories) -> None:
 
 def test_of_a_job_that_was_killed_nothing_stays_in_memory(stories: Stories) -> None:
     story = stories["killed"]
-    assert story.shown["Restarts"] == "0"
+    assert story.shown["ExitCode"] == "137:0", story.log
     assert not story.job.runtime.exists()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -132,7 +133,7 @@ def preemption(story: Story) -> None:
 def limit(story: Story) -> None:
     """Its time is up before it is done: it has to stop early enough, and go on in the next allocation."""
     story.submit(
-        ["--nodelist=n3", "--time=1"],
+        ["--nodelist=n1", "--time=1"],
         ["--checkpoint-every", "5s", "--standby", "off", *harness.torchrun(*story.train(pause=3))],
     )  # fmt: skip
     while True:  # on a machine that is too busy an allocation may end before the first step
@@ -155,15 +156,16 @@ def cancel(story: Story) -> None:
 
 
 def killed(story: Story) -> None:
-    """All of it is killed at once: what it had in memory is the epilog's to remove."""
+    """Its supervisor is killed, and all with it: what it had in memory is the epilog's to remove."""
     story.submit(
         ["--nodelist=n1", "--time=10"],
         ["--snapshot-every", "1step", "--standby", "off", sys.executable, harness.TRAIN, *story.train()],
     )
     story.until_it_steps()
     assert story.job.runtime.exists()
-    story.lab.call("scancel", "--signal=KILL", story.number)
-    story.until("FAILED", "CANCELLED")
+    assert story.job.record.pid is not None
+    os.kill(story.job.record.pid, signal.SIGKILL)
+    story.until("FAILED")
 
 
 def container(story: Story) -> None:
@@ -183,7 +185,7 @@ def container(story: Story) -> None:
     (story.folder / "everstep.yaml").write_text("standby: off\nsnapshot-every: never\n")
     path = f"{tools}:{os.environ['PATH']}"
     output = story.lab.call(
-        "sbatch", "--parsable", "--time=10", "--nodelist=n2", TEMPLATE, cwd=story.folder,
+        "sbatch", "--parsable", "--time=10", "--nodelist=n3", TEMPLATE, cwd=story.folder,
         environment=story.environment(PATH=path),
     )  # fmt: skip
     story.number = output.strip()
@@ -199,7 +201,7 @@ def chain(story: Story) -> None:
         ["--snapshot-every", "never", "--standby", "off", sys.executable, harness.TRAIN, *story.train()],
     )
     story.until_it_steps()
-    story.lab.call("scancel", "--signal=TERM", story.number)
+    story.lab.call("scancel", "--signal=USR2", story.number)
     story.until("FAILED")
     first, story.number = story.number, _successor(story)
     assert story.number != first

@@ -23,8 +23,8 @@ import psutil
 
 EPILOG = Path(__file__).parents[2] / "deploy" / "slurm" / "epilog.sh"
 NODES = ("n1", "n2", "n3")
-GRACE = 15  # seconds
-KILL_WAIT = 20  # seconds
+GRACE = 60  # seconds
+KILL_WAIT = 60  # seconds
 DEADLINE = 90.0
 PATIENCE = 20.0  # seconds that a client command may take
 
