@@ -50,6 +50,7 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
+        self.environ: dict[str, str] = {}  # beside ours
         self._seen = -1
 
     def start(
@@ -60,7 +61,7 @@ class Job:
         argv = [sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, *options, *command]
         with open(self.output_path, "ab") as sink:
             self.process = subprocess.Popen(
-                [str(word) for word in argv], cwd=ROOT, env=environment(faults), stdin=subprocess.DEVNULL,
+                [str(word) for word in argv], cwd=ROOT, env=environment(faults) | self.environ, stdin=subprocess.DEVNULL,
                 stdout=sink, stderr=sink, start_new_session=True,
             )  # fmt: skip
         return self.process
