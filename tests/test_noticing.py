@@ -1,0 +1,290 @@
+"""Notices during a run: what they bring about, what is saved in the time that is left, what can be taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from supervisor.decide import lifecycle
+from supervisor.decide.notices import Notice
+from supervisor.edge import clock
+from supervisor.engine import Alone
+from supervisor.errors import ProtocolError
+from supervisor.model import (
+    DeadlineSet,
+    Effect,
+    Fact,
+    NoticeReceived,
+    NoticeWithdrawn,
+    State,
+    StopCause,
+    StopRequested,
+    StopWithdrawn,
+)
+from supervisor.noticing import Standing
+from supervisor.record import JobRecord, Point
+from supervisor.savepoints import SavePoints
+from supervisor.stopping import Stopping
+
+GRACE = 60.0
+MEASURED = JobRecord(
+    snapshot=Point(step=90, time=0.0, seconds=1.0),
+    checkpoint=Point(step=50, time=0.0, seconds=20.0),
+    rate=1.0,
+)
+
+
+def notice(effect: Effect, seconds: float | None, key: str = "n1") -> Notice:
+    end = None if seconds is None else clock.now() + seconds
+    return Notice(source=f"a cloud: {key}", key=key, effect=effect, deadline=end, revocable=True)
+
+
+class Source:
+    """Tells what the test has it tell; acknowledges, or hangs."""
+
+    name = "a cloud"
+
+    def __init__(self, hangs: bool = False) -> None:
+        self.hangs = hangs
+        self.acknowledged: list[str] = []
+
+    async def watch(self, standing: Standing, say: Callable[[str], None]) -> None:
+        self.tell = standing
+        await asyncio.Event().wait()
+
+    async def acknowledge(self, notice: Notice) -> str | None:
+        if self.hangs:
+            await asyncio.Event().wait()
+        self.acknowledged.append(notice.key)
+        return f"{notice.key} acknowledged"
+
+
+class Run:
+    """A ``Stopping`` with nothing but its surroundings replaced; what it does is put down in order."""
+
+    def __init__(self, record: JobRecord | None = None, recalls: bool = True, **draining: Any) -> None:
+        self.done: list[str] = []
+        self.said: list[str] = []
+        self.facts: list[Fact] = []
+        self.source = Source()
+        means = {"seconds": None, "under_way": None, "leaves_out_newest": lambda: False} | draining
+        self.stopping = Stopping(
+            Alone(),
+            SimpleNamespace(record=record or JobRecord(), add=self.facts.append),  # type: ignore[arg-type]
+            SimpleNamespace(say=self.said.append),  # type: ignore[arg-type]
+            SimpleNamespace(deadline=None, cancel=lambda: self.done.append("cancel"), **means),  # type: ignore[arg-type]
+            GRACE,
+            begun=lambda: self.done.append("stop"),
+            end=lambda: self.done.append("end"),
+            recalled=lambda: recalls,
+            save=lambda: self.done.append("save"),
+            source=self.source,
+        )
+        self.tell = self.stopping._noticing.standing
+
+    def of(self, kind: type[Fact]) -> list[Fact]:
+        return [fact for fact in self.facts if isinstance(fact, kind)]
+
+
+def within_a_loop(test: Callable[[], Any]) -> None:
+    async def run() -> None:
+        outcome = test()
+        if asyncio.iscoroutine(outcome):
+            await outcome
+
+    asyncio.run(run())
+
+
+def test_a_warning_saves_and_goes_on() -> None:
+    def test() -> None:
+        run = Run()
+        run.tell((notice(Effect.WARN, 60),))
+        assert run.done == ["save"]
+        assert run.stopping.requested is None
+        assert run.of(DeadlineSet) == []
+        assert "a checkpoint is made, and the job goes on" in run.said[0]
+        run.tell((notice(Effect.WARN, 60),))
+        assert len(run.said) == 1, "once"
+
+    within_a_loop(test)
+
+
+def test_an_urgent_notice_stops_with_the_time_that_it_gives() -> None:
+    def test() -> None:
+        run = Run()
+        run.tell((notice(Effect.STOP, 30),))
+        assert run.done == ["stop"]
+        stop = run.stopping.requested
+        assert stop is not None
+        assert (stop.cause, stop.source) == (StopCause.PREEMPTION, "a cloud: n1")
+        assert run.stopping._patience == pytest.approx(28, abs=2)
+        run.tell((notice(Effect.STOP, 30), notice(Effect.STOP, 10, "n2")))
+        assert run.stopping._patience == pytest.approx(8, abs=2), "another one is nearer"
+        assert run.done == ["stop"]
+
+    within_a_loop(test)
+
+
+@pytest.mark.parametrize(
+    ("left", "draining", "done", "said"),
+    [
+        (60, {"leaves_out_newest": lambda: True}, ["stop"], "all ranks save the same step and stop"),
+        (30, {"leaves_out_newest": lambda: True}, ["stop", "end"], "the snapshot in memory is made durable"),
+        (15, {"under_way": 12.0}, ["stop", "end"], "the checkpoint that is being written is finished"),
+    ],
+)
+def test_what_is_saved_depends_on_the_time_that_is_left(
+    left: float, draining: dict[str, Any], done: list[str], said: str
+) -> None:
+    def test() -> None:
+        run = Run(MEASURED, **draining)
+        run.tell((notice(Effect.STOP, left),))
+        assert run.done == done
+        assert said in run.said[-1]
+        assert run.stopping.cut_short == (None if len(done) == 1 else "plan")
+
+    within_a_loop(test)
+
+
+def test_a_far_deadline_is_saved_for_and_withdrawn() -> None:
+    def test() -> None:
+        run = Run()
+        run.tell((notice(Effect.LEAVE, 7200),))
+        assert run.done == ["save"]
+        assert [fact.source for fact in run.of(DeadlineSet)] == ["a cloud: n1"]  # type: ignore[attr-defined]
+        assert run.stopping._deadlines.nearest is not None
+        run.tell(())
+        assert run.stopping._deadlines.nearest is None
+        assert run.stopping.requested is None
+        assert run.said[-1] == "a cloud: n1: over, or withdrawn"
+        assert len(run.of(NoticeWithdrawn)) == 1
+
+    within_a_loop(test)
+
+
+def test_a_deadline_that_comes_near_stops() -> None:
+    async def test() -> None:
+        run = Run(MEASURED)
+        watch = asyncio.create_task(run.stopping._deadlines.watch())
+        run.tell((notice(Effect.LEAVE, 7200),))
+        await asyncio.sleep(0)
+        assert run.stopping.requested is None
+        run.tell((replace(notice(Effect.LEAVE, 7200), deadline=clock.now() + 0.001),))
+        await asyncio.wait_for(watch, 30)
+        assert run.stopping.requested is not None
+        assert run.done == ["save", "save", "stop"]
+
+    within_a_loop(test)
+
+
+@pytest.mark.parametrize("recalls", [True, False])
+def test_a_stop_that_has_become_needless(recalls: bool) -> None:
+    def test() -> None:
+        run = Run(recalls=recalls)
+        run.tell((notice(Effect.STOP, 30),))
+        run.tell(())
+        assert run.stopping.seen.is_set() is not recalls
+        assert (run.stopping.requested is None) is recalls
+        assert len(run.of(StopWithdrawn)) == (1 if recalls else 0)
+        (withdrawn,) = run.of(NoticeWithdrawn)
+        assert withdrawn.too_late is not recalls  # type: ignore[attr-defined]
+        assert run.said[-1].endswith("the job goes on" if recalls else "run it again")
+        if recalls:
+            assert run.stopping._draining.deadline is None
+            run.tell((notice(Effect.STOP, 30),))
+            assert run.done == ["stop", "stop"], "and it can be asked for again"
+
+    within_a_loop(test)
+
+
+def test_a_stop_that_somebody_else_wants_stands() -> None:
+    def test() -> None:
+        run = Run()
+        run.tell((notice(Effect.STOP, 30), notice(Effect.STOP, 40, "n2")))
+        run.tell((notice(Effect.STOP, 40, "n2"),))
+        assert run.stopping.requested is not None
+        assert run.of(StopWithdrawn) == []
+
+    within_a_loop(test)
+
+
+def test_what_was_over_before_does_not_stop_the_next_run() -> None:
+    def test() -> None:
+        run = Run()
+        run.tell((notice(Effect.LEAVE, -60), notice(Effect.STOP, -60, "n2")))
+        assert run.done == ["save"]
+
+    within_a_loop(test)
+
+
+def test_stops_are_acknowledged_and_warnings_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        run = Run()
+        run.tell((notice(Effect.WARN, 60), notice(Effect.STOP, 30, "n2")))
+        await run.stopping.acknowledge()
+        assert run.source.acknowledged == ["n2"]
+        assert run.said[-1] == "n2 acknowledged"
+        monkeypatch.setattr("supervisor.noticing.ACKNOWLEDGE", 0.01)
+        run.source.hangs = True
+        await run.stopping.acknowledge()
+        assert "in time" in run.said[-1]
+
+    within_a_loop(test)
+
+
+def test_a_source_that_is_broken_is_said_and_ends_nothing() -> None:
+    async def test() -> None:
+        run = Run()
+
+        async def broken(*_: object) -> None:
+            raise RuntimeError("a bug")
+
+        run.source.watch = broken  # type: ignore[method-assign]
+        task = asyncio.ensure_future(run.stopping._noticing.watch())
+        run.stopping._background(task)
+        with contextlib.suppress(RuntimeError):
+            await task
+        await asyncio.sleep(0)
+        assert "unexpected RuntimeError" in run.said[-1]
+
+    within_a_loop(test)
+
+
+# ------------------------------------------------------------------ the stop, as the ranks and the journal see it
+
+
+def test_a_stop_is_recalled_from_the_ranks_only_before_they_heard_of_it() -> None:
+    from supervisor.model import ProposalFlag
+
+    attempt = SimpleNamespace(steps=[], in_session=False, seats={})
+    savepoints = SavePoints(attempt)  # type: ignore[arg-type]
+    assert not savepoints.recall_stop()
+    savepoints.want(ProposalFlag.STOP | ProposalFlag.CHECKPOINT)
+    assert savepoints.recall_stop()
+    assert savepoints._wanted == ProposalFlag.CHECKPOINT, "the checkpoint is still welcome"
+    savepoints._out, savepoints._wanted = ProposalFlag.STOP | ProposalFlag.CHECKPOINT, None
+    assert not savepoints.recall_stop()
+
+
+def test_a_job_that_was_asked_to_stop_and_goes_on() -> None:
+    now = 100.0
+    running = JobRecord(state=State.RUNNING, attempt=0)
+    stop = StopRequested(time=now, cause=StopCause.PREEMPTION, source="a cloud", deadline=now + 30)
+    received = NoticeReceived(time=now, source="a cloud", key="n1", effect=Effect.STOP)
+    with_deadline = DeadlineSet(time=now, source="a cloud", deadline=now + 30)
+    stopping = lifecycle.fold([received, with_deadline, stop], running)
+    assert (stopping.state, stopping.stop) == (State.STOPPING, stop)
+    withdrawn = [
+        StopWithdrawn(time=now, source="a cloud"),
+        NoticeWithdrawn(time=now, source="a cloud", key="n1"),
+    ]
+    again = lifecycle.fold(withdrawn, stopping)
+    assert (again.state, again.stop, again.deadline) == (State.RUNNING, None, None)
+    with pytest.raises(ProtocolError):
+        lifecycle.apply(running, withdrawn[0])
