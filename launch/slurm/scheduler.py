@@ -50,6 +50,7 @@ class Slurm:
 
     def __post_init__(self) -> None:
         self._kill_wait: float | None = None
+        self._answered = False
 
     @property
     def name(self) -> str:
@@ -69,9 +70,10 @@ class Slurm:
         job = self._job()
         if job is None:
             end = self.allocation.end_time
-            return (
-                None if end is None else Deadline(source="SLURM's time limit", end=end, kill=end + KILL_WAIT)
-            )
+            if end is None or self._answered:  # what was told later holds
+                return None
+            return Deadline(source="SLURM's time limit", end=end, kill=end + KILL_WAIT)
+        self._answered = True
         now, kill_wait = self.now(), self._wait_before_kill()
         if job.restarts > self.allocation.restarts or job.state == "COMPLETING":
             return Deadline(source="the end of the SLURM job", end=now, kill=now + kill_wait)

@@ -12,9 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-LEAST: Final = (
-    10.0  # for what is not measured: the way to the save point, the teardown, the scheduler's answer
-)
+LEAST: Final = 10.0  # for what is never measured: the workers' leave, the teardown, the scheduler's answer
 SAFETY: Final = 2.0  # on what is measured
 LARGEST: Final = 0.75  # share of the time that was left, for what was measured
 LARGEST_UNKNOWN: Final = 0.5  # … and for what was not

@@ -255,6 +255,14 @@ def test_the_deadline_where_nobody_says() -> None:
     assert (told.end, told.kill) == (1764063301, 1764063331)
 
 
+def test_a_controller_that_answers_no_more_has_not_taken_back_what_it_said() -> None:
+    one = slurm(Controller(show(end="1764063200"), None), {**HET, "SLURM_JOB_END_TIME": "1764063301"})
+    first, then = (asyncio.run(one.deadline()) for _ in range(2))
+    assert first is not None
+    assert first.end == 1764063200
+    assert then is None, "which is no news"
+
+
 @pytest.mark.parametrize("code", [0, 1, 64, 70, 78, 130])
 def test_only_a_job_that_is_to_be_run_again_is_requeued(code: int) -> None:
     client = Controller(show())
