@@ -21,6 +21,7 @@ request, waiting      step: save() was called; the rank stands at the proposed s
 metrics               step, values
 closed                step, completed: the Session's loop was left
 raised, exiting       type, message, traceback, bases, step; code
+left                  a worker that fails has run all of the script's exit handlers
 ====================  ==================================================================================
 """
 
