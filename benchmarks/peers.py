@@ -56,8 +56,8 @@ class Run:
         script.write_text(source)
         self.job = self.folder / "job"
         places = {"SCRIPT": str(script), "JOB": str(self.job)}
-        words = [places.get(str(word), str(word)) for word in command]
-        everything = {
+        self._words = [places.get(str(word), str(word)) for word in command]
+        self._environment = {
             **os.environ,
             "BENCH": str(self.folder),
             "PYTHONPATH": str(ROOT),
@@ -65,9 +65,18 @@ class Run:
             "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
             **(environment or {}),
         }
-        with open(self.folder / "output", "wb") as sink:
+        self.start()
+
+    def start(self) -> None:
+        """Start the command."""
+        with open(self.folder / "output", "ab") as sink:
             self.process = subprocess.Popen(
-                words, env=everything, cwd=self.folder, stdout=sink, stderr=sink, start_new_session=True
+                self._words,
+                env=self._environment,
+                cwd=self.folder,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
             )
 
     @property
@@ -95,7 +104,7 @@ class Run:
             return [root, *root.children(recursive=True)]
         return []
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End all of it, and only it."""
         tree = self.tree()
         for process in tree:  # the loop first, or it would start the next
@@ -103,6 +112,10 @@ class Run:
                 process.kill()
         self.process.wait()
         psutil.wait_procs(tree[1:], timeout=20)
+
+    def close(self) -> None:
+        """End it and leave nothing behind."""
+        self.end()
         if self.runtime is not None:
             shutil.rmtree(self.runtime, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
