@@ -39,8 +39,8 @@ def run(words: list[str]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _redirect()
     link = _greet()
-    leaving = Leaving(link)
     gate = Gate(link, str(Path(__file__).absolute().parents[1]))
+    leaving = Leaving(link, gate)
     if form == "command":
         gate.wait()
         _execute(link, rest)

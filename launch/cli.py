@@ -206,8 +206,14 @@ def _run_parser(commands: Any) -> _Parser:
         stopping.add_argument(f"--hang-{name}", metavar="TIME", help=text)
     stopping.add_argument(
         "--standby",
-        metavar="on|off",
-        help="keep the next attempt launched and imported, so that a failure costs a fraction of a second (default: on)",
+        metavar="on|off|init",
+        help="keep the next attempt launched and imported, so that a failure costs a fraction of a second; init: also run "
+        "the script ahead, up to init_process_group (default: on)",
+    )
+    stopping.add_argument(
+        "--standby-memory",
+        metavar="SIZE",
+        help="drop the standby when less memory than this is available (default: 5 %% of all)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -26,6 +26,7 @@ import stat
 import sys
 from typing import Any, Final
 
+from launch.warmup import Gate
 from supervisor.edge.link import Link
 
 _BUFFERED: Final = frozenset({_io.BufferedWriter, _io.BufferedRandom, _io.BufferedRWPair})
@@ -35,8 +36,8 @@ _NOTHING_TO_WRITE: Final = frozenset({_io.BufferedReader, _io.FileIO, _io.BytesI
 class Leaving:
     """Made before anything of the script's runs, so that its handler comes after all of the script's."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, link: Link, gate: Gate) -> None:
+        self._link, self._gate = link, gate
         self._worker = os.getpid()
         self._is_last = not atexit._ncallbacks()
         self._code = 0
@@ -49,6 +50,7 @@ class Leaving:
 
     def says(self, code: int) -> None:
         """The script is over and is going to exit with this code."""
+        self._gate.ends_here()
         self._code = code
         self._link.tell("exiting", code=code)
 

@@ -24,7 +24,7 @@ from supervisor.about import version
 from supervisor.attempt import Attempt
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.edge import clock, jobdir, processes, threads
+from supervisor.edge import clock, jobdir, memory, processes, threads
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.errors import EverstepError
@@ -73,7 +73,9 @@ class Node:
         self._launcher = Launcher(program, job.path, file.run_id, self._runtime)
         self._welcome: Message = {"save_every_steps": list(options.save_every)}
         self._standby = Standby(
-            enabled=options.standby == "on",
+            enabled=options.standby != "off",
+            ahead=options.standby == "init",
+            keep_free=memory.total() // 20 if options.standby_memory is None else options.standby_memory,
             launcher=self._launcher,
             folder_of=job.attempt,
             welcome=self._welcome,
@@ -165,7 +167,7 @@ class Node:
     async def _run_attempt(self) -> Verdict:
         record = self._ledger.record
         number = 0 if record.attempt is None else record.attempt + 1
-        standby = self._standby.take(number, record.world_size)
+        standby = await self._standby.take(number, record.world_size)
         if standby is None:
             await self._standby.drop()
         attempt = standby.attempt if standby else self._new_attempt(number)
