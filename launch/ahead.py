@@ -45,6 +45,9 @@ _IMPORTING: Final = (
     "<frozen importlib._bootstrap>",
     "<frozen zipimport>",
 )
+#: looks through the directories of ``sys.path`` for installed packages and their versions
+_METADATA: Final = os.path.join(os.path.dirname(os.__file__), "importlib", "metadata", "__init__.py")
+_TEMPFILE: Final = os.path.join(os.path.dirname(os.__file__), "tempfile.py")
 _HARMLESS: Final = (
     "/proc/",
     "/sys/",
@@ -136,6 +139,14 @@ class Ahead:
                 self._opened.set()
                 self._within = None
 
+    def give_up(self) -> bool:
+        """The main thread is through. Whether nobody has come to the gate; else wait with who has."""
+        with self._lock:
+            if self._opened.is_set():
+                return False
+            self._within = threading.get_ident()
+            return True
+
     # ------------------------------------------------------------------ torch
 
     def _guard(self, torch: Any) -> None:
@@ -183,7 +194,7 @@ class Ahead:
             self.stand(event)
         elif event in _LISTING:
             path = arguments[0] if arguments else None
-            if not (self._is_installed(path) or _is_importing(sys._getframe(1))):
+            if not (self._is_installed(path) or _is_importing(sys._getframe(1), _METADATA)):
                 self.stand(f"{event} of {path}")
         elif event in _CHANGING and not _is_importing(sys._getframe(1)):
             self.stand(f"{event} of {arguments[0]}")
@@ -274,8 +285,16 @@ def _absolute(path: Any) -> str:
     return os.path.abspath(os.fsdecode(path))
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    """Whether the import system itself is at it, and not a module that is being imported."""
+def _is_importing(frame: FrameType | None, *others: str) -> bool:
+    """Whether the import system itself is at it (or a file of ``others``), and not a module that is being imported.
+
+    Or ``tempfile``, which tries, with a file that it removes again, where temporary files can be made.
+    """
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename in _IMPORTING
+    if frame is None:
+        return False
+    code = frame.f_code
+    return code.co_filename in (*_IMPORTING, *others) or (
+        code.co_name == "_get_default_tempdir" and code.co_filename == _TEMPFILE
+    )

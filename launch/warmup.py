@@ -104,6 +104,7 @@ class Gate:
     def __init__(self, link: Link, root: str) -> None:
         self._link, self._root = link, root
         self._recorder: Recorder | None = None
+        self._ahead: Ahead | None = None
         #: whether this is a standby's worker that has not been let begin
         self.is_closed = bool(os.environ.get(links.STANDBY))
 
@@ -135,13 +136,13 @@ class Gate:
     def _go_ahead(self) -> None:
         own = [os.environ["EVERSTEP_DIR"], str(self._link.runtime)]
         held = [*map(os.path.abspath, own), *self._link.welcome.get("hold", ())]
-        ahead = Ahead(self.wait, _installed_places(self._root), held)
+        self._ahead = ahead = Ahead(self.wait, _installed_places(self._root), held)
         links.in_front_of_current = lambda: ahead.stand("a Session")
         ahead.start()
 
     def ends_here(self) -> None:
-        """The script is over; if it has not come to the gate, so is this process, without any of its exit handlers."""
-        if self.is_closed:
+        """The main thread is through. Where nobody has come to the gate the process ends, without any of its exit handlers."""
+        if self._ahead is not None and self._ahead.give_up():
             if sys.exc_info()[0] is not None:
                 traceback.print_exc()
             os.kill(os.getpid(), signal.SIGKILL)
