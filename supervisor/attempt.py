@@ -73,6 +73,7 @@ class Attempt:
         self._launcher = processes.spawn(argv, environment, self.logs / "torchrun.log")
         if self.standby:
             self._yields = processes.yield_cpu(self._launcher)
+            processes.offer_to_oom_killer(self._launcher)
         self._launcher_fd = processes.open_pidfd(self._launcher)
         if self._launcher_fd is None:
             self._launcher_ended()
@@ -115,9 +116,11 @@ class Attempt:
     def begin(self) -> None:
         """A standby is let begin: from now on it counts."""
         self._oom_before = forensics.oom_kills()
+        launcher = [self._launcher] if self._launcher is not None else []
+        pids = [*launcher, *(seat.pid for seat in self.seats.values())]
+        processes.take_from_oom_killer(pids)
         if self._yields:
-            launcher = [self._launcher] if self._launcher is not None else []
-            processes.compete_again([*launcher, *(seat.pid for seat in self.seats.values())])
+            processes.compete_again(pids)
 
     @property
     def is_full(self) -> bool:

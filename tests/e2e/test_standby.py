@@ -224,9 +224,12 @@ with harness.job(Path(sys.argv[1]) / "job") as job:
     t.ready(job, 1)
     waiting = t.workers(job, 1)
     assert [os.sched_getscheduler(p.pid) for p in waiting] == [os.SCHED_BATCH] * 2
+    score = lambda pid: Path(f"/proc/{pid}/oom_score_adj").read_text()
+    assert [score(p.pid) for p in [*waiting, waiting[0].parent()]] == ["1000\\n"] * 3
     t.workers(job, 0)[1].kill()
     t.recovered(job, 1, standby=True)
     for process in [*waiting, waiting[0].parent()]:
+        assert score(process.pid) == score("self")
         for task in os.listdir(f"/proc/{process.pid}/task"):
             assert os.sched_getscheduler(int(task)) == os.SCHED_OTHER, (process, task)
     job.signal(signal.SIGTERM)
