@@ -4,18 +4,19 @@ All of it follows from the record, after the AttemptEnded that says so was appli
 
 - *Bad* is what lies beyond the last step whose numbers were in order. If nothing is left before that, the oldest state before
   the trouble itself is kept: it is not known to be bad.
-- *Again* is a trouble that comes before a good state lies ``PASSED`` steps behind the last one. Steps are exact, so from the
+- *Again* is a trouble that comes before the numbers were in order ``PASSED`` steps beyond the last one. Steps are exact, so from the
   same state the same numbers come again unless something outside was at fault. So each repetition goes ``back`` checkpoints
   further (the state itself may have been spoilt before it was noticed), and with ``times`` of them it is over.
 - *Left out*, if that is asked for, are the ``skip`` steps up to and including the one that showed the trouble; twice as many
-  at each repetition, as the cause may lie before what is seen. They stay left out for the rest of the job.
+  at each repetition, as the cause may lie before what is seen. They stay left out for the rest of the job. A state that has
+  learned from some of them is no state to go back to, if there is an older one.
 
 A numeric exception of the script's own (it checks its loss itself) is such a trouble too, once the guard is on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
@@ -47,21 +48,21 @@ def plan(record: JobRecord, failure: Failure) -> Plan | None:
         good = step - 1 if failure.exception else record.resumed_step - 1
     states = _states(record)
     number = 1
-    if record.trouble_step is not None and not any(
-        record.trouble_step + PASSED <= state <= good for state in states
-    ):
+    if record.trouble_step is not None and good < record.trouble_step + PASSED:
         number = record.rollbacks_in_a_row + 1
     bad_from = good + 1
     if 1 < number <= limits.guard_times:
         before = [state for state in states if state < min(bad_from, record.resumed_step)]
         bad_from = before[-min(limits.guard_back, len(before))] + 1 if before else bad_from
-    if not any(state < bad_from for state in states):
-        left = next((state for state in states if state <= step), None)
-        bad_from = max(bad_from, left + 1) if left is not None else bad_from
     skip = None
     if limits.guard_skip:
         length = limits.guard_skip << min(number - 1, _MOST_DOUBLINGS)
         skip = Skip(first=max(0, step + 1 - length), stop=step + 1, batches=failure.batches)
+        bad_from = min(bad_from, skip.first + 1)
+    if not any(state < bad_from for state in states):
+        left = next((state for state in states if state <= step), None)
+        bad_from = max(bad_from, left + 1) if left is not None else bad_from
+        skip = skip and replace(skip, first=max(skip.first, left or 0))
     return Plan(bad_from=max(0, bad_from), number=number, skip=skip)
 
 
@@ -104,10 +105,13 @@ def condemn(record: JobRecord, attempt: int, step: int) -> JobRecord:
 def carry_out(record: JobRecord, number: int, skip: Skip | None) -> JobRecord:
     """The record after the verdict to roll back."""
     failure = record.last_failure
+    step = failure.step if failure is not None else None
+    if number > 1 and record.trouble_step is not None:  # two troubles in turns are not each other's progress
+        step = max(step or 0, record.trouble_step)
     return record.with_(
         rollbacks=record.rollbacks + 1,
         rollbacks_in_a_row=number,
-        trouble_step=failure.step if failure is not None else None,
+        trouble_step=step,
         rolled_from=record.resumed_step,
         skips=record.skips if skip is None else leave_out(record.skips, skip),
     )
