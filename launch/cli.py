@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import rehearse, watching
+from launch import rehearse, simulate, watching
 from supervisor.errors import EverstepError, UsageError
 
 if TYPE_CHECKING:
@@ -115,11 +115,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
     )
     parsers |= _checkpoints_parsers(checkpoints)
     parsers["rehearse"] = rehearse.add_parser(commands, _add_job)
+    parsers["simulate"] = simulate.add_parser(commands)
     parsed, unknown = parser.parse_known_args(list(arguments))
     command = parsed.command
     if command is None:
         parser.reject(unknown)
-        parser.error("no command given: run, status, checkpoints or rehearse")
+        parser.error("no command given: run, status, checkpoints, rehearse or simulate")
     if command == "checkpoints":
         command = parsed.action
     parsers[command].reject(unknown)
@@ -130,6 +131,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         from launch import show
 
         return show.status(find_job(parsed.dir), json=parsed.json, watch=parsed.watch)
+    if command == "simulate":
+        return simulate.answer(given)
     if command == "rehearse":
         return rehearse.answer(given, lambda: find_job(parsed.dir))
     return _checkpoints(given)
