@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import rehearse, simulate
+from launch import rehearse, simulate, watching
 from supervisor.errors import EverstepError, UsageError
 
 if TYPE_CHECKING:
@@ -43,14 +43,6 @@ OUTPUT_TEXT = (
     "the ending says the format: .safetensors, .pt or .pth; a name without one becomes a directory of safetensors as "
     "Hugging Face has them"
 )
-
-
-_HANG_LIMITS = {
-    "startup": "up to the first step, without a sign of life (default: 30m, once it is known to make steps)",
-    "floor": "no learned limit is shorter (default: 1m with a Session, 10m without)",
-    "ceiling": "no learned limit is longer; also that of evaluation phases (default: 30m)",
-    "silence": "without any output, for programs without torch (default: never)",
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,14 +191,7 @@ def _run_parser(commands: Any) -> _Parser:
     stopping.add_argument(
         "--grace", metavar="TIME", help="time a stop may take to save the state (default: 60s)"
     )
-    stopping.add_argument(
-        "--hang",
-        metavar="auto|off|TIME",
-        help="when ranks that do not go on are killed and restarted: auto learns from the job's own steps, a TIME is "
-        "the longest that a step may take (default: auto)",
-    )
-    for name, text in _HANG_LIMITS.items():
-        stopping.add_argument(f"--hang-{name}", metavar="TIME", help=text)
+    watching.add_options(stopping)
     stopping.add_argument(
         "--standby",
         metavar="on|off|init",

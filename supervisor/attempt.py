@@ -23,7 +23,7 @@ from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, Phase, SessionFlag, Word
 from supervisor.edge.link import ATTEMPT, control_folder, page_path, stacks_path
 from supervisor.errors import StorageError
-from supervisor.model import AttemptEvidence, Hang, Raised, RankEnd
+from supervisor.model import AttemptEvidence, Hang, Raised, RankEnd, Trouble
 from supervisor.seat import Seat
 
 ECHO_GRACE = 0.3  # seconds for the root cause of what may be a consequence
@@ -54,6 +54,7 @@ class Attempt:
         self.finished = False  # every rank left with code 0
         self.stopping = False  # a stop was asked for: leaving early is what we want
         self._hang: Hang | None = None
+        self._trouble: Trouble | None = None
         self._stacks: dict[int, str] = {}
         self._run_id = run_id
         self._launcher: int | None = None
@@ -163,6 +164,12 @@ class Attempt:
         """It does not go on: end it for that."""
         if not self.ended.is_set():
             self._hang, self._stacks = hang, stacks
+            self.ended.set()
+
+    def goes_wrong(self, trouble: Trouble) -> None:
+        """Its numbers are no good any more: end it for that."""
+        if not self.ended.is_set():
+            self._trouble = trouble
             self.ended.set()
 
     def stacks_of(self, seat: Seat) -> Path:
@@ -353,7 +360,8 @@ class Attempt:
     @property
     def noticed(self) -> float | None:
         """Unix seconds of the first sign of its end: a death, an exception, or our own decision to kill it."""
-        signs = [self._launcher_end, self._killed_at, self._hang.monotonic if self._hang else None]
+        ended_for = self._hang or self._trouble
+        signs = [self._launcher_end, self._killed_at, ended_for.monotonic if ended_for else None]
         for seat in self.seats.values():
             told_at = seat.told_at if seat.left else 0.0
             signs += [seat.end.monotonic if seat.end else None, seat.raised_at or told_at or None]
@@ -380,6 +388,7 @@ class Attempt:
             launcher_lines=forensics.last_lines(self.logs / "torchrun.log"),
             has_session=self.has_session,
             hang=self._hang,
+            trouble=self._trouble,
             stacks=self._stacks or {rank: text for rank, text in crashed.items() if text},
         )
 

@@ -19,6 +19,7 @@ from supervisor.errors import ProtocolError
 
 RUNTIME: Final = "EVERSTEP_RUNTIME"  # the job's runtime directory on this node (tmpfs)
 ATTEMPT: Final = "EVERSTEP_ATTEMPT"
+STEP: Final = "EVERSTEP_STEP"  # the step that a Session went on from, set when it is entered
 STANDBY: Final = "EVERSTEP_STANDBY"  # which standby this process was launched as; absent: none
 WORKER_PID: Final = "EVERSTEP_WORKER_PID"  # the process the link belongs to: not its children
 
