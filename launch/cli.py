@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import asking, doctor, rehearse, simulate, submit
+from launch import asking, doctor, rehearse, simulate, submit, watching
 from supervisor.errors import EverstepError, UsageError
 
 if TYPE_CHECKING:
@@ -35,13 +35,6 @@ intervals: 1step, 50steps, 10s, 5m, 1h, never
 exit codes: 0 finished, 75 state saved and to be run again, 130 stopped by the user (saved), 1 gave up (the last lines
 say why), 64 wrong usage, 78 wrong configuration or job directory, 70 a bug of everstep
 """
-
-_HANG_LIMITS = {
-    "startup": "up to the first step, without a sign of life (default: 30m, once it is known to make steps)",
-    "floor": "no learned limit is shorter (default: 1m with a Session, 10m without)",
-    "ceiling": "no learned limit is longer; also that of evaluation phases (default: 30m)",
-    "silence": "without any output, for programs without torch (default: never)",
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -196,18 +189,17 @@ def _run_parser(commands: Any) -> _Parser:
     stopping.add_argument(
         "--grace", metavar="TIME", help="time a stop may take to save the state (default: 60s)"
     )
-    stopping.add_argument(
-        "--hang",
-        metavar="auto|off|TIME",
-        help="when ranks that do not go on are killed and restarted: auto learns from the job's own steps, a TIME is "
-        "the longest that a step may take (default: auto)",
-    )
-    for name, text in _HANG_LIMITS.items():
-        stopping.add_argument(f"--hang-{name}", metavar="TIME", help=text)
+    watching.add_options(stopping)
     stopping.add_argument(
         "--standby",
-        metavar="on|off",
-        help="keep the next attempt launched and imported, so that a failure costs a fraction of a second (default: on)",
+        metavar="on|off|init",
+        help="keep the next attempt launched and imported, so that a failure costs a fraction of a second; init: also run "
+        "the script ahead, up to init_process_group (default: on)",
+    )
+    stopping.add_argument(
+        "--standby-memory",
+        metavar="SIZE",
+        help="drop the standby when less memory than this is available (default: 5 %% of all)",
     )
     stopping.add_argument(
         "--notices",

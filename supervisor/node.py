@@ -11,26 +11,26 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from supervisor import evidence as evidences
 from supervisor import vigil
-from supervisor.about import version
 from supervisor.attempt import Attempt
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.edge import clock, jobdir, processes, threads
+from supervisor.edge import clock, jobdir, memory, processes, threads
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.engine import Engine
 from supervisor.errors import EverstepError
-from supervisor.launching import Launcher
+from supervisor.launching import Launcher, run_started
 from supervisor.ledger import Ledger
+from supervisor.lookout import Warnings
 from supervisor.model import (
     Action,
     AttemptEnded,
@@ -39,7 +39,6 @@ from supervisor.model import (
     Decided,
     Failure,
     RunEnded,
-    RunStarted,
     StopRequested,
     Verdict,
 )
@@ -73,15 +72,19 @@ class Node:
         self._stores = Stores(options, job, file, ledger, console)
         self._snapshots, self._draining = self._stores.snapshots, self._stores.draining
         self._launcher = Launcher(program, job.path, file.run_id, self._runtime)
-        self._welcome: Message = {"save_every_steps": list(options.save_every)}
+        guard = asdict(options.guard_policy) if options.guard_policy.is_on else None
+        self._welcome: Message = {"save_every_steps": list(options.save_every), "guard": guard}
         self._standby = Standby(
-            enabled=options.standby == "on",
+            enabled=options.standby != "off",
+            ahead=options.standby == "init",
+            keep_free=memory.total() // 20 if options.standby_memory is None else options.standby_memory,
             launcher=self._launcher,
             folder_of=job.attempt,
             welcome=self._welcome,
             ledger=ledger,
             console=console,
         )
+        self._warnings = Warnings(options, ledger, console)
         self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
         self._engine = engine
         self._stopping = Stopping(
@@ -101,19 +104,8 @@ class Node:
         """From taking charge to leaving; returns the exit code."""
         processes.become_subreaper()
         swept = await self._stores.sweep()
-        record, limits = self._ledger.record, self._options
-        self._ledger.add(
-            RunStarted(
-                time=clock.now(),
-                epoch=self._file.epoch,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                command=self._program.command,
-                version=version(),
-                max_failures=limits.max_failures,
-                max_preemptions=limits.max_preemptions,
-            )
-        )
+        record = self._ledger.record
+        self._ledger.add(run_started(self._options, self._program, self._file.epoch))
         if not jobdir.is_in_memory(self._runtime):
             self._console.say(f"/dev/shm is too small: snapshots go to {self._runtime}")
         for notice in (*self._program.notices, vigil.describe(self._options)):
@@ -157,7 +149,7 @@ class Node:
     async def _supervise(self) -> Verdict:
         while True:
             verdict = await self._run_attempt()
-            if verdict.action is not Action.RESTART:
+            if not verdict.action.goes_on:
                 return verdict
             if verdict.delay:
                 await self._standby.drop()
@@ -169,17 +161,18 @@ class Node:
     async def _run_attempt(self) -> Verdict:
         record = self._ledger.record
         number = 0 if record.attempt is None else record.attempt + 1
-        standby = self._standby.take(number, record.world_size)
+        standby = await self._standby.take(number, record.world_size)
         if standby is None:
             await self._standby.drop()
         attempt = standby.attempt if standby else self._new_attempt(number)
         self._ledger.add(AttemptStarted(time=clock.now(), attempt=number, standby=standby is not None))
         resume = asyncio.create_task(self._stores.choose())
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
-        savepoints = SavePoints(attempt)
+        self._warnings.begin()
+        savepoints = SavePoints(attempt, record.skips)
         self._pulse = Pulse(
             attempt, self._options, self._ledger, self._snapshots, self._draining, savepoints, self._console, self._drive_stop,
-            on_first_step=lambda: self._standby.arm(attempt),
+            on_first_step=lambda: self._standby.arm(attempt), warnings=self._warnings,
         )  # fmt: skip
         self._reception = Reception(
             attempt,
@@ -274,12 +267,13 @@ class Node:
         attempt.close()
         self._ledger.add(ended)
         if failure is not None:
+            await self._stores.condemn(failure)
             self._chores.append(partial(self._write_evidence, attempt.folder, failure, evidence))
         if stopped and self._stopping.requested is not None:
             return await self._final_stop(self._stopping.requested, failure)
         if failure is not None:
             verdict = restart.decide(self._ledger.record, failure)
-            if verdict.action is Action.RESTART:
+            if verdict.action.goes_on:
                 return self._decided(verdict)
             return await self._final(lambda: verdict)
         return await self._final(lambda: restart.decide_finished(self._ledger.record), last_step)
@@ -310,9 +304,11 @@ class Node:
                 action=verdict.action,
                 reason=verdict.reason,
                 delay=verdict.delay,
+                rollback=verdict.rollback,
+                skip=verdict.skip,
             )
         )
-        if verdict.action is Action.RESTART:
+        if verdict.action.goes_on:
             self._console.say(f"attempt {number}: {verdict.reason}")
         return verdict
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from supervisor import numbers
 from supervisor.decide import goodput, lifecycle, straggler
 from supervisor.edge import arenas
 from supervisor.edge.arenas import Arenas
@@ -160,6 +161,8 @@ def to_json(status: Status) -> dict[str, Any]:
         "metrics": {name: _number(value) for name, value in status.metrics.items()},
         "own_shares": [round(share, 3) for _, share in sorted(status.own_shares.items())],
         "slow_rank": straggler.slowest(status.own_shares),
+        "warnings": numbers.warnings(record, alive=status.alive),
+        "guard": numbers.guard(record),
         "restarts": record.restarts,
         "preemptions": record.preemptions,
         "last_failure": None
@@ -206,6 +209,7 @@ def to_text(status: Status) -> str:
         ("progress", _progress(status)),
         *_deadline(status),
         *_slow_rank(status),
+        *numbers.rows(record, alive=status.alive),
         ("snapshot", _held_text(status.snapshot, status.now)),
         ("checkpoint", _held_text(status.checkpoint, status.now)),
         *(
