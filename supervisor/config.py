@@ -94,6 +94,8 @@ class Options:
     ``init_process_group``."""
     standby_memory: int | None = None
     """Bytes of memory that are to stay free: when less is available the standby is dropped. None: 5 % of all."""
+    requeue: str = "auto"
+    """Under a scheduler, have a job that has saved for a stop run again: ``auto`` (where that is possible) or ``off``."""
     quiet: bool = False
     """Print everstep's own messages only, not the workers' output (which is in the logs)."""
     continue_: bool = False
@@ -233,6 +235,15 @@ def _size(value: object) -> int:
     return int(float(found[1]) * _BYTES[found[2].upper()])
 
 
+def _requeue(value: object) -> str:
+    if isinstance(value, bool):  # YAML reads on and off as these
+        value = "auto" if value else "off"
+    word = _text(value).strip().lower()
+    if word not in ("auto", "off"):
+        raise ConfigError(f"{word!r}; allowed: auto, off")
+    return word
+
+
 def _snapshot_interval(value: object) -> Interval:
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ConfigError(f"{value} has no unit; allowed: {INTERVALS}")
@@ -313,6 +324,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "guard_back": _whole,
     "standby": _standby,
     "standby_memory": _size,
+    "requeue": _requeue,
     "quiet": _switch,
     "continue_": _switch,
 }
