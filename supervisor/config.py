@@ -222,19 +222,10 @@ def _switch(value: object) -> bool:
     return value
 
 
-def _standby(value: object) -> str:
-    if isinstance(value, bool):  # YAML reads on and off as these
-        return "on" if value else "off"
-    word = _text(value).strip().lower()
-    if word not in ("on", "off", "init"):
-        raise ConfigError(f"{word!r}; allowed: on, off, init")
-    return word
-
-
 def _one_of(*words: str) -> Callable[[object], str]:
     def read(value: object) -> str:
         if isinstance(value, bool):  # YAML reads on and off as these
-            value = "auto" if value else "off"
+            value = words[0] if value else "off"
         word = _text(value).strip().lower()
         if word not in words:
             raise ConfigError(f"{word!r}; allowed: {', '.join(words)}")
@@ -328,7 +319,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "guard_skip": guard_options.steps,
     "guard_times": _whole,
     "guard_back": _whole,
-    "standby": _standby,
+    "standby": _one_of("on", "off", "init"),
     "notices": _one_of("auto", "aws", "gcp", "azure", "slurm", "none"),
     "requeue": _one_of("auto", "off"),
     "standby_memory": _size,

@@ -70,13 +70,8 @@ def _stay(state: State, *events: Event) -> dict[Event, State]:
 
 #: facts about stored state
 _STORED: tuple[Event, ...] = (
-    SnapshotCompleted,
-    CheckpointCommitted,
-    CheckpointFailed,
-    CheckpointRejected,
-    CheckpointsPruned,
-    StatesCondemned,
-)
+    SnapshotCompleted, CheckpointCommitted, CheckpointFailed, CheckpointRejected, CheckpointsPruned, StatesCondemned,
+)  # fmt: skip
 #: what others intend; only a StopRequested follows from it
 _NOTICED: tuple[Event, ...] = (DeadlineSet, NoticeReceived, NoticeWithdrawn)
 #: what changes no state as long as there is work
@@ -358,15 +353,17 @@ def _progressed(record: JobRecord, step: int) -> JobRecord:
     return record
 
 
-def _noticed(
-    record: JobRecord, fact: StopRequested | DeadlineSet | NoticeWithdrawn | StopWithdrawn
-) -> JobRecord:
-    if isinstance(fact, StopRequested | StopWithdrawn):
-        return record.with_(stop=fact if isinstance(fact, StopRequested) else None)
-    if isinstance(fact, DeadlineSet):
-        return record.with_(deadline=fact)
-    theirs = record.deadline is not None and record.deadline.source == fact.source
-    return record.with_(deadline=None) if theirs else record
+def _noticed(record: JobRecord, fact: Fact) -> JobRecord:
+    match fact:
+        case StopRequested():
+            return record.with_(stop=fact)
+        case StopWithdrawn():
+            return record.with_(stop=None)
+        case DeadlineSet():
+            return record.with_(deadline=fact)
+        case NoticeWithdrawn(source=source) if record.deadline and record.deadline.source == source:
+            return record.with_(deadline=None)
+    return record
 
 
 def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
