@@ -124,7 +124,7 @@ def test_the_machine_comes_back_and_the_job_carries_on(tmp_path: Path) -> None:
     pause = tmp_path / "pause"
     settings = {
         "EVERSTEP_DIR": str(job.folder), "EVERSTEP_INSTALL": str(SPOT / "install.sh"), "EVERSTEP_DEVICE": str(pause),
-        "EVERSTEP_COMMAND": f"torchrun --nproc-per-node=2 {TRAIN} --out {out} --pause 0.2",
+        "EVERSTEP_COMMAND": f"torchrun --nproc-per-node=2 {TRAIN} --out {out} --pause 0.1",
     }  # fmt: skip
     for boot in range(2):
         result = installed(root, SPOT / "gcp-startup.sh", **settings)
