@@ -90,7 +90,12 @@ class Options:
     guard_back: int = 1
     """How many checkpoints further back each repetition goes."""
     standby: str = "on"
-    """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``."""
+    """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``. ``init``: also run the script ahead, up to
+    ``init_process_group``."""
+    standby_memory: int | None = None
+    """Bytes of memory that are to stay free: when less is available the standby is dropped. None: 5 % of all."""
+    requeue: str = "auto"
+    """Under a scheduler, have a job that has saved for a stop run again: ``auto`` (where that is possible) or ``off``."""
     quiet: bool = False
     """Print everstep's own messages only, not the workers' output (which is in the logs)."""
     continue_: bool = False
@@ -218,12 +223,24 @@ def _standby(value: object) -> str:
     if isinstance(value, bool):  # YAML reads on and off as these
         return "on" if value else "off"
     word = _text(value).strip().lower()
-    if word == "init":
-        raise ConfigError(
-            "init (a standby that has run up to init_process_group) is not there yet; allowed: on, off"
-        )
-    if word not in ("on", "off"):
-        raise ConfigError(f"{word!r}; allowed: on, off")
+    if word not in ("on", "off", "init"):
+        raise ConfigError(f"{word!r}; allowed: on, off, init")
+    return word
+
+
+def _size(value: object) -> int:
+    found = _RATE.fullmatch(_text(value).strip()) if isinstance(value, str) and "/" not in value else None
+    if not found:
+        raise ConfigError(f"{value!r} is no amount of memory; allowed: 500MB, 2GB, 0B")
+    return int(float(found[1]) * _BYTES[found[2].upper()])
+
+
+def _requeue(value: object) -> str:
+    if isinstance(value, bool):  # YAML reads on and off as these
+        value = "auto" if value else "off"
+    word = _text(value).strip().lower()
+    if word not in ("auto", "off"):
+        raise ConfigError(f"{word!r}; allowed: auto, off")
     return word
 
 
@@ -306,6 +323,8 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "guard_times": _whole,
     "guard_back": _whole,
     "standby": _standby,
+    "standby_memory": _size,
+    "requeue": _requeue,
     "quiet": _switch,
     "continue_": _switch,
 }

@@ -303,11 +303,20 @@ class WarningCleared(Fact):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeadlineSet(Fact):
+    """The job is ended at ``deadline`` (Unix seconds), says ``source``; the newest one holds."""
+
+    source: str
+    deadline: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StopRequested(Fact):
     """The job must stop soon. ``source`` is the signal's or notice's name."""
 
     cause: StopCause
     source: str
+    deadline: float | None = None  # Unix seconds at which the job is ended, where that is known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,7 +199,10 @@ class Reception:
         self._attempt.raised(seat, raised)
 
     def _on_exiting(self, seat: Seat, message: Message) -> None:
-        seat.told_code = int(message["code"])
+        seat.told_code, seat.told_at = int(message["code"]), clock.monotonic()
+
+    def _on_left(self, seat: Seat, message: Message) -> None:
+        self._attempt.left(seat)
 
 
 def _numbers(values: Any) -> dict[str, float]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from supervisor.model import Condemned, Failure, Limits, Skip, State, StopRequested, WarningRaised
+from supervisor.model import (
+    Condemned,
+    DeadlineSet,
+    Failure,
+    Limits,
+    Skip,
+    State,
+    StopRequested,
+    WarningRaised,
+)
 from supervisor.timesheet import Activity, Timesheet
 
 
@@ -50,6 +59,7 @@ class JobRecord:
     drain_failure: str | None = None  # why no newer checkpoint could be written; None: the last one was
     drain_failure_time: float | None = None
     stop: StopRequested | None = None
+    deadline: DeadlineSet | None = None  # of the run: when it is ended from outside
     metrics: dict[str, float] = field(default_factory=dict)
     # numbers that went wrong, and what follows (decide/rollback.py)
     durable: tuple[int, ...] = ()  # steps of the checkpoints, the newest last; of the last few dozen

@@ -11,6 +11,7 @@ from supervisor.model import (
     AttemptEnded,
     AttemptStarted,
     CheckpointCommitted,
+    DeadlineSet,
     Decided,
     Fact,
     Failure,
@@ -173,6 +174,8 @@ class _Author:
 
     def stop(self, number: int, step: int) -> Verdict:
         cause = StopCause.USER if self.chance(2) else StopCause.PREEMPTION
+        if self.chance(2):
+            self.write(DeadlineSet(time=self.tick(), source="a limit", deadline=1e6))
         stop = StopRequested(time=self.tick(), cause=cause, source="SIGTERM")
         self.write(stop)
         self.save(number, step)

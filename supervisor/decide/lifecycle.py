@@ -32,6 +32,7 @@ from supervisor.model import (
     CheckpointFailed,
     CheckpointRejected,
     CheckpointsPruned,
+    DeadlineSet,
     Decided,
     Fact,
     FirstStep,
@@ -75,8 +76,16 @@ _STORED: tuple[Event, ...] = (
 )
 #: what changes no state as long as there is work
 _COURSE: tuple[Event, ...] = (
-    StandbyReady, WorkersReady, Resumed, WarningRaised, WarningCleared, AttemptEnded, RunEnded, *_STORED,
-)  # fmt: skip
+    StandbyReady,
+    WorkersReady,
+    Resumed,
+    WarningRaised,
+    WarningCleared,
+    AttemptEnded,
+    RunEnded,
+    DeadlineSet,
+    *_STORED,
+)
 
 _ENDS: dict[Event, State] = {
     Action.COMPLETE: State.COMPLETED,
@@ -119,7 +128,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         **_stay(State.STOPPING, StopRequested, AttemptStarted, FirstStep, Progress, *_COURSE),
     },
     **{
-        end: {RunStarted: State.STARTING, **_stay(end, StopRequested, RunEnded, *_STORED)}
+        end: {RunStarted: State.STARTING, **_stay(end, StopRequested, DeadlineSet, RunEnded, *_STORED)}
         for end in (State.COMPLETED, State.PREEMPTED, State.FAILED)
     },
 }
@@ -215,8 +224,8 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
             return _not_stored(record, fact)
         case WarningRaised() | WarningCleared():
             return _warned(record, fact)
-        case StopRequested():
-            return record.with_(stop=fact)
+        case StopRequested() | DeadlineSet():
+            return _noticed(record, fact)
         case AttemptEnded():
             return _attempt_ended(record, fact)
         case Decided():
@@ -250,6 +259,7 @@ def _run_started(record: JobRecord, fact: RunStarted) -> JobRecord:
             guard_skip=fact.guard_skip,
         ),
         stop=None,
+        deadline=None,
         exit_code=None,
         reason=None,
     )
@@ -348,6 +358,10 @@ def _progressed(record: JobRecord, step: int) -> JobRecord:
     if step > record.preemption_committed_step:
         record = record.with_(preemptions_since_progress=0)
     return record
+
+
+def _noticed(record: JobRecord, fact: StopRequested | DeadlineSet) -> JobRecord:
+    return record.with_(stop=fact) if isinstance(fact, StopRequested) else record.with_(deadline=fact)
 
 
 def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:

@@ -22,6 +22,9 @@ from supervisor.record import JobRecord
 #: why another attempt would be pointless; None: it might work
 Rule = Callable[[JobRecord, Failure], str | None]
 
+#: EX_TEMPFAIL: the state is saved, and the same command carries on
+EXIT_AGAIN = 75
+
 _LONGEST_DELAY = 60.0
 _NETWORK_DELAY = 5.0
 
@@ -135,7 +138,7 @@ def exit_code(action: Action, stop: StopRequested | None = None) -> int:
         case Action.GIVE_UP:
             return 1
         case Action.STOP:
-            return 130 if stop is not None and stop.cause is StopCause.USER else 75
+            return 130 if stop is not None and stop.cause is StopCause.USER else EXIT_AGAIN
         case Action.RESTART | Action.ROLL_BACK:
             raise ValueError("a restart does not end the run")
 
