@@ -80,9 +80,8 @@ class Options:
     guard_norm: str = "grad_norm"
     """The name under which the norm of the gradients is logged."""
     guard_factor: float = 10.0
-    """A loss is a spike when it is further above its mean than so many mean absolute deviations …"""
     guard_patience: int = 3
-    """… for so many logged steps in a row."""
+    """A loss is a spike when it lies ``factor`` mean absolute deviations above its mean, so many logged steps in a row."""
     guard_skip: int = 0
     """Steps to leave out after a rollback, with their data, up to the one that showed the trouble. 0: none."""
     guard_times: int = 3
@@ -318,10 +317,8 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "guard_loss": _text,
     "guard_norm": _text,
     "guard_factor": guard_options.factor,
-    "guard_patience": _whole,
     "guard_skip": guard_options.steps,
-    "guard_times": _whole,
-    "guard_back": _whole,
+    **dict.fromkeys(("guard_patience", "guard_times", "guard_back"), _whole),
     "standby": _standby,
     "standby_memory": _size,
     "requeue": _requeue,
