@@ -80,8 +80,9 @@ class Options:
     guard_norm: str = "grad_norm"
     """The name under which the norm of the gradients is logged."""
     guard_factor: float = 10.0
+    """A loss is a spike when it lies so many mean absolute deviations above its mean …"""
     guard_patience: int = 3
-    """A loss is a spike when it lies ``factor`` mean absolute deviations above its mean, so many logged steps in a row."""
+    """… for so many logged steps in a row."""
     guard_skip: int = 0
     """Steps to leave out after a rollback, with their data, up to the one that showed the trouble. 0: none."""
     guard_times: int = 3
