@@ -80,7 +80,7 @@ class Options:
     guard_norm: str = "grad_norm"
     """The name under which the norm of the gradients is logged."""
     guard_factor: float = 10.0
-    """A loss is a spike when it is further above its mean than so many mean absolute deviations …"""
+    """A loss is a spike when it lies so many mean absolute deviations above its mean …"""
     guard_patience: int = 3
     """… for so many logged steps in a row."""
     guard_skip: int = 0
@@ -315,10 +315,8 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "guard_loss": _text,
     "guard_norm": _text,
     "guard_factor": guard_options.factor,
-    "guard_patience": _whole,
     "guard_skip": guard_options.steps,
-    "guard_times": _whole,
-    "guard_back": _whole,
+    **dict.fromkeys(("guard_patience", "guard_times", "guard_back"), _whole),
     "standby": _one_of("on", "off", "init"),
     "notices": _one_of("auto", "aws", "gcp", "azure", "slurm", "none"),
     "requeue": _one_of("auto", "off"),

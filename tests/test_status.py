@@ -35,8 +35,12 @@ from supervisor.model import (
     Resumed,
     RunEnded,
     RunStarted,
+    Skip,
     SnapshotCompleted,
     State,
+    WarningCleared,
+    WarningKind,
+    WarningRaised,
     WorkersReady,
 )
 from supervisor.record import JobRecord
@@ -357,3 +361,34 @@ def test_any_job_can_be_shown(facts: list[Fact], alive: bool, live: Live | None,
 def test_numbers_that_json_lacks_are_null() -> None:
     record = JobRecord(metrics={"loss": float("nan")})
     assert status.to_json(status.describe(Path("job"), record, 0, alive=False))["metrics"] == {"loss": None}
+
+
+def test_warnings_of_a_job_that_runs_and_what_the_guard_has_done(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    facts = running()
+    begun, *others = facts
+    skip = Skip(first=40, stop=42)
+    rolled = Decided(
+        time=1100.0, attempt=0, action=Action.ROLL_BACK, reason="rolling back", rollback=1, skip=skip
+    )
+    others = [rolled if isinstance(fact, Decided) else fact for fact in others]
+    warned = WarningRaised(
+        time=1121.0, attempt=1, kind=WarningKind.PLATEAU, step=100, text="loss has not fallen"
+    )
+    job.journal([replace(begun, guard="nan"), *others, warned])
+    record = status.read_status(job.path, 1125.0).record
+    alive = status.describe(job.path, record, 1125.0, alive=True)
+    assert status.to_json(alive)["guard"] == {
+        "mode": "nan", "rollbacks": 1, "rollbacks_left": 2, "left_out": [[40, 42]],
+    }  # fmt: skip
+    assert [(one["kind"], one["text"]) for one in status.to_json(alive)["warnings"]] == [
+        ("plateau", "loss has not fallen")
+    ]
+    assert "warning       loss has not fallen" in status.to_text(alive)
+    assert "guard         nan, 1 rollback, left out: steps 40 to 41" in status.to_text(alive)
+    over = status.describe(job.path, record, 1125.0, alive=False)
+    assert not status.to_json(over)["warnings"]
+    assert "\nwarning " not in status.to_text(over)
+    taken_back = WarningCleared(time=1122.0, kind=WarningKind.PLATEAU, step=110)
+    job.journal([replace(begun, guard="nan"), *others, warned, taken_back])
+    assert not status.read_status(job.path, 1125.0).record.warnings

@@ -105,8 +105,9 @@ def test_what_comes_again_each_time_is_given_up_and_can_be_left_out_then(job: Jo
     command = torchrun("--out", tmp_path / "out", "--bad", "22:nan:all:all", script=GONE_WRONG)
     options = (*OFTEN, "--keep-last", "10", "--guard", "nan")
     assert job.run(command, *options, "--guard-times", "2") == 1, job.output
-    _, first, second = (fact.step for fact in job.facts(Resumed))
-    assert second < first <= 20 or second == first == 0  # where the first snapshot came late
+    resumed = [fact.step for fact in job.facts(Resumed)]
+    assert len(resumed) == 3
+    assert max(resumed) <= 22  # how far back depends on what was saved in time: tests/decide/test_rollback.py
     reason = job.facts(Decided)[-1].reason
     assert reason.startswith("giving up: loss is nan in step 22")
     assert "2 rollbacks did not get past it" in reason
