@@ -19,6 +19,7 @@ from supervisor.model import DeadlineSet
 
 _SAME: Final = 2.0  # seconds by which two answers may differ and mean the same
 _SHORTEST: Final = 1.0  # seconds between two looks
+_FIRST: Final = 2.0  # likewise, doubling up to the engine's period while nobody has said anything yet
 
 
 class Deadlines:
@@ -35,15 +36,16 @@ class Deadlines:
         """Look until the stop is called for, then no more. Cancel it to end it before."""
         if math.isinf(self._engine.period):
             return
+        period = min(_FIRST, self._engine.period)
         while True:
-            await self.look()
+            period = self._engine.period if await self.look() else min(2 * period, self._engine.period)
             due = self._due_in()
             if due is not None and due <= 0:
                 assert self._known is not None
                 self._stop(self._known)
                 return
             # a limit may have been moved: look once more before acting on it
-            await asyncio.sleep(max(_SHORTEST, min(self._engine.period, due or self._engine.period)))
+            await asyncio.sleep(max(_SHORTEST, min(period, due or period)))
 
     async def look(self) -> Deadline | None:
         """Ask the engine, and remember the answer; an engine that does not answer has not changed its mind."""
