@@ -21,6 +21,7 @@ from supervisor.model import DeadlineSet
 
 _SAME: Final = 2.0  # seconds by which two answers may differ and mean the same
 _SHORTEST: Final = 1.0  # seconds between two looks
+_FIRST: Final = 2.0  # likewise, doubling up to the engine's period while nobody has said anything yet
 
 
 class Deadlines:
@@ -38,16 +39,18 @@ class Deadlines:
 
     async def watch(self) -> None:
         """Look until the stop is called for, then no more. Cancel it to end it before."""
+        asks = not math.isinf(self._engine.period)
+        period = min(_FIRST, self._engine.period) if asks else math.inf
         while True:
             self._news.clear()
-            if not math.isinf(self._engine.period):
-                await self.look()
+            if asks:
+                period = self._engine.period if await self.look() else min(2 * period, self._engine.period)
             due, nearest = self._due_in(), self.nearest
             if due is not None and nearest is not None and due <= 0:
                 self._stop(nearest)
                 return
             # a limit may have been moved: look once more before acting on it
-            wait = max(_SHORTEST, min(self._engine.period, due or self._engine.period))
+            wait = max(_SHORTEST, min(period, due or period))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), None if math.isinf(wait) else wait)
 

@@ -166,3 +166,14 @@ def test_a_deadline_asks_for_a_stop_only_where_none_was_asked_for() -> None:
     said = asyncio.run(stopped())
     assert len(said) == 4
     assert said[2] == "a limit: all ranks save the same step and stop; they have 60 s (in 40 s)"
+
+
+def test_an_engine_that_has_not_answered_yet_is_asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after its period, which is long: a signal may be the next that is heard."""
+    monkeypatch.setattr("supervisor.deadlines._FIRST", 0.001)
+    monkeypatch.setattr("supervisor.deadlines._SHORTEST", 0.0)
+    engine = Engine(None, None, None, 0.0)
+    kept, stops = deadlines(engine, Ledger())
+    asyncio.run(asyncio.wait_for(kept.watch(), DEADLINE))
+    assert len(stops) == 1
+    assert engine.asked == 4

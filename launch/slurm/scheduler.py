@@ -88,20 +88,22 @@ class Slurm:
             return None
         if self.client is None:
             return "there is no scontrol here: the batch script has to requeue the job (exit code 75)"
-        problem: str | None = "scontrol did not answer"
+        done, problem = f"SLURM job {self.allocation.label} requeued", "scontrol did not answer"
+        asked = False
         for _ in range(_REQUEUES):
             job = self._job()
             if job is None:
                 continue
             again = shown.again(job, self.allocation.restarts)
-            if not again.ask:
-                return again.why
-            problem = self.client.requeue(self.allocation.requeue_id)
-            if problem is None:
-                return f"SLURM job {self.allocation.label} requeued"
+            if not again.ask:  # that may be our doing, though the answer was lost
+                return done if asked and job.restarts > self.allocation.restarts else again.why
+            refusal, asked = self.client.requeue(self.allocation.requeue_id), True
+            if refusal is None:
+                return done
+            problem = refusal
         job = self._job()
         if job is not None and job.restarts > self.allocation.restarts:
-            return f"SLURM job {self.allocation.label} requeued"
+            return done
         return f"SLURM job {self.allocation.label} could not be requeued ({problem}): submit it again"
 
     def _job(self) -> shown.ShownJob | None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,10 +28,16 @@ class Stories:
     def __init__(self, one: lab.Lab, folder: Path, pool: ThreadPoolExecutor) -> None:
         self.lab = one
         self._told: dict[str, tuple[Story, Future[None]]] = {}
+        self._first = Story(one, folder / jobs.STORIES[0].__name__)
         for tell in jobs.STORIES:
-            story = Story(one, folder / tell.__name__)
+            story = Story(one, folder / tell.__name__) if self._told else self._first
             story.folder.mkdir()
-            self._told[tell.__name__] = story, pool.submit(tell, story)
+            self._told[tell.__name__] = story, pool.submit(self._tell, tell, story)
+
+    def _tell(self, tell: Callable[[Story], None], story: Story) -> None:
+        if story is not self._first:
+            self._first.until_it_steps()
+        tell(story)
 
     def __getitem__(self, name: str) -> Story:
         story, future = self._told[name]

@@ -280,7 +280,7 @@ def test_a_heterogeneous_job_is_requeued_by_its_leader_and_an_arrays_task_by_its
 def test_a_requeue_whose_answer_was_lost_is_not_repeated() -> None:
     """It ends the job, and with it the very command that asked for it."""
     client = Controller(show(), show("COMPLETING", restarts=1), refusals=("scontrol ended with -15",))
-    assert slurm(client).leave(75) == "SLURM has requeued the job"
+    assert slurm(client).leave(75) == "SLURM job 4 requeued"
     assert client.requeued == [3]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from supervisor.model import FirstStep
+from supervisor.model import FirstStep, StopRequested
 from tests.e2e import harness
 from tests.slurm.lab import Lab
 
@@ -72,9 +72,10 @@ class Story:
         self.number = result.stdout.strip()
         assert self.number.isdecimal(), result.stdout
 
-    def train(self, *more: object, pause: float = 0.5) -> list[object]:
-        """Arguments of the training script: it is slow until ``go``."""
-        return ["--out", self.out, "--pause", pause, "--pause-until", self.go, *more]
+    @property
+    def arguments(self) -> list[object]:
+        """Of a training script: it is slow until ``go``, so that whatever SLURM takes its time for comes before its end."""
+        return ["--out", self.out, "--pause", 4, "--pause-until", self.go]
 
     def until(self, *states: str, restarts: int = 0) -> None:
         """Wait for one of the states."""
@@ -85,8 +86,8 @@ class Story:
         limit = time.monotonic() + DEADLINE
         while not self._has_stepped():
             assert time.monotonic() < limit, self.log
-            state = self.lab.state(self.number)
-            assert state in ("PENDING", "RUNNING", "CONFIGURING"), f"{state}: {self.log}"
+            state = self.lab.state(self.number) if self.number else "PENDING"
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}: {self.log}"
             time.sleep(0.1)
 
     def _has_stepped(self) -> bool:
@@ -95,7 +96,11 @@ class Story:
         return bool(self.job.facts(FirstStep))
 
     def finish(self, restarts: int = 0) -> None:
-        """Hurry, and wait for the job's end after so many restarts at least."""
+        """Once it has been asked to stop, hurry, and wait for the job's end after so many restarts at least."""
+        limit = time.monotonic() + DEADLINE
+        while not self.job.facts(StopRequested):  # else it might come to its end before
+            assert time.monotonic() < limit, self.log
+            time.sleep(0.1)
         self.go.touch()
         self.until("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", restarts=restarts)
 
@@ -104,7 +109,7 @@ def requeue(story: Story) -> None:
     """An operator requeues it: SIGTERM to every process of the job, data loader workers included."""
     story.submit(
         ["--nodelist=n1", "--time=10"],
-        ["--snapshot-every", "never", "--standby", "off", *harness.torchrun("--out", story.out, "--method", "fork", "--pause", 0.2, script=LOADER)],
+        ["--snapshot-every", "never", "--standby", "off", *harness.torchrun(*story.arguments, "--method", "fork", script=LOADER)],
     )  # fmt: skip
     story.until_it_steps()
     story.lab.call("scontrol", "requeue", story.number)
@@ -115,7 +120,7 @@ def preemption(story: Story) -> None:
     """A job of a higher partition takes its node: SIGTERM to the tasks at once, an end within the grace."""
     story.submit(
         ["--nodelist=n2", "--exclusive", "--time=10"],
-        ["--snapshot-every", "never", *harness.torchrun(*story.train())],
+        ["--snapshot-every", "never", *harness.torchrun(*story.arguments)],
     )
     story.until_it_steps()
     story.lab.call(
@@ -134,7 +139,7 @@ def limit(story: Story) -> None:
     """Its time is up before it is done: it has to stop early enough, and go on in the next allocation."""
     story.submit(
         ["--nodelist=n1", "--time=1"],
-        ["--checkpoint-every", "5s", "--standby", "off", *harness.torchrun(*story.train(pause=3))],
+        ["--checkpoint-every", "5s", "--standby", "off", *harness.torchrun(*story.arguments)],
     )  # fmt: skip
     while True:  # on a machine that is too busy an allocation may end before the first step
         restarts = int(story.shown.get("Restarts", "0")) + 1
@@ -148,7 +153,7 @@ def cancel(story: Story) -> None:
     """Its user cancels it."""
     story.submit(
         ["--nodelist=n1", "--time=10"],
-        ["--snapshot-every", "never", "--standby", "off", sys.executable, harness.TRAIN, *story.train()],
+        ["--snapshot-every", "never", "--standby", "off", sys.executable, harness.TRAIN, *story.arguments],
     )
     story.until_it_steps()
     story.lab.call("scancel", story.number)
@@ -159,7 +164,7 @@ def killed(story: Story) -> None:
     """Its supervisor is killed, and all with it: what it had in memory is the epilog's to remove."""
     story.submit(
         ["--nodelist=n1", "--time=10"],
-        ["--snapshot-every", "1step", "--standby", "off", sys.executable, harness.TRAIN, *story.train()],
+        ["--snapshot-every", "1step", "--standby", "off", sys.executable, harness.TRAIN, *story.arguments],
     )
     story.until_it_steps()
     assert story.job.runtime.exists()
@@ -178,7 +183,7 @@ def container(story: Story) -> None:
     wrapper = tools / "everstep"
     wrapper.write_text(f'#!/bin/sh\nPATH={harness.BIN}:{hidden} exec {harness.BIN}/everstep "$@"\n')
     wrapper.chmod(0o755)
-    arguments = [harness.TRAIN, *map(str, story.train())]
+    arguments = [harness.TRAIN, *map(str, story.arguments)]
     (story.folder / "train.py").write_text(
         f"import runpy, sys\nsys.argv = {arguments!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -198,7 +203,7 @@ def chain(story: Story) -> None:
     """Where requeueing is forbidden: it submits its successor, in which the training ends."""
     story.submit(
         ["--chain", "--nodelist=n1", "--time=10"],
-        ["--snapshot-every", "never", "--standby", "off", sys.executable, harness.TRAIN, *story.train()],
+        ["--snapshot-every", "never", "--standby", "off", sys.executable, harness.TRAIN, *story.arguments],
     )
     story.until_it_steps()
     story.lab.call("scancel", "--signal=USR2", story.number)
@@ -219,4 +224,5 @@ def _successor(story: Story) -> str:
     raise AssertionError(f"no successor: {story.log}")
 
 
+#: the first one has a minute, so the others wait for its first step
 STORIES: tuple[Callable[[Story], None], ...] = (limit, preemption, requeue, cancel, killed, chain, container)

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--method", default="fork")
     parser.add_argument("--no-session", action="store_true")
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--pause-until", help="no more pauses once this file is there")
     options = parser.parse_args()
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
@@ -64,7 +65,8 @@ def main() -> None:
         optimizer.zero_grad()
         model(values).pow(2).mean().backward()
         optimizer.step()
-        time.sleep(options.pause)
+        if not (options.pause_until and os.path.exists(options.pause_until)):
+            time.sleep(options.pause)
 
     if options.no_session:
         for _ in range(options.steps):
