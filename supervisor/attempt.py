@@ -14,16 +14,16 @@ import select
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from supervisor import ends
 from supervisor.decide import symptoms
 from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, Phase, SessionFlag, Word
 from supervisor.edge.link import ATTEMPT, control_folder, page_path, stacks_path
 from supervisor.errors import StorageError
-from supervisor.model import AttemptEvidence, Hang, Raised, RankEnd, Trouble
+from supervisor.model import AttemptEvidence, Hang, Raised, Trouble
 from supervisor.seat import Seat
 
 ECHO_GRACE = 0.3  # seconds for the root cause of what may be a consequence
@@ -215,7 +215,7 @@ class Attempt:
         code = how.code if how else seat.told_code
         if seat.told_code == 0 and how is not None and how.signal in symptoms.LATE_SIGNALS:
             code, how = 0, None
-        seat.end = self._end_of(seat, code, how.signal if how else None)
+        seat.end = ends.end_of(seat, code, how.signal if how else None)
         if self.ended.is_set():
             return
         if launcher_goes:
@@ -231,21 +231,6 @@ class Attempt:
         elif self.is_full and all(other.end and other.end.exit_code == 0 for other in self.seats.values()):
             self.finished = True
             self._decide_in(0)
-
-    @staticmethod
-    def _end_of(seat: Seat, code: int | None, signum: int | None = None) -> RankEnd:
-        return RankEnd(
-            rank=seat.rank,
-            pid=seat.pid,
-            monotonic=seat.raised_at or seat.told_at or clock.monotonic(),
-            exit_code=code,
-            signal=signum,
-            raised=seat.raised,
-            step=seat.step if seat.page[Word.FIRST_STEP_NS] or seat.step else None,
-            told_exit_code=seat.told_code,
-            closed=seat.closed,
-            completed=seat.completed,
-        )
 
     def _launcher_is_going(self, seat: Seat) -> bool:
         """Whether torchrun was dying before this worker of its: note when, as its pidfd will be late to say so."""
@@ -380,7 +365,10 @@ class Attempt:
             attempt=self.number,
             world_size=self.world_size,
             step=max((s for s in self.steps if s), default=None),
-            ends=tuple(self._complete(seat, reported, oom_killed) for seat in self._gone()),
+            ends=tuple(
+                ends.complete(seat, reported, oom_killed, self.logs)
+                for seat in ends.gone(self.seats.values())
+            ),
             launcher_exit_code=launcher.code if launcher else None,
             launcher_signal=launcher.signal if launcher else None,
             launcher_monotonic=self._launcher_end,
@@ -390,26 +378,4 @@ class Attempt:
             hang=self._hang,
             trouble=self._trouble,
             stacks=self._stacks or {rank: text for rank, text in crashed.items() if text},
-        )
-
-    def _gone(self) -> list[Seat]:
-        """The ranks that ended by themselves, or would have: one that was on its way out with code 0 may be why another failed."""
-        seats = list(self.seats.values())
-        if any(seat.raised or seat.left or (seat.end and seat.end.exit_code != 0) for seat in seats):
-            return [seat for seat in seats if seat.end or seat.raised or seat.told_code is not None]
-        return [seat for seat in seats if seat.end]
-
-    def _complete(self, seat: Seat, reported: Mapping[int, int], oom_killed: bool) -> RankEnd:
-        # None: it had not managed to die yet
-        end = seat.end or self._end_of(seat, 1 if seat.told_code is None else seat.told_code)
-        code, signum = end.exit_code, end.signal
-        if code is None and signum is None:
-            told = reported.get(seat.pid, 0)
-            code, signum = (None, -told) if told < 0 else (told, None)
-        return replace(
-            end,
-            exit_code=code,
-            signal=signum,
-            oom_killed=oom_killed and (signum == signal.SIGKILL or symptoms.lost_a_process(end.raised)),
-            last_lines=forensics.last_lines(self.logs / f"rank-{seat.rank}.log"),
         )
