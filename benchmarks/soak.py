@@ -69,8 +69,8 @@ while True:
 OPTIONS: Final = ("--snapshot-every", "20steps", "--max-failures", "1000000")
 DEADLINE: Final = 180.0  # seconds for anything that is waited for
 WARM_UP: Final = 3  # recoveries before the first count: lazily imported modules, caches
-#: anonymous memory that the supervisor may gain: the journal's fold and the record grow a little with every attempt
-MEMORY: Final = (4e6, 8e3)  # bytes, and bytes for each kill
+#: anonymous memory that the supervisor may gain in the second half: by then it has imported what it imports now and then
+MEMORY: Final = (2e6, 8e3)  # bytes, and bytes for each kill
 EARLY: Final = "kill before the standby is ready"
 FAULTS: Final = {
     "kill a rank": 8,
@@ -310,12 +310,15 @@ def leaks(counts: list[Count], kills: int) -> list[str]:
     A number that goes up and down (a thread that looks at a checkpoint, a connection that is being closed) has leaked when it was lower in
     all of the first tenth of the counts than it is in any of the last.
     """
-    tenth = max(1, len(counts) // 10)
-    first, last = [asdict(one) for one in counts[:tenth]], [asdict(one) for one in counts[-tenth:]]
+    tenth, half = max(1, len(counts) // 10), len(counts) // 2
+    first, middle, last = (
+        [asdict(one) for one in part] for part in (counts[:tenth], counts[half:][:tenth], counts[-tenth:])
+    )
     grown = []
     for name in first[0]:
-        before, after = max(one[name] for one in first), min(one[name] for one in last)
-        allowed = before + (MEMORY[0] + MEMORY[1] * kills if name == "memory" else 0)
+        before = max(one[name] for one in (middle if name == "memory" else first))
+        after = min(one[name] for one in last)
+        allowed = before + (MEMORY[0] + MEMORY[1] * kills / 2 if name == "memory" else 0)
         if name == "shared_bytes":
             allowed *= 1.02  # pages of small files
         if after > allowed:

@@ -14,17 +14,17 @@ import select
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from supervisor import ends
 from supervisor.decide import symptoms
 from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, Phase, SessionFlag, Word
 from supervisor.edge.link import ATTEMPT, control_folder, page_path, stacks_path
 from supervisor.errors import StorageError
-from supervisor.model import AttemptEvidence, Hang, Raised, RankEnd, Trouble
-from supervisor.seat import Seat, gone
+from supervisor.model import AttemptEvidence, Hang, Raised, Trouble
+from supervisor.seat import Seat
 
 ECHO_GRACE = 0.3  # seconds for the root cause of what may be a consequence
 RAISED_GRACE = 10.0  # seconds for a worker that raised to run its exit handlers
@@ -215,7 +215,7 @@ class Attempt:
         code = how.code if how else seat.told_code
         if seat.told_code == 0 and how is not None and how.signal in symptoms.LATE_SIGNALS:
             code, how = 0, None
-        seat.end = seat.ended_with(code, how.signal if how else None)
+        seat.end = ends.end_of(seat, code, how.signal if how else None)
         if self.ended.is_set():
             return
         if launcher_goes:
@@ -365,7 +365,10 @@ class Attempt:
             attempt=self.number,
             world_size=self.world_size,
             step=max((s for s in self.steps if s), default=None),
-            ends=tuple(self._complete(seat, reported, oom_killed) for seat in gone(self.seats.values())),
+            ends=tuple(
+                ends.complete(seat, reported, oom_killed, self.logs)
+                for seat in ends.gone(self.seats.values())
+            ),
             launcher_exit_code=launcher.code if launcher else None,
             launcher_signal=launcher.signal if launcher else None,
             launcher_monotonic=self._launcher_end,
@@ -375,19 +378,4 @@ class Attempt:
             hang=self._hang,
             trouble=self._trouble,
             stacks=self._stacks or {rank: text for rank, text in crashed.items() if text},
-        )
-
-    def _complete(self, seat: Seat, reported: Mapping[int, int], oom_killed: bool) -> RankEnd:
-        # None: it had not managed to die yet
-        end = seat.end or seat.ended_with(1 if seat.told_code is None else seat.told_code)
-        code, signum = end.exit_code, end.signal
-        if code is None and signum is None:
-            told = reported.get(seat.pid, 0)
-            code, signum = (None, -told) if told < 0 else (told, None)
-        return replace(
-            end,
-            exit_code=code,
-            signal=signum,
-            oom_killed=oom_killed and (signum == signal.SIGKILL or symptoms.lost_a_process(end.raised)),
-            last_lines=forensics.last_lines(self.logs / f"rank-{seat.rank}.log"),
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from supervisor import guard_options
+from supervisor.amounts import parse_rate, parse_size
 from supervisor.checkpoint import location
 from supervisor.checkpoint.location import TIMEOUT, Location
 from supervisor.decide.guard import GuardPolicy
@@ -24,8 +25,6 @@ from supervisor.errors import ConfigError
 from supervisor.intervals import INTERVALS, Interval, Unit, parse_duration
 
 DEFAULT_FILE: Final = "everstep.yaml"
-_RATE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?B)(?:/s)?", re.IGNORECASE)
-_BYTES: Final = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 SNAPSHOT_EVERY: Final = Interval(unit=Unit.SECONDS, value=30)
@@ -195,13 +194,6 @@ def _checkpoints(value: object) -> Location:
     return location.parse(text) if location.is_url(text) else _path(text)
 
 
-def _bandwidth(value: object) -> float:
-    found = _RATE.fullmatch(_text(value).strip()) if isinstance(value, str) else None
-    if not found or float(found[1]) == 0:
-        raise ConfigError(f"{value!r} is no bandwidth; allowed: 500KB, 200MB, 1.5GB (a second)")
-    return float(found[1]) * _BYTES[found[2].upper()]
-
-
 def _text(value: object) -> str:
     if not isinstance(value, str | Path):
         raise ConfigError(f"{_shown(value)} is no text")
@@ -232,13 +224,6 @@ def _one_of(*words: str) -> Callable[[object], str]:
         return word
 
     return read
-
-
-def _size(value: object) -> int:
-    found = _RATE.fullmatch(_text(value).strip()) if isinstance(value, str) and "/" not in value else None
-    if not found:
-        raise ConfigError(f"{value!r} is no amount of memory; allowed: 500MB, 2GB, 0B")
-    return int(float(found[1]) * _BYTES[found[2].upper()])
 
 
 def _snapshot_interval(value: object) -> Interval:
@@ -296,7 +281,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "dir": _path,
     "name": _text,
     "checkpoints": _checkpoints,
-    "checkpoint_bandwidth": _bandwidth,
+    "checkpoint_bandwidth": parse_rate,
     "storage_timeout": _duration,
     "snapshot_every": _snapshot_interval,
     "checkpoint_every": _checkpoint_interval,
@@ -320,7 +305,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "standby": _one_of("on", "off", "init"),
     "notices": _one_of("auto", "aws", "gcp", "azure", "slurm", "none"),
     "requeue": _one_of("auto", "off"),
-    "standby_memory": _size,
+    "standby_memory": parse_size,
     "quiet": _switch,
     "continue_": _switch,
 }

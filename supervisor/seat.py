@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from supervisor.edge import clock
 from supervisor.edge.control import ControlPage, SessionFlag, Word
 from supervisor.model import Raised, RankEnd
 
@@ -37,26 +35,3 @@ class Seat:
     def step(self) -> int:
         """Completed steps."""
         return self.page[Word.STEP]
-
-    def ended_with(self, code: int | None, signum: int | None = None) -> RankEnd:
-        """How it ended, with what it had said until then."""
-        return RankEnd(
-            rank=self.rank,
-            pid=self.pid,
-            monotonic=self.raised_at or self.told_at or clock.monotonic(),
-            exit_code=code,
-            signal=signum,
-            raised=self.raised,
-            step=self.step if self.page[Word.FIRST_STEP_NS] or self.step else None,
-            told_exit_code=self.told_code,
-            closed=self.closed,
-            completed=self.completed,
-        )
-
-
-def gone(seats: Iterable[Seat]) -> list[Seat]:
-    """The ranks that ended by themselves, or would have: one that was on its way out with code 0 may be why another failed."""
-    seats = list(seats)
-    if any(seat.raised or seat.left or (seat.end and seat.end.exit_code != 0) for seat in seats):
-        return [seat for seat in seats if seat.end or seat.raised or seat.told_code is not None]
-    return [seat for seat in seats if seat.end]
