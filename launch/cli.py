@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import rehearse
+from launch import rehearse, reporting, serving
 from supervisor.errors import EverstepError, UsageError
 
 if TYPE_CHECKING:
@@ -123,11 +123,13 @@ def _dispatch(arguments: Sequence[str]) -> int:
     )
     parsers |= _checkpoints_parsers(checkpoints)
     parsers["rehearse"] = rehearse.add_parser(commands, _add_job)
+    parsers["report"] = reporting.add_parser(commands, _add_job)
+    parsers["serve"] = serving.add_parser(commands)
     parsed, unknown = parser.parse_known_args(list(arguments))
     command = parsed.command
     if command is None:
         parser.reject(unknown)
-        parser.error("no command given: run, status, checkpoints or rehearse")
+        parser.error("no command given: run, status, report, serve, checkpoints or rehearse")
     if command == "checkpoints":
         command = parsed.action
     parsers[command].reject(unknown)
@@ -138,6 +140,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
         from launch import show
 
         return show.status(find_job(parsed.dir), json=parsed.json, watch=parsed.watch)
+    if command == "serve":
+        return serving.answer(given, find_jobs)
+    if command == "report":
+        return reporting.answer(given, lambda: find_job(parsed.dir))
     if command == "rehearse":
         return rehearse.answer(given, lambda: find_job(parsed.dir))
     return _checkpoints(given)
@@ -379,13 +385,20 @@ def find_job(given: str | None) -> Path:
     """The job directory meant: ``--dir``, else the one that was active last below ``everstep-runs``."""
     if given is not None:
         return Path(given).expanduser().absolute()
+    newest, *others = find_jobs(None)
+    if others:
+        print(f"everstep: {newest}, the newest of {len(others) + 1} jobs; --dir chooses", file=sys.stderr)
+    return newest
+
+
+def find_jobs(given: Sequence[str] | None) -> list[Path]:
+    """The job directories meant: those given, else all below ``everstep-runs``, the one that was active last first."""
+    if given:
+        return [Path(each).expanduser().absolute() for each in given]
     jobs = [path.parent for path in RUNS.absolute().glob("*/job.json")]
     if not jobs:
         raise UsageError(f"no job in {RUNS.absolute()}: give --dir D")
-    newest = max(jobs, key=_last_active)
-    if len(jobs) > 1:
-        print(f"everstep: {newest}, the newest of {len(jobs)} jobs; --dir chooses", file=sys.stderr)
-    return newest
+    return sorted(jobs, key=_last_active, reverse=True)
 
 
 def _last_active(job: Path) -> float:
