@@ -14,6 +14,7 @@ from typing import Any, Final
 from supervisor.errors import StorageError, UsageError
 
 DEFAULT: Final = "report.html"
+MOST_SAID: Final = 5  # lines about a damaged journal
 TEXT: Final = """\
 Writes what a job did into one HTML file: attempts, time, metrics, checkpoints, failures with their evidence. The file loads
 nothing from anywhere, so it can be kept, sent or attached. The job may be running; it is not disturbed.
@@ -46,8 +47,11 @@ def answer(given: Mapping[str, Any], find_job: Callable[[], Path]) -> int:
     if given["json"]:
         print(dumps(document, indent=2, allow_nan=False))
         return 0
-    for problem in document["status"]["problems"]:
+    problems = document["status"]["problems"]
+    for problem in problems[:MOST_SAID]:
         print(f"everstep: {problem}", file=sys.stderr)
+    if len(problems) > MOST_SAID:
+        print(f"everstep: and {len(problems) - MOST_SAID} more, which the report lists", file=sys.stderr)
     page = pages.render(document)
     if output == "-":
         sys.stdout.write(page)
