@@ -11,10 +11,10 @@ import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import rehearse, reporting, serving
+from launch import rehearse, reporting, serving, telling
+from launch.finding import RUNS, find_job, find_jobs
 from supervisor.errors import EverstepError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 DEBUG = "EVERSTEP_DEBUG"
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141
-RUNS = Path("everstep-runs")
 
 RUN_USAGE = "everstep run [options] torchrun [torchrun's options] script.py …\n       everstep run [options] python script.py …"
 RUN_TEXT = """\
@@ -215,6 +214,7 @@ def _run_parser(commands: Any) -> _Parser:
         metavar="on|off",
         help="keep the next attempt launched and imported, so that a failure costs a fraction of a second (default: on)",
     )
+    telling.add_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--quiet",
@@ -379,31 +379,6 @@ def _checkpoints(given: Mapping[str, Any]) -> int:
     from launch import asked
 
     return asked.answer(given, lambda: find_job(given["dir"]), _flags(given))
-
-
-def find_job(given: str | None) -> Path:
-    """The job directory meant: ``--dir``, else the one that was active last below ``everstep-runs``."""
-    if given is not None:
-        return Path(given).expanduser().absolute()
-    newest, *others = find_jobs(None)
-    if others:
-        print(f"everstep: {newest}, the newest of {len(others) + 1} jobs; --dir chooses", file=sys.stderr)
-    return newest
-
-
-def find_jobs(given: Sequence[str] | None) -> list[Path]:
-    """The job directories meant: those given, else all below ``everstep-runs``, the one that was active last first."""
-    if given:
-        return [Path(each).expanduser().absolute() for each in given]
-    jobs = [path.parent for path in RUNS.absolute().glob("*/job.json")]
-    if not jobs:
-        raise UsageError(f"no job in {RUNS.absolute()}: give --dir D")
-    return sorted(jobs, key=_last_active, reverse=True)
-
-
-def _last_active(job: Path) -> float:
-    files = [job / "job.json", *(job / "journal").glob("*.jsonl")]
-    return max(file.stat().st_mtime for file in files if file.exists())
 
 
 if __name__ == "__main__":

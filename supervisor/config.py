@@ -18,6 +18,7 @@ from typing import Any, Final
 from supervisor.checkpoint import location
 from supervisor.checkpoint.location import TIMEOUT, Location
 from supervisor.decide.retention import KeepBest, RetentionPolicy
+from supervisor.decide.telling import Hook, hooks
 from supervisor.errors import ConfigError
 from supervisor.intervals import INTERVALS, Interval, Unit, parse_duration
 
@@ -73,6 +74,16 @@ class Options:
     """Seconds without any output, for programs whose steps cannot be seen. None: output does not matter."""
     standby: str = "on"
     """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``."""
+    hook: tuple[Hook, ...] = ()
+    """Who is told of events: commands and webhooks (``decide/telling.py``)."""
+    hook_timeout: float = 10.0
+    """Seconds that a hook may take to be told one event."""
+    metrics_port: int | None = None
+    """Port of a Prometheus endpoint; 0: any that is free. None: there is none."""
+    metrics_address: str = "127.0.0.1"
+    """The address that the endpoint listens on."""
+    metrics_file: Path | None = None
+    """A file of metrics for node_exporter's textfile collector, ending in ``.prom``."""
     quiet: bool = False
     """Print everstep's own messages only, not the workers' output (which is in the logs)."""
     continue_: bool = False
@@ -243,6 +254,20 @@ def _hang(value: object) -> float | str:
         ) from None
 
 
+def _port(value: object) -> int:
+    port = _whole(value)
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"{port} is no port; allowed: 0 (any that is free) to 65535")
+    return port
+
+
+def _metrics_file(value: object) -> Path:
+    path = _path(value)
+    if path.suffix != ".prom":
+        raise ConfigError(f"{path}: a name ending in .prom is required (node_exporter reads no others)")
+    return path
+
+
 def _keep_best(value: object) -> KeepBest:
     return KeepBest.parse(_text(value))
 
@@ -272,6 +297,11 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "hang_ceiling": _limit,
     "hang_silence": _limit_or_never,
     "standby": _standby,
+    "hook": hooks,
+    "hook_timeout": _limit,
+    "metrics_port": _port,
+    "metrics_address": _text,
+    "metrics_file": _metrics_file,
     "quiet": _switch,
     "continue_": _switch,
 }

@@ -112,6 +112,7 @@ class RunStarted(Fact):
     version: str
     max_failures: int
     max_preemptions: int
+    settings: dict[str, str] = field(default_factory=dict)  # its options, in words (supervisor/settings.py)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from supervisor.edge import clock, jobdir, processes, threads
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.errors import EverstepError
+from supervisor.herald import Herald
 from supervisor.launching import Launcher
 from supervisor.ledger import Ledger
 from supervisor.model import (
@@ -47,6 +48,7 @@ from supervisor.program import Program
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
 from supervisor.savepoints import SavePoints
+from supervisor.settings import described
 from supervisor.standby import Standby, Waiting
 from supervisor.stores import Stores
 
@@ -80,6 +82,7 @@ class Node:
             ledger=ledger,
             console=console,
         )
+        self._herald = Herald(options, job, file, ledger, console.say)
         self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
         self._stop: StopRequested | None = None
         self._stop_seen = asyncio.Event()
@@ -108,6 +111,7 @@ class Node:
                 version=version(),
                 max_failures=limits.max_failures,
                 max_preemptions=limits.max_preemptions,
+                settings=described(limits),
             )
         )
         if not jobdir.is_in_memory(self._runtime):
@@ -131,6 +135,7 @@ class Node:
             verdict = await self._supervise()
         except EverstepError as error:
             self._break_off(error)
+            await self._herald.close()
             raise
         finally:
             await self._standby.end()
@@ -140,9 +145,21 @@ class Node:
         code = restart.exit_code(verdict.action, self._stop)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
+        await self._herald.close(self._patience())
         if self._cut_short == "user" or threads.are_busy():
             self._leave_at_once(code)
         return code
+
+    def _patience(self) -> float | None:
+        """Seconds that whoever is told of the end may take: what is left of the grace; None: as long as it may at any time."""
+        if self._cut_short == "user":
+            return 0.0
+        deadline = self._draining.deadline
+        return (
+            None
+            if deadline is None
+            else min(self._options.hook_timeout, max(1.0, deadline - clock.monotonic()))
+        )
 
     def _leave_at_once(self, code: int) -> None:
         """Leave without the threads that may be reading or writing for minutes yet: they are safe to die at any point."""
