@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from supervisor.edge import post, processes
+from supervisor.edge import processes
 
 MOST_WAITING: Final = 32  # messages for one hook; then the oldest goes
+POST: Final = Path(__file__).with_name("post.py")  # imported by nobody: it needs what no supervisor does
 LEAST_LEFT: Final = 1.0  # seconds for a hook to be ended and collected
 
 
@@ -40,7 +41,7 @@ class Runner:
         report: Callable[[str], None],
     ) -> None:
         self._name, self._timeout, self._log, self._report = name, timeout, log, report
-        self._argv = argv if url is None else (sys.executable, "-I", post.__file__)
+        self._argv = argv if url is None else (sys.executable, "-I", str(POST))
         self._extra = {} if url is None else {"EVERSTEP_HOOK_URL": url}
         self._waiting: deque[Mapping[str, Any]] = deque(maxlen=MOST_WAITING)
         self._task: asyncio.Task[None] | None = None
