@@ -25,10 +25,7 @@ from tests.report.stories import HOSTILE, Story, evidence, job_directory, life
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 60_000.0  # milliseconds: the machine may be busy
-pytestmark = [
-    pytest.mark.xdist_group("chromium"),
-    pytest.mark.may_skip("a machine may have no Chromium; .ci/run installs it"),
-]
+pytestmark = pytest.mark.xdist_group("chromium")
 expect.set_options(timeout=PATIENCE)
 
 

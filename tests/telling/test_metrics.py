@@ -30,7 +30,6 @@ from tests.report.stories import life
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy" / "prometheus"
 ARENAS = Arenas(place="/dev/shm", slots=3, slot=100, held=200, on_disk=0, free=10**9, limit=None)
-needs_promtool = pytest.mark.may_skip("a machine may have no promtool; .ci/run installs it")
 
 
 def status_of(facts: list[Fact]) -> Status:
@@ -99,12 +98,10 @@ def test_every_job_can_be_told_of(facts: list[Fact], loss: float) -> None:
     assert repr(found["everstep_logged", "loss"]) == repr(loss)
 
 
-@needs_promtool
 def test_names_and_units_are_by_the_conventions() -> None:
     assert promtool("check", "metrics", text=metrics.text(full())) == ""
 
 
-@needs_promtool
 def test_rules_and_configuration() -> None:
     assert "SUCCESS" in promtool("check", "config", DEPLOY / "prometheus.yml")
     assert "SUCCESS" in promtool("test", "rules", DEPLOY / "everstep.rules.test.yml")
