@@ -11,12 +11,13 @@ ACTIVATED := PATH="$(abspath $(BIN)):$$PATH"
 PYTEST_FLAGS ?= -n 2 --dist loadgroup
 TESTS ?= tests
 
-.PHONY: help setup demo test check format lock benchmark benchmark-snapshot benchmark-drain benchmark-recovery clean
+.PHONY: help setup demo test check docs format lock benchmark benchmark-snapshot benchmark-drain benchmark-recovery clean
 
 help:
 	@echo "make demo       train with two workers, kill one, watch it come back (about a minute)"
 	@echo "make test       all tests;  make test TESTS=tests/decide PYTEST_FLAGS=-x  for some"
-	@echo "make check      formatter, linter, strict types, layers"
+	@echo "make check      formatter, linter, strict types, layers, documentation"
+	@echo "make docs       the documentation's site, in build/site"
 	@echo "make format     let the formatter and the linter rewrite what they can"
 	@echo "make benchmark  what the supervisor itself costs"
 	@echo "make benchmark-recovery  from a kill to the next first step, beside torchrun's own restarts"
@@ -44,6 +45,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/zensical build --strict --clean
+
+docs: $(STAMP)
+	$(BIN)/zensical build --strict --clean
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import rehearse, reporting, serving, telling
+from launch import rehearse, reporting, serving, simulate, telling
 from launch.finding import RUNS, find_job, find_jobs
 from supervisor.errors import EverstepError, UsageError
 
@@ -124,11 +124,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
     parsers["rehearse"] = rehearse.add_parser(commands, _add_job)
     parsers["report"] = reporting.add_parser(commands, _add_job)
     parsers["serve"] = serving.add_parser(commands)
+    parsers["simulate"] = simulate.add_parser(commands)
     parsed, unknown = parser.parse_known_args(list(arguments))
     command = parsed.command
     if command is None:
         parser.reject(unknown)
-        parser.error("no command given: run, status, report, serve, checkpoints or rehearse")
+        parser.error("no command given: run, status, report, serve, checkpoints, rehearse or simulate")
     if command == "checkpoints":
         command = parsed.action
     parsers[command].reject(unknown)
@@ -143,6 +144,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return serving.answer(given, find_jobs)
     if command == "report":
         return reporting.answer(given, lambda: find_job(parsed.dir))
+    if command == "simulate":
+        return simulate.answer(given)
     if command == "rehearse":
         return rehearse.answer(given, lambda: find_job(parsed.dir))
     return _checkpoints(given)

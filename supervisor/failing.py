@@ -128,7 +128,14 @@ class Failure:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two failures that are the same deterministic error at the same step."""
-        # object addresses differ every time
-        exception = re.sub(r"0x[0-9a-fA-F]+", "0x", self.exception or "")
-        return f"{self.kind}|{self.step}|{self.exit_code}|{self.signal}|{exception}"
+        """Equal for two failures that are the same deterministic error at the same step.
+
+        An exception is what it says, however its process ended after it: in order, by our own hand, or aborted by a library
+        in its destructors. Object addresses differ every time, and so do the amounts in an out-of-memory error.
+        """
+        if self.exception is None:
+            return f"{self.kind}|{self.step}|{self.exit_code}|{self.signal}"
+        exception = re.sub(r"0x[0-9a-fA-F]+", "0x", self.exception)
+        if self.kind is FailureKind.CUDA_OOM:
+            exception = re.sub(r"[0-9.]+ ?(bytes|[KMG]i?B)?", "#", exception)
+        return f"{self.kind}|{self.step}|{exception}"

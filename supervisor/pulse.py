@@ -22,10 +22,6 @@ from supervisor.vigil import Vigil
 PERIOD = 0.1  # seconds
 PROGRESS_PERIOD = 10.0  # seconds between two journal entries
 RATE_SPAN = 5.0  # seconds over which the shown rate is measured
-MTBF_PRIOR = 6 * 3600.0  # seconds; replaced by the job's own failures as they come
-COST_PRIOR = 1.0  # seconds to write a checkpoint, before one was written
-SHORTEST_AUTO = 10.0  # seconds between checkpoints at least
-LONGEST_AUTO = 3600.0
 
 
 class Pulse:
@@ -101,16 +97,10 @@ class Pulse:
         every = self._options.checkpoint_every
         if every.steps is not None:
             return step is not None and step % every.steps == 0
-        seconds = self._auto_seconds() if every.is_auto else every.seconds
+        if every.is_auto:
+            return now - self._checkpoint_at >= interval.auto(self._ledger.record, self._draining.seconds)
+        seconds = every.seconds
         return seconds is not None and now - self._checkpoint_at >= seconds
-
-    def _auto_seconds(self) -> float:
-        record = self._ledger.record
-        mtbf = interval.estimate_mtbf(
-            failures=record.restarts + record.preemptions, seconds=record.spent.supervised, prior=MTBF_PRIOR
-        )
-        cost = self._draining.seconds or COST_PRIOR
-        return interval.young_daly(cost, mtbf, shortest=SHORTEST_AUTO, longest=LONGEST_AUTO)
 
     # ------------------------------------------------------------------ signs of life
 

@@ -43,7 +43,8 @@ class JobRecord:
     committed_step: int = -1  # newest step ever held whole (snapshot or checkpoint)
     failure_committed_step: int = -1  # committed_step at the time of the last failure
     last_failure: Failure | None = None
-    previous_fingerprint: str | None = None  # of the failure before, if nothing was committed since
+    fingerprint: str | None = None  # of the last failure, until a step beyond it is held
+    previous_fingerprint: str | None = None  # of the failure before that one, likewise
     snapshot: Point | None = None
     checkpoint: Point | None = None
     drain_failure: str | None = None  # why no newer checkpoint could be written; None: the last one was

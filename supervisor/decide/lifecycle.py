@@ -222,7 +222,7 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
 
 def _run_started(record: JobRecord, fact: RunStarted) -> JobRecord:
     if record.state is State.FAILED:
-        record = record.with_(failures_since_progress=0, previous_fingerprint=None)
+        record = record.with_(failures_since_progress=0, fingerprint=None, previous_fingerprint=None)
         record = record.with_(preemptions_since_progress=0)
     return _between(record).with_(
         supervised=True,
@@ -302,7 +302,10 @@ def _progressed(record: JobRecord, step: int) -> JobRecord:
     """``step`` is held whole: refill the budgets if that is further than at the last failure."""
     record = record.with_(committed_step=max(record.committed_step, step))
     if step > record.failure_committed_step:
-        record = record.with_(failures_since_progress=0, previous_fingerprint=None)
+        record = record.with_(failures_since_progress=0)
+        if record.last_failure is None or step > (record.last_failure.step or 0):
+            # up to there it only makes good what was lost, and the same error may wait at the same step
+            record = record.with_(fingerprint=None, previous_fingerprint=None)
     if step > record.preemption_committed_step:
         record = record.with_(preemptions_since_progress=0)
     return record
@@ -314,9 +317,9 @@ def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
         record = record.with_(total_steps=fact.total_steps)
     if fact.failure is None:
         return record
-    repeated = record.failures_since_progress > 0 and record.last_failure is not None
     return record.with_(
-        previous_fingerprint=record.last_failure.fingerprint if repeated and record.last_failure else None,
+        previous_fingerprint=record.fingerprint,
+        fingerprint=fact.failure.fingerprint,
         last_failure=fact.failure,
         failures_since_progress=record.failures_since_progress + 1,
         failure_committed_step=record.committed_step,
