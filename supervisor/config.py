@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from supervisor import guard_options, telling_options, yaml_file
 from supervisor.checkpoint import location
 from supervisor.checkpoint.location import TIMEOUT, Location
+from supervisor.decide.guard import GuardPolicy
 from supervisor.decide.retention import KeepBest, RetentionPolicy
 from supervisor.decide.telling import Hook, hooks
 from supervisor.errors import ConfigError
@@ -72,8 +74,29 @@ class Options:
     """No learned limit is longer, in seconds; also the limit where nothing can be learned: evaluation, the first save."""
     hang_silence: float | None = None
     """Seconds without any output, for programs whose steps cannot be seen. None: output does not matter."""
+    guard: str = "off"
+    """Roll back when the logged loss is not finite (``nan``), or also when it jumps (``spike``); else ``off``."""
+    guard_loss: str = "loss"
+    """The name under which the loss is logged."""
+    guard_norm: str = "grad_norm"
+    """The name under which the norm of the gradients is logged."""
+    guard_factor: float = 10.0
+    """A loss is a spike when it is further above its mean than so many mean absolute deviations …"""
+    guard_patience: int = 3
+    """… for so many logged steps in a row."""
+    guard_skip: int = 0
+    """Steps to leave out after a rollback, with their data, up to the one that showed the trouble. 0: none."""
+    guard_times: int = 3
+    """Give up after this many rollbacks that did not get past the trouble."""
+    guard_back: int = 1
+    """How many checkpoints further back each repetition goes."""
     standby: str = "on"
-    """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``."""
+    """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``. ``init``: also run the script ahead, up to
+    ``init_process_group``."""
+    standby_memory: int | None = None
+    """Bytes of memory that are to stay free: when less is available the standby is dropped. None: 5 % of all."""
+    requeue: str = "auto"
+    """Under a scheduler, have a job that has saved for a stop run again: ``auto`` (where that is possible) or ``off``."""
     hook: tuple[Hook, ...] = ()
     """Who is told of events: commands and webhooks (``decide/telling.py``)."""
     hook_timeout: float = 10.0
@@ -93,7 +116,7 @@ class Options:
 
     def __post_init__(self) -> None:
         # what the retention policy refuses, it refuses in its own words
-        _ = self.retention
+        _ = self.retention, self.guard_policy
         for name in ("max_failures", "max_preemptions"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: at least 0")
@@ -137,6 +160,14 @@ class Options:
     def retention(self) -> RetentionPolicy:
         """Which checkpoints to keep."""
         return RetentionPolicy(keep_last=self.keep_last, keep_every=self.keep_every, keep_best=self.keep_best)
+
+    @property
+    def guard_policy(self) -> GuardPolicy:
+        """What is watched, and what follows."""
+        return GuardPolicy(
+            mode=self.guard, loss=self.guard_loss, norm=self.guard_norm, factor=self.guard_factor,
+            patience=self.guard_patience, skip=self.guard_skip, times=self.guard_times, back=self.guard_back,
+        )  # fmt: skip
 
     @property
     def checkpoints_directory(self) -> Location:
@@ -203,12 +234,24 @@ def _standby(value: object) -> str:
     if isinstance(value, bool):  # YAML reads on and off as these
         return "on" if value else "off"
     word = _text(value).strip().lower()
-    if word == "init":
-        raise ConfigError(
-            "init (a standby that has run up to init_process_group) is not there yet; allowed: on, off"
-        )
-    if word not in ("on", "off"):
-        raise ConfigError(f"{word!r}; allowed: on, off")
+    if word not in ("on", "off", "init"):
+        raise ConfigError(f"{word!r}; allowed: on, off, init")
+    return word
+
+
+def _size(value: object) -> int:
+    found = _RATE.fullmatch(_text(value).strip()) if isinstance(value, str) and "/" not in value else None
+    if not found:
+        raise ConfigError(f"{value!r} is no amount of memory; allowed: 500MB, 2GB, 0B")
+    return int(float(found[1]) * _BYTES[found[2].upper()])
+
+
+def _requeue(value: object) -> str:
+    if isinstance(value, bool):  # YAML reads on and off as these
+        value = "auto" if value else "off"
+    word = _text(value).strip().lower()
+    if word not in ("auto", "off"):
+        raise ConfigError(f"{word!r}; allowed: auto, off")
     return word
 
 
@@ -254,20 +297,6 @@ def _hang(value: object) -> float | str:
         ) from None
 
 
-def _port(value: object) -> int:
-    port = _whole(value)
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"{port} is no port; allowed: 0 (any that is free) to 65535")
-    return port
-
-
-def _metrics_file(value: object) -> Path:
-    path = _path(value)
-    if path.suffix != ".prom":
-        raise ConfigError(f"{path}: a name ending in .prom is required (node_exporter reads no others)")
-    return path
-
-
 def _keep_best(value: object) -> KeepBest:
     return KeepBest.parse(_text(value))
 
@@ -296,12 +325,22 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "hang_floor": _limit,
     "hang_ceiling": _limit,
     "hang_silence": _limit_or_never,
+    "guard": guard_options.mode,
+    "guard_loss": _text,
+    "guard_norm": _text,
+    "guard_factor": guard_options.factor,
+    "guard_patience": _whole,
+    "guard_skip": guard_options.steps,
+    "guard_times": _whole,
+    "guard_back": _whole,
     "standby": _standby,
     "hook": hooks,
     "hook_timeout": _limit,
-    "metrics_port": _port,
+    "metrics_port": telling_options.port,
     "metrics_address": _text,
-    "metrics_file": _metrics_file,
+    "metrics_file": telling_options.metrics_file,
+    "standby_memory": _size,
+    "requeue": _requeue,
     "quiet": _switch,
     "continue_": _switch,
 }
@@ -330,22 +369,8 @@ def load(flags: Mapping[str, object], directory: Path | None = None) -> Options:
 
 def read_file(file: Path) -> dict[str, Any]:
     """The options in a YAML file, by field. Raises ConfigError naming the file and the key."""
-    import yaml
-
-    try:
-        document = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: {_yaml_problem(error)}") from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise ConfigError(f"{file}: a mapping of options is required, not a {type(document).__name__}")
     values: dict[str, Any] = {}
-    for key, value in document.items():
+    for key, value in yaml_file.mapping(file).items():
         name = _field(key, file)
         if name in values:
             raise ConfigError(f"{file}: {_flag(name)[2:]} is given twice")
@@ -371,9 +396,3 @@ def _field(key: object, file: Path) -> str:
         guess = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError(f"{file}: unknown key {key!r}{guess}; allowed: {', '.join(allowed)}")
     return name
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
-    return f"line {mark.line + 1}: {problem}" if mark is not None else f"not YAML: {problem}"

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Callable
 
+from supervisor import guarding
 from supervisor.attempt import Attempt
 from supervisor.config import Options
 from supervisor.decide import interval
@@ -14,6 +15,7 @@ from supervisor.edge import clock, processes
 from supervisor.edge.console import Console
 from supervisor.edge.control import Word
 from supervisor.ledger import Ledger
+from supervisor.lookout import Warnings
 from supervisor.model import FirstStep, Progress, ProposalFlag
 from supervisor.savepoints import SavePoints
 from supervisor.snapshots import Snapshots
@@ -38,10 +40,11 @@ class Pulse:
         console: Console,
         drive_stop: Callable[[], None],
         on_first_step: Callable[[], None],
+        warnings: Warnings,
     ) -> None:
         self._attempt, self._options, self._ledger = attempt, options, ledger
         self._snapshots, self._savepoints, self._console = snapshots, savepoints, console
-        self._draining = draining
+        self._draining, self._warnings = draining, warnings
         self._wants_stop, self._on_first_step = drive_stop, on_first_step
         self._stop_proposed = self._stop_forwarded = False
         now = clock.monotonic()
@@ -63,6 +66,10 @@ class Pulse:
             self._attempt.offer_slot(self._snapshots.offer())
             self._wants_stop()
             self._vigil.look()
+            if self._first_step_said:
+                self._warnings.look(self._attempt)
+            if (proven := guarding.proven(self._attempt)) is not None:
+                self._draining.proven = proven
             self._console.progress(self._line())
 
     # ------------------------------------------------------------------ saves

@@ -179,8 +179,8 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--metrics-port", "70000"], "70000 is no port"),
-        (["--metrics-port", "x"], "no whole number"),
+        (["--metrics-port", "70000"], "'70000' is no port"),
+        (["--metrics-port", "x"], "'x' is no port"),
         (["--metrics-file", "x.txt"], "ending in .prom"),
         (["--metrics-file", "/no/such/x.prom"], "No such file or directory"),
         (["--metrics-port", "0", "--metrics-address", "192.0.2.1"], "Cannot assign requested address"),
