@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -17,11 +17,12 @@ from rich.text import Text
 
 from launch.plot import bars
 from launch.trail import Trail
+from supervisor import numbers
 from supervisor.decide import straggler
 from supervisor.errors import ConfigError
 from supervisor.intervals import parse_duration
 from supervisor.model import State
-from supervisor.status import Held, Status, duration, to_json
+from supervisor.status import Held, Status, duration
 
 LABEL: Final = 11  # columns
 MOST_WIDE: Final = 67  # columns of a bar
@@ -174,7 +175,7 @@ class View:
         status, record = self._status, self._status.record
         if record.stop is not None and status.alive and status.state is State.STOPPING:
             since = status.now - record.stop.time
-            left = self._grace_left(since)
+            left = self._time_left(since)
             countdown = "" if left is None else f", {duration(left)} left of its time"
             yield (
                 "notice",
@@ -183,9 +184,11 @@ class View:
                     "yellow",
                 ),
             )
-        plain = to_json(status)
-        for warning in plain.get("warnings", ()):
-            yield "warning", Text(_said(warning), "yellow")
+        elif record.deadline is not None and status.alive:
+            left = record.deadline.deadline - status.now
+            yield "notice", Text(f"{record.deadline.source} in {duration(left)}", "yellow")
+        for label, text in numbers.rows(record, alive=status.alive):
+            yield label, Text(text, "yellow" if label == "warning" else "")
         if record.last_failure is not None:
             failure = record.last_failure
             ago = duration(status.now - failure.time)
@@ -198,7 +201,16 @@ class View:
         if not status.alive and status.record.pid is not None:
             yield "supervisor", Text("gone: what is shown is how it left the job", "dim")
 
-    def _grace_left(self, since: float) -> float | None:
+    def _time_left(self, since: float) -> float | None:
+        """Of a stop: until the deadline that came with it or is known, else what is left of ``--grace``."""
+        record, now = self._status.record, self._status.now
+        known = [
+            one.deadline
+            for one in (record.stop, record.deadline)
+            if one is not None and one.deadline is not None
+        ]
+        if known:
+            return max(0.0, min(known) - now)
         try:
             return max(0.0, parse_duration(self._trail.settings["grace"]) - since)
         except (KeyError, ConfigError):
@@ -223,12 +235,6 @@ def can_show(encoding: str | None) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return os.environ.get("TERM", "dumb") != "dumb"
-
-
-def _said(warning: Any) -> str:
-    if isinstance(warning, dict):
-        return str(warning.get("text") or warning.get("reason") or warning)
-    return str(warning)
 
 
 def _spaced(*parts: tuple[str, str]) -> Text:

@@ -7,6 +7,7 @@ counter that shrinks would be taken for one that began anew.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
@@ -137,6 +138,11 @@ def families(status: Status, hook_failures: int = 0) -> Iterator[Metric]:
         "ratio",
     )
     yield from by("metric", "logged", "Newest values that the training has logged.", status.metrics)
+    warnings = Counter(warning.kind.value for warning in record.warnings if status.alive)
+    yield from by("kind", "warnings", "Early warnings that hold.", warnings)
+    yield from counter("rollbacks", "Rollbacks by the numeric guard, over the job's life.", record.rollbacks)
+    deadline = record.deadline.deadline if record.deadline is not None and status.alive else None
+    yield from gauge("deadline_timestamp", "When the job is ended, where that is known.", deadline, "seconds")
     yield from counter(
         "hook_failures", "Hooks that failed or took too long, since this supervisor began.", hook_failures
     )

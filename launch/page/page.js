@@ -42,9 +42,11 @@ function summary(status) {
     tile("Checkpoint", point(status.checkpoint), status.checkpoint_failure ? h("span", { class: "bad" }, `a newer one failed: ${status.checkpoint_failure}`) : age(status.checkpoint)),
   ];
   for (const [name, number] of Object.entries(status.metrics).sort(([a], [b]) => (b === "loss") - (a === "loss")).slice(0, 2)) tiles.push(tile(name, value(number), "newest value"));
-  const problems = [...(status.warnings || []).map((warning) => warning.text || String(warning)), ...status.problems];
+  const { problems, warnings } = status;
   at("summary").replaceChildren(
     status.reason ? h("p", { class: "reason" }, status.reason) : "",
+    ...warnings.map((warning) => h("p", { class: "reason warn" }, `Warning: ${warning.text}`)),
+    status.deadline ? h("p", { class: "reason" }, `${status.deadline.source} in ${duration(status.deadline.seconds)}`) : "",
     status.slow_rank !== null ? h("p", { class: "reason warn" }, `The others wait for rank ${status.slow_rank}.`) : "",
     h("dl", { class: "tiles" }, tiles),
     problems.length ? h("details", {}, h("summary", { class: "warn" }, `${plural(problems.length, "remark")} on the journal`), problems.map((text) => h("p", { class: "quiet" }, text))) : "",

@@ -23,7 +23,7 @@ from launch.trail import MOST_LOSSES, Trail
 from launch.view import View
 from supervisor.decide import lifecycle
 from supervisor.edge.journal import encode
-from supervisor.model import Fact, State, StopCause, StopRequested
+from supervisor.model import DeadlineSet, Fact, State, StopCause, StopRequested, WarningKind, WarningRaised
 from supervisor.status import Status, describe
 from tests.journals import journals
 from tests.report.stories import Story, job_directory, life
@@ -93,6 +93,19 @@ def test_a_stop_is_counted_down(tmp_path: Path) -> None:
     assert status.state is State.STOPPING
     words = " ".join("\n".join(shown(status, trail_of(tmp_path, story.facts), 100)).split())
     assert "SIGTERM 15 s ago: all ranks save and stop, 45 s left of its time" in words
+
+
+def test_warnings_and_deadlines_are_shown(tmp_path: Path) -> None:
+    facts = life(attempts=1, total=200, every=10, pace=1.0)[:-4]
+    status = status_of(facts)
+    warning = WarningRaised(
+        time=status.now, attempt=0, kind=WarningKind.PLATEAU, step=150, text="the loss stands still"
+    )
+    deadline = DeadlineSet(time=status.now, source="slurm time limit", deadline=status.now + 600)
+    status = replace(status, record=status.record.with_(warnings=(warning,), deadline=deadline))
+    words = " ".join("\n".join(shown(status, trail_of(tmp_path, facts), 80)).split())
+    assert "warning the loss stands still" in words
+    assert "notice slurm time limit in 10 min" in words
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from supervisor.decide import lifecycle
 from supervisor.edge.arenas import Arenas
 from supervisor.edge.exposing import Endpoint, TextFile
 from supervisor.errors import ConfigError
-from supervisor.model import Fact
+from supervisor.model import DeadlineSet, Fact, WarningKind, WarningRaised
 from supervisor.status import Status, describe
 from tests.journals import journals
 from tests.report.stories import life
@@ -40,7 +40,12 @@ def status_of(facts: list[Fact]) -> Status:
 def full() -> Status:
     """One that has something to say everywhere."""
     status = status_of(life(attempts=7, total=7000, every=10, pace=0.5)[:-4])
-    return replace(status, own_shares={0: 0.5, 1: 0.9}, arenas=ARENAS)
+    warning = WarningRaised(
+        time=status.now, attempt=6, kind=WarningKind.SPIKE, step=6500, text="the loss jumped"
+    )
+    deadline = DeadlineSet(time=status.now, source="slurm time limit", deadline=status.now + 600)
+    record = status.record.with_(warnings=(warning,), deadline=deadline)
+    return replace(status, record=record, own_shares={0: 0.5, 1: 0.9}, arenas=ARENAS)
 
 
 def samples(text: bytes) -> dict[tuple[str, ...], float]:
@@ -86,6 +91,8 @@ def test_what_they_say() -> None:
     assert found["everstep_rank_own_time_ratio", "1"] == 0.9
     assert found["everstep_snapshot_memory_bytes", "needed"] == 300
     assert found["everstep_logged", "loss"] == pytest.approx(status.metrics["loss"])
+    assert found["everstep_warnings", "spike"] == 1
+    assert found["everstep_deadline_timestamp_seconds",] == status.now + 600
     assert found["everstep_hook_failures_total",] == 2
 
 
