@@ -49,7 +49,7 @@ def test_a_chronicle_agrees_with_the_record(facts: list[Fact]) -> None:
     assert [activity.value for activity in ACTIVITIES] == list(asdict(record.spent))
     for rows in (ribbon.rows, sheets):
         assert sums(rows) == pytest.approx(whole, abs=1e-5)
-        assert min(min(row) for row in rows) > -1e-6
+        assert min((min(row) for row in rows), default=0.0) > -1e-6
     assert len(sheets) == 1 + len(chronicle.courses)
     assert sum(course.lost for course in chronicle.courses) == record.lost_steps
     for course in chronicle.courses[:-1]:
