@@ -10,6 +10,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from supervisor.config import Options
 from supervisor.decide import telling
@@ -20,7 +21,9 @@ from supervisor.edge.live import read_live
 from supervisor.errors import ConfigError
 from supervisor.ledger import Ledger
 from supervisor.model import Decided, Fact
-from supervisor.status import Status, describe
+
+if TYPE_CHECKING:
+    from supervisor.status import Status
 
 LOG = "hooks.log"  # in the job directory
 
@@ -102,6 +105,8 @@ class Herald:
 
     def _status(self) -> Status:
         """As ``everstep status`` has it. Called from the threads of whoever asks."""
+        from supervisor.status import describe
+
         record, runtime = self._ledger.record, Path(self._file.runtime)
         live = read_live(runtime, record.attempt or 0) if record.attempt_first_time is not None else None
         return describe(
