@@ -11,10 +11,10 @@ import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import asking, doctor, rehearse, simulate, submit, watching
+from launch import asking, doctor, rehearse, reporting, serving, simulate, submit, telling, watching
+from launch.finding import RUNS, find_job, find_jobs
 from supervisor.errors import EverstepError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 DEBUG = "EVERSTEP_DEBUG"
 EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 70, 130, 141
-RUNS = Path("everstep-runs")
 
 RUN_USAGE = "everstep run [options] torchrun [torchrun's options] script.py …\n       everstep run [options] python script.py …"
 RUN_TEXT = """\
@@ -107,6 +106,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
     )
     parsers |= asking.add_parsers(checkpoints, _Parser, _add_job)
     parsers["rehearse"] = rehearse.add_parser(commands, _add_job)
+    parsers["report"] = reporting.add_parser(commands, _add_job)
+    parsers["serve"] = serving.add_parser(commands)
     parsers["submit"] = submit.add_parser(commands)
     parsers["doctor"] = doctor.add_parser(commands, _add_job)
     parsers["simulate"] = simulate.add_parser(commands)
@@ -114,7 +115,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
     command = parsed.command
     if command is None:
         parser.reject(unknown)
-        parser.error("no command given: run, status, checkpoints, rehearse, submit, doctor or simulate")
+        parser.error(
+            "no command given: run, status, report, serve, checkpoints, rehearse, submit, doctor or simulate"
+        )
     if command == "checkpoints":
         command = parsed.action
     parsers[command].reject(unknown)
@@ -125,6 +128,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
         from launch import show
 
         return show.status(find_job(parsed.dir), json=parsed.json, watch=parsed.watch)
+    if command == "serve":
+        return serving.answer(given, find_jobs)
+    if command == "report":
+        return reporting.answer(given, lambda: find_job(parsed.dir))
     if command == "simulate":
         return simulate.answer(given)
     if command == "rehearse":
@@ -211,6 +218,7 @@ def _run_parser(commands: Any) -> _Parser:
         metavar="auto|off",
         help="in a SLURM job: requeue it when its state is saved for a stop (default: auto)",
     )
+    telling.add_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--quiet",
@@ -297,24 +305,6 @@ def _checkpoints(given: Mapping[str, Any]) -> int:
     from launch import asked
 
     return asked.answer(given, lambda: find_job(given["dir"]), _flags(given))
-
-
-def find_job(given: str | None) -> Path:
-    """The job directory meant: ``--dir``, else the one that was active last below ``everstep-runs``."""
-    if given is not None:
-        return Path(given).expanduser().absolute()
-    jobs = [path.parent for path in RUNS.absolute().glob("*/job.json")]
-    if not jobs:
-        raise UsageError(f"no job in {RUNS.absolute()}: give --dir D")
-    newest = max(jobs, key=_last_active)
-    if len(jobs) > 1:
-        print(f"everstep: {newest}, the newest of {len(jobs)} jobs; --dir chooses", file=sys.stderr)
-    return newest
-
-
-def _last_active(job: Path) -> float:
-    files = [job / "job.json", *(job / "journal").glob("*.jsonl")]
-    return max(file.stat().st_mtime for file in files if file.exists())
 
 
 if __name__ == "__main__":

@@ -69,13 +69,18 @@ def line(metric: str, points: Points) -> str:
         return f"{metric}: no finite value"
     values = [value for _, value in points]
     low, high = min(values), max(values)
+    return f"{metric}  {bars(values, _WIDE)}  {values[0]:.4g} at step {points[0][0]} to {values[-1]:.4g} at {points[-1][0]}; {low:.4g} to {high:.4g}"
+
+
+def bars(values: Sequence[float], wide: int) -> str:
+    """At most ``wide`` bars, the lowest value being the lowest one; where there are more values, means of neighbours."""
+    low, high = min(values), max(values)
     shown = values
-    if len(values) > _WIDE:
-        edges = [len(values) * column // _WIDE for column in range(_WIDE + 1)]
+    if len(values) > wide:
+        edges = [len(values) * column // wide for column in range(wide + 1)]
         shown = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     top = len(_BARS) - 1
-    bars = "".join(_BARS[round((value - low) / (high - low) * top) if high > low else 0] for value in shown)
-    return f"{metric}  {bars}  {values[0]:.4g} at step {points[0][0]} to {values[-1]:.4g} at {points[-1][0]}; {low:.4g} to {high:.4g}"
+    return "".join(_BARS[round((value - low) / (high - low) * top) if high > low else 0] for value in shown)
 
 
 def write(

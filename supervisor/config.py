@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from supervisor import guard_options
+from supervisor import guard_options, telling_options, yaml_file
 from supervisor.amounts import parse_rate, parse_size
 from supervisor.checkpoint import location
 from supervisor.checkpoint.location import TIMEOUT, Location
 from supervisor.decide.guard import GuardPolicy
 from supervisor.decide.retention import KeepBest, RetentionPolicy
+from supervisor.decide.telling import Hook, hooks
 from supervisor.errors import ConfigError
 from supervisor.intervals import INTERVALS, Interval, Unit, parse_duration
 
@@ -98,6 +99,16 @@ class Options:
     ``slurm`` and ``none``: no cloud's. Signals, and a scheduler's deadlines, are heeded in any case."""
     requeue: str = "auto"
     """Under a scheduler, have a job that has saved for a stop run again: ``auto`` (where that is possible) or ``off``."""
+    hook: tuple[Hook, ...] = ()
+    """Who is told of events: commands and webhooks (``decide/telling.py``)."""
+    hook_timeout: float = 10.0
+    """Seconds that a hook may take to be told one event."""
+    metrics_port: int | None = None
+    """Port of a Prometheus endpoint; 0: any that is free. None: there is none."""
+    metrics_address: str = "127.0.0.1"
+    """The address that the endpoint listens on."""
+    metrics_file: Path | None = None
+    """A file of metrics for node_exporter's textfile collector, ending in ``.prom``."""
     quiet: bool = False
     """Print everstep's own messages only, not the workers' output (which is in the logs)."""
     continue_: bool = False
@@ -303,9 +314,14 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "guard_skip": guard_options.steps,
     **dict.fromkeys(("guard_patience", "guard_times", "guard_back"), _whole),
     "standby": _one_of("on", "off", "init"),
+    "standby_memory": parse_size,
     "notices": _one_of("auto", "aws", "gcp", "azure", "slurm", "none"),
     "requeue": _one_of("auto", "off"),
-    "standby_memory": parse_size,
+    "hook": hooks,
+    "hook_timeout": _limit,
+    "metrics_port": telling_options.port,
+    "metrics_address": _text,
+    "metrics_file": telling_options.metrics_file,
     "quiet": _switch,
     "continue_": _switch,
 }
@@ -334,22 +350,8 @@ def load(flags: Mapping[str, object], directory: Path | None = None) -> Options:
 
 def read_file(file: Path) -> dict[str, Any]:
     """The options in a YAML file, by field. Raises ConfigError naming the file and the key."""
-    import yaml
-
-    try:
-        document = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: {_yaml_problem(error)}") from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise ConfigError(f"{file}: a mapping of options is required, not a {type(document).__name__}")
     values: dict[str, Any] = {}
-    for key, value in document.items():
+    for key, value in yaml_file.mapping(file).items():
         name = _field(key, file)
         if name in values:
             raise ConfigError(f"{file}: {_flag(name)[2:]} is given twice")
@@ -375,9 +377,3 @@ def _field(key: object, file: Path) -> str:
         guess = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError(f"{file}: unknown key {key!r}{guess}; allowed: {', '.join(allowed)}")
     return name
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
-    return f"line {mark.line + 1}: {problem}" if mark is not None else f"not YAML: {problem}"

@@ -17,6 +17,7 @@ from supervisor.edge.ports import ReservedPort
 from supervisor.errors import UsageError
 from supervisor.model import RunStarted
 from supervisor.program import Program
+from supervisor.settings import described
 
 #: what turns torch's flight recorder on: the number of records that it keeps
 FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
@@ -37,6 +38,7 @@ def run_started(options: Options, program: Program, epoch: int) -> RunStarted:
         guard_times=options.guard_times,
         guard_back=options.guard_back,
         guard_skip=options.guard_skip,
+        settings=described(options),
     )
 
 

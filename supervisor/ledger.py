@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from supervisor import replay
@@ -21,11 +22,16 @@ class Ledger:
     def __init__(self, journal: Journal, folded: Replay) -> None:
         self._journal = journal
         self._folded = folded
+        self._listeners: list[Callable[[Fact], None]] = []
 
     @property
     def record(self) -> JobRecord:
         """The job as it stands."""
         return self._folded.record
+
+    def listen(self, heard: Callable[[Fact], None]) -> None:
+        """Have ``heard`` called with every fact that is added from now on, once it is folded and written down."""
+        self._listeners.append(heard)
 
     def add(self, fact: Fact) -> None:
         """Raises the lifecycle's error for a fact that cannot happen now (a bug of ours)."""
@@ -33,6 +39,8 @@ class Ledger:
         self._folded.wrote(self._journal.path.name, fact, self._journal.append(fact))
         if self._folded.unsaved >= SAVE_EVERY:
             self._save()
+        for heard in self._listeners:
+            heard(fact)
 
     def close(self) -> None:
         """Wait for what was written to be on storage."""

@@ -183,6 +183,7 @@ class RunStarted(Fact):
     guard_times: int = 3
     guard_back: int = 1
     guard_skip: int = 0
+    settings: dict[str, str] = field(default_factory=dict)  # its options, in words (supervisor/settings.py)
 
 
 @dataclass(frozen=True, kw_only=True)

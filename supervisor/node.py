@@ -28,6 +28,7 @@ from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.engine import Engine
 from supervisor.errors import EverstepError
+from supervisor.herald import Herald
 from supervisor.launching import Launcher, run_started
 from supervisor.ledger import Ledger
 from supervisor.lookout import Warnings
@@ -84,6 +85,7 @@ class Node:
             ledger=ledger,
             console=console,
         )
+        self._herald = Herald(options, job, file, ledger, console.say)
         self._warnings = Warnings(options, ledger, console)
         self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
         self._engine = engine
@@ -123,6 +125,7 @@ class Node:
             verdict = await self._supervise()
         except EverstepError as error:
             self._break_off(error)
+            await self._herald.close()
             raise
         finally:
             await self._standby.end()
@@ -133,12 +136,24 @@ class Node:
         code = restart.exit_code(verdict.action, self._stopping.requested)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
+        await self._herald.close(self._patience())
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if said := self._engine.leave(code):
             self._console.say(said)
         if self._stopping.cut_short == "user" or threads.are_busy():
             self._leave_at_once(code)
         return code
+
+    def _patience(self) -> float | None:
+        """Seconds that whoever is told of the end may take: what is left of the grace; None: as long as it may at any time."""
+        if self._stopping.cut_short == "user":
+            return 0.0
+        deadline = self._draining.deadline
+        return (
+            None
+            if deadline is None
+            else min(self._options.hook_timeout, max(1.0, deadline - clock.monotonic()))
+        )
 
     def _leave_at_once(self, code: int) -> None:
         """Leave without the threads that may be reading or writing for minutes yet: they are safe to die at any point."""

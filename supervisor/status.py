@@ -12,7 +12,7 @@ import math
 import socket
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from supervisor import numbers
 from supervisor.decide import goodput, lifecycle, straggler
@@ -59,13 +59,34 @@ class Status:
     problems: tuple[str, ...] = ()  # lines of the journal that could not be used
 
 
-class Watch:
-    """Looks at one job again and again, and reads of its journal only what is new."""
+class Folded(Protocol):
+    """A journal folded as far as it has been read."""
 
-    def __init__(self, job_dir: Path) -> None:
+    @property
+    def record(self) -> JobRecord:
+        """The job."""
+        ...
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Lines that could not be used."""
+        ...
+
+    def advance(self) -> None:
+        """Fold what is new. Raises JobError when it cannot be read."""
+        ...
+
+
+class Watch:
+    """Looks at one job again and again, and reads of its journal only what is new.
+
+    ``folded``: its journal, where somebody folds it anyway.
+    """
+
+    def __init__(self, job_dir: Path, folded: Folded | None = None) -> None:
         self._given = job_dir
         self._job = JobDirectory(job_dir)
-        self._folded = Replay(self._job.journal)
+        self._folded = folded or Replay(self._job.journal)
 
     def look(self, now: float) -> Status:
         """The job's status. Raises JobError when there is no job or it cannot be read."""

@@ -13,9 +13,11 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Decoder = Callable[[Any], Any]
 
 
 def to_plain(value: Any) -> Any:
@@ -36,10 +38,10 @@ def to_plain(value: Any) -> Any:
 def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
     """A dataclass of type ``kind``. Raises ValueError naming the field that is missing or of the wrong type."""
     values: dict[str, Any] = {}
-    for name, (annotation, required) in _fields(typing.cast(Any, kind)).items():
+    for name, decode, required in _fields(typing.cast(Any, kind)):
         if name in plain:
             try:
-                values[name] = _value(annotation, plain[name])
+                values[name] = decode(plain[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{kind.__name__}.{name}: {error}") from None
         elif required:
@@ -48,40 +50,57 @@ def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
 
 
 @functools.cache
-def _fields(kind: Any) -> dict[str, tuple[Any, bool]]:
-    """Annotation of each field, and whether it has no default."""
+def _fields(kind: Any) -> tuple[tuple[str, Decoder, bool], ...]:
+    """Name of each field, what decodes it, and whether it has no default."""
     hints = typing.get_type_hints(kind)
-    return {
-        field.name: (
-            hints[field.name],
+    return tuple(
+        (
+            field.name,
+            _decoder(hints[field.name]),
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
         )
         for field in dataclasses.fields(kind)
-    }
+    )
 
 
-def _value(annotation: Any, plain: Any) -> Any:
+def _decoder(annotation: Any) -> Decoder:
+    """What checks and decodes a value of this annotation: looked up once, for a journal can hold 100 000 facts."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if plain is None and types.NoneType in arguments:
-            return None
-        (annotation,) = (argument for argument in arguments if argument is not types.NoneType)
-        return _value(annotation, plain)
+        (wanted,) = (argument for argument in arguments if argument is not types.NoneType)
+        decode = _decoder(wanted)
+        return (
+            decode
+            if types.NoneType not in arguments
+            else lambda plain: None if plain is None else decode(plain)
+        )
     if origin is tuple:
-        return tuple(_value(arguments[0], item) for item in _checked(plain, list))
+        item = _decoder(arguments[0])
+        return lambda plain: tuple([item(part) for part in _checked(plain, list)])
     if origin is dict:
-        return {key: _value(arguments[1], item) for key, item in _checked(plain, dict).items()}
+        item = _decoder(arguments[1])
+        return lambda plain: {key: item(part) for key, part in _checked(plain, dict).items()}
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return from_plain(annotation, _checked(plain, dict))
+        return lambda plain: from_plain(annotation, _checked(plain, dict))
     if issubclass(annotation, enum.Enum):
-        return annotation(plain)
+        return typing.cast(Decoder, annotation)
     if annotation is float:
-        if isinstance(plain, bool) or not (isinstance(plain, int | float) or plain in ("nan", "inf", "-inf")):
-            raise ValueError(f"{plain!r} is no number")
-        return float(plain)
-    if annotation is int and isinstance(plain, bool):
-        raise ValueError(f"{plain!r} is no int")
-    return _checked(plain, annotation)
+        return _float
+    return _int if annotation is int else lambda plain: _checked(plain, annotation)
+
+
+def _float(plain: Any) -> float:
+    if type(plain) is float:
+        return plain
+    if isinstance(plain, bool) or not (isinstance(plain, int | float) or plain in ("nan", "inf", "-inf")):
+        raise ValueError(f"{plain!r} is no number")
+    return float(plain)
+
+
+def _int(plain: Any) -> int:
+    if isinstance(plain, bool):
+        raise TypeError(f"{plain!r} is no int")
+    return _checked(plain, int)
 
 
 def _checked(plain: Any, kind: type[T]) -> T:

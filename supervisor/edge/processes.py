@@ -50,7 +50,9 @@ def become_subreaper() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def spawn(argv: Sequence[str], environment: Mapping[str, str], output: Path) -> int:
+def spawn(
+    argv: Sequence[str], environment: Mapping[str, str], output: Path, stdin: int = subprocess.DEVNULL
+) -> int:
     """Start ``argv`` in a session of its own, its output appended to ``output``; returns the pid.
 
     Must be called from the main thread: the child asks for SIGKILL at the death of the *thread* that forked it.
@@ -60,7 +62,7 @@ def spawn(argv: Sequence[str], environment: Mapping[str, str], output: Path) -> 
         process = subprocess.Popen(
             list(argv),
             env=dict(environment),
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=sink,
             stderr=sink,
             start_new_session=True,
@@ -113,6 +115,34 @@ def state_of(pid: int) -> tuple[str, bool]:
     return fields.get("State", "")[:1], fields.get("TracerPid", "0").strip() != "0"
 
 
+#: how those ended whom somebody waits for while others collect every child: pid → how, None as long as it runs
+_expected: dict[int, Exit | None] = {}
+
+
+def expect(pid: int) -> None:
+    """Somebody will ask ``end_of`` our child ``pid``: whoever collects it before is to remember how it ended."""
+    _expected[pid] = None
+
+
+def end_of(pid: int) -> Exit:
+    """How our expected child ``pid``, which has ended, did that; collects it. Asked once."""
+    with contextlib.suppress(ChildProcessError):
+        collected, status = os.waitpid(pid, os.WNOHANG)
+        if collected:
+            _note(pid, status)
+    return _expected.pop(pid, None) or Exit(code=0)
+
+
+def forget(pid: int) -> None:
+    """Nobody will ask how it ended; it is collected as any orphan is."""
+    _expected.pop(pid, None)
+
+
+def _note(pid: int, status: int) -> None:
+    if pid in _expected:
+        _expected[pid] = Exit.of_status(status)
+
+
 def reap() -> dict[int, Exit]:
     """Collect every child that has ended: pid → how."""
     ended: dict[int, Exit] = {}
@@ -124,6 +154,7 @@ def reap() -> dict[int, Exit]:
         if pid == 0:
             return ended
         ended[pid] = Exit.of_status(status)
+        _note(pid, status)
 
 
 def reap_adopted(keep: Collection[int]) -> None:
@@ -135,7 +166,7 @@ def reap_adopted(keep: Collection[int]) -> None:
             return
         if ended is None or ended.si_pid in keep:
             return
-        os.waitpid(ended.si_pid, 0)
+        _note(*os.waitpid(ended.si_pid, 0))
 
 
 def descendants(run_id: str, launchers: Collection[int] = ()) -> list[int]:
@@ -199,7 +230,9 @@ def reap_these(pids: Iterable[int]) -> None:
     """Collect these of our children where they have ended, and leave the others' exit statuses alone."""
     for pid in pids:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+            collected, status = os.waitpid(pid, os.WNOHANG)
+            if collected:
+                _note(pid, status)
 
 
 def yield_cpu(pid: int) -> bool:

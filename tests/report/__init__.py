@@ -1,0 +1,1 @@
+"""Tests of what a person looks at: report, served page, live view."""
