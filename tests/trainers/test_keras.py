@@ -82,20 +82,22 @@ def test_save_freq(
 
 
 @pytest.mark.parametrize(
-    ("mode", "threshold", "steps"),
-    [("min", None, [4, 8, 12]), ("auto", None, [4, 8, 12]), ("max", None, [4, 12]), ("min", 0.0, [12])],
+    ("mode", "threshold"), [("min", None), ("auto", None), ("max", None), ("min", 0.0), ("max", 0.0)]
 )
 def test_save_best_only(
-    keras: Any, callback_type: Any, tmp_path: Path, mode: str, threshold: float | None, steps: list[int]
+    keras: Any, callback_type: Any, tmp_path: Path, mode: str, threshold: float | None
 ) -> None:
-    """The validation loss of this training falls in every epoch; the last step is saved in any case."""
+    """As it stands in the history; the last step is saved in any case."""
     ours = callback_type(
         dir=tmp_path, monitor="val_loss", mode=mode, save_best_only=True, initial_value_threshold=threshold,
         **OPTIONS,
     )  # fmt: skip
-    losses = fit(model_of(keras), ours).history["val_loss"]
-    assert losses == sorted(losses, reverse=True)
-    assert saved(tmp_path) == steps
+    best, expected = threshold, set()
+    for epoch, loss in enumerate(fit(model_of(keras), ours, epochs=4).history["val_loss"], 1):
+        if best is None or (loss > best if mode == "max" else loss < best):
+            best = loss
+            expected.add(epoch * BATCHES)
+    assert saved(tmp_path) == sorted(expected | {4 * BATCHES})
 
 
 def test_broken_off_in_an_epoch_it_goes_on_there(keras: Any, callback_type: Any, tmp_path: Path) -> None:
@@ -115,7 +117,9 @@ def test_broken_off_in_an_epoch_it_goes_on_there(keras: Any, callback_type: Any,
 
 
 def test_an_early_end_is_an_end(keras: Any, callback_type: Any, tmp_path: Path) -> None:
-    early = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", True))
+    early = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", True)
+    )
     model = model_of(keras)
     fit(model, early, callback_type(dir=tmp_path, save_freq=99, **OPTIONS))
     assert saved(tmp_path) == [4]
@@ -123,7 +127,7 @@ def test_an_early_end_is_an_end(keras: Any, callback_type: Any, tmp_path: Path) 
 
 def test_weights_only(keras: Any, callback_type: Any, tmp_path: Path) -> None:
     fit(model_of(keras), callback_type(dir=tmp_path, save_weights_only=True, **OPTIONS))
-    with pytest.raises(StateMismatchError, match="no optimizer/"):
+    with pytest.raises(StateMismatchError, match="0 variables of the optimizer, here are "):
         fit(model_of(keras), callback_type(dir=tmp_path, **OPTIONS))
     model = model_of(keras)
     fit(model, callback_type(dir=tmp_path, save_weights_only=True, **OPTIONS))
@@ -134,7 +138,9 @@ def test_weights_only(keras: Any, callback_type: Any, tmp_path: Path) -> None:
 
 def test_another_model_is_named(keras: Any, callback_type: Any, tmp_path: Path) -> None:
     fit(model_of(keras), callback_type(dir=tmp_path, **OPTIONS))
-    with pytest.raises(StateMismatchError, match=r"hidden/bias is \(3,\) in the checkpoint, here \(5,\)"):
+    with pytest.raises(
+        StateMismatchError, match=r"hidden/kernel is \(2, 3\) in the checkpoint, here \(2, 5\)"
+    ):
         fit(model_of(keras, width=5), callback_type(dir=tmp_path, **OPTIONS))
 
 
@@ -159,7 +165,9 @@ def test_a_metric_that_is_not_there_is_named(keras: Any, callback_type: Any, tmp
         fit(model_of(keras), ours)
 
 
-def test_a_direction_that_cannot_be_known_is_asked_for(keras: Any, callback_type: Any, tmp_path: Path) -> None:
+def test_a_direction_that_cannot_be_known_is_asked_for(
+    keras: Any, callback_type: Any, tmp_path: Path
+) -> None:
     named = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(score=1.0))
     ours = callback_type(dir=tmp_path, monitor="score", save_best_only=True)
     with pytest.raises(UsageError, match="mode='min' or mode='max' is required"):

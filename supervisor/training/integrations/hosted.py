@@ -33,6 +33,9 @@ def missing(package: str, extra: str, error: ImportError) -> ConfigError:
     )
 
 
+_open: set[Hosted] = set()
+
+
 class Hosted:
     """Holds at most one open Session. ``options`` are those of Session; others raise UsageError."""
 
@@ -67,11 +70,16 @@ class Hosted:
 
     def enter(self, values: dict[str, Any], **objects: Any) -> Session:
         """Open one over ``objects``, with ``values`` in its state until something is loaded. Collective over all ranks."""
-        self.abandon()
+        for other in list(_open):  # a fit that was broken off, in this process, and still holds the directory
+            if other is self or (
+                self._options.get("dir") and other._options.get("dir") == self._options["dir"]
+            ):
+                other.abandon()
         session = Session(**self._options, **objects)
         session.state.update(values)
         session.__enter__()
         self._session = session
+        _open.add(self)
         self._begun = self._done = False
         return session
 
@@ -101,11 +109,13 @@ class Hosted:
         with self._leaving_on_error():
             self.session.finish()
         session, self._session = self.session, None
+        _open.discard(self)
         session.__exit__(None, None, None)
 
     def abandon(self, error: BaseException | None = None) -> None:
         """The training was broken off, by ``error`` or by something that nobody saw."""
         self._evaluating.close()
+        _open.discard(self)
         if self._session is None:
             return
         session, self._session = self._session, None

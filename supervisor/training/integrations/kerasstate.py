@@ -26,26 +26,30 @@ class Variables:
         return {name: _tensor_of(variable) for name, variable in self._named()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Assign them all, or none. Raises StateMismatchError for paths, shapes or dtypes that are not the model's.
+        """Assign them all, or none. Raises StateMismatchError for what is not the model's.
 
-        Metrics that the model has not made yet are let go.
+        By path; or, where only the paths differ (Keras counts the models of a process to name them), by order. Metrics that
+        the model has not made yet are let go.
         """
         present = dict(self._named())
-        needed = {name for name in present if not name.startswith("metrics/")}
-        missing = sorted(needed - state.keys())
-        foreign = sorted(name for name in state.keys() - needed if not name.startswith("metrics/"))
-        if missing or foreign:
-            first = f"no {missing[0]}" if missing else f"a {foreign[0]} that the model does not have"
-            raise StateMismatchError(
-                f"the checkpoint has {first} (and {len(missing) + len(foreign) - 1} more)"
-            )
-        for name in sorted(present.keys() & state.keys()):
-            if tuple(present[name].shape) != tuple(state[name].shape):
+        renamed: dict[str, str] = {}  # stored names by present ones
+        for kind in ("model", "optimizer", "metrics"):
+            here = [name for name in present if name.startswith(f"{kind}/")]
+            stored = [name for name in state if name.startswith(f"{kind}/")]
+            if set(here) <= set(stored) or len(here) != len(stored):
+                renamed |= {name: name for name in here if name in state}
+            else:
+                renamed |= dict(zip(here, stored, strict=True))
+            if kind != "metrics" and len(here) != len(stored):
                 raise StateMismatchError(
-                    f"{name} is {tuple(state[name].shape)} in the checkpoint, here {tuple(present[name].shape)}"
+                    f"the checkpoint has {len(stored)} variables of the {kind}, here are {len(here)}"
                 )
-        for name in present.keys() & state.keys():
-            _assign(present[name], state[name])
+        for name, stored_name in renamed.items():
+            shape, here_shape = tuple(state[stored_name].shape), tuple(present[name].shape)
+            if shape != here_shape:
+                raise StateMismatchError(f"{stored_name} is {shape} in the checkpoint, here {here_shape}")
+        for name, stored_name in renamed.items():
+            _assign(present[name], state[stored_name])
         self._metrics = {name: value.clone() for name, value in state.items() if name.startswith("metrics/")}
 
     @property

@@ -221,7 +221,14 @@ class _Progress:
 
         Its sampler may draw its seed only with the first batch; what comes between here and there is to leave no trace.
         """
-        fetcher = self._trainer.fit_loop._data_fetcher
+        loop = self._trainer.fit_loop
+        fetcher = loop._data_fetcher
+        for loader in fetcher.combined_loader.flattened:
+            for owner in (loader, getattr(loader, "batch_sampler", None)):
+                if hasattr(sampler := getattr(owner, "sampler", None), "set_epoch"):
+                    sampler.set_epoch(
+                        loop.epoch_progress.current.processed
+                    )  # Lightning does it too late for us
         for _ in range(self._batches["current"]["completed"]):
             next(fetcher if fetcher.length is None else fetcher.iterator)
         fetcher.iterator = _resumed(fetcher.iterator, rng.capture())
