@@ -116,6 +116,23 @@ def test_broken_off_in_an_epoch_it_goes_on_there(keras: Any, callback_type: Any,
     assert all(map(np.array_equal, longer.get_weights(), undisturbed.get_weights()))
 
 
+def test_other_callbacks_go_on_where_they_were(keras: Any, callback_type: Any, tmp_path: Path) -> None:
+    """The rate falls after every epoch but the first: no improvement is large enough."""
+
+    def plateau() -> Any:
+        return keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1, min_delta=1e6)
+
+    history = fit(model_of(keras), plateau(), epochs=4).history
+    assert len(set(history["learning_rate"])) == 3
+    kept = plateau()
+    with pytest.raises(InterruptedHereError):
+        ours = callback_type(dir=tmp_path, checkpoint_every="1steps", keep=[kept])
+        fit(model_of(keras), kept, ours, stop_after(keras, 7), epochs=4)
+    kept = plateau()
+    ours = callback_type(dir=tmp_path, checkpoint_every="1steps", keep=[kept])
+    assert fit(model_of(keras), kept, ours, epochs=4).history == history
+
+
 def test_an_early_end_is_an_end(keras: Any, callback_type: Any, tmp_path: Path) -> None:
     early = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", True)

@@ -10,7 +10,12 @@ import torch
 
 from supervisor.errors import StateMismatchError
 
-_PRIVATE = frozenset({"_model", "model", "params", "_params", "validation_data"})
+_PRIVATE = frozenset(
+    {"_model", "model", "params", "_params", "validation_data"}
+    | {
+        "min_delta"
+    }  # which Keras gives its sign anew when a callback first finds out in which direction its metric goes
+)
 
 
 class Variables:
