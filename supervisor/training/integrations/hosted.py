@@ -80,6 +80,10 @@ class Hosted:
         session.__enter__()
         self._session = session
         _open.add(self)
+        if session.leaves_out:
+            error = UsageError("the data of a trainer cannot be left out: run it without --guard-skip")
+            self.abandon(error)
+            raise error
         self._begun = self._done = False
         return session
 

@@ -225,10 +225,9 @@ class _Progress:
         fetcher = loop._data_fetcher
         for loader in fetcher.combined_loader.flattened:
             for owner in (loader, getattr(loader, "batch_sampler", None)):
-                if hasattr(sampler := getattr(owner, "sampler", None), "set_epoch"):
-                    sampler.set_epoch(
-                        loop.epoch_progress.current.processed
-                    )  # Lightning does it too late for us
+                sampler: Any = getattr(owner, "sampler", None)
+                if hasattr(sampler, "set_epoch"):  # Lightning does it, too late for us
+                    sampler.set_epoch(loop.epoch_progress.current.processed)
         for _ in range(self._batches["current"]["completed"]):
             next(fetcher if fetcher.length is None else fetcher.iterator)
         fetcher.iterator = _resumed(fetcher.iterator, rng.capture())
