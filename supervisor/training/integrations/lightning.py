@@ -64,7 +64,7 @@ class EverstepCallback(Callback):  # type: ignore[misc]
         """Enter the Session: the strategy has wrapped the module and made the optimizers; the loops have not begun."""
         if current() is not None:
             self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-            environment = trainer.strategy.cluster_environment
+            environment = trainer._accelerator_connector.cluster_environment  # whose word Lightning takes
             if isinstance(environment, SLURMEnvironment):
                 environment.auto_requeue = False
         progress = _Progress(trainer)
