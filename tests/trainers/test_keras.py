@@ -111,6 +111,10 @@ def test_broken_off_in_an_epoch_it_goes_on_there(keras: Any, callback_type: Any,
     assert again == history
     assert all(map(np.array_equal, resumed.get_weights(), undisturbed.get_weights()))
 
+    complete = model_of(keras)  # killed after its last step: nothing is left to train, and the script goes on
+    assert fit(complete, callback_type(**options)).history == history
+    assert all(map(np.array_equal, complete.get_weights(), undisturbed.get_weights()))
+
     undisturbed = model_of(keras)
     history = fit(undisturbed, epochs=5).history
     longer = model_of(keras)

@@ -125,6 +125,8 @@ class EverstepCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.model._initial_epoch = None  # else the next fit would begin there
         if self._hosted.is_pending:
             self._position["others"] = self._others()
+        elif self._resumed_epoch is not None:  # there was nothing left to train
+            self._take_others()
         self._hosted.leave()
 
     # ------------------------------------------------------------------ epochs
