@@ -295,16 +295,16 @@ class Session:
         A step that was begun and is not to count (``advance()`` begins one) is forgotten. On all ranks alike.
         """
         self._check_open("finish()")
-        if self._by_hand is not None:
-            self._by_hand.close()
-            self._by_hand = None
+        begun, self._by_hand = self._by_hand, None
+        if begun is not None:
+            begun.close()
         if self._total == self._step and not self._in_body:
             return
         self._in_body = False
         self._total = self._step
         self._keeper.words[Word.TOTAL_STEPS] = self._step
         self._keeper.tell("session", total_steps=self._step)
-        if self._saver.saved != self._step:
+        if begun is not None and self._saver.saved != self._step:  # else all is as it was loaded
             self._end_of_step(self._step, is_last=True)
 
     def _loop(self, total: int) -> Generator[int]:
