@@ -46,7 +46,8 @@ def run(words: list[str]) -> None:
         _execute(link, rest)
     _shield(link, gate)
     vital.write_stacks_on_request(link)
-    stepcount.install(link.page, gate.told(), vital.Beat(link.page, threading.get_ident()).start)
+    link.at_first_step = gate.told()
+    stepcount.install(link.page, link.at_first_step, vital.Beat(link.page, threading.get_ident()).start)
 
     def before() -> None:
         gate.enter()

@@ -62,6 +62,8 @@ class Link:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.connect(os.fspath(socket_path(runtime)))
         self._buffer = b""
+        #: what the boot wants done when the first step has been made, whoever sees it first; harmless when repeated
+        self.at_first_step: Callable[[], None] = lambda: None
         self.page = ControlPage(page_path(runtime, attempt, local_rank), create=True)
         #: the supervisor's answer to the greeting, see DESIGN of the message in ``edge/channel.py``
         self.welcome: dict[str, Any] = self.ask(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -98,6 +98,7 @@ class Session:
         self._entered = self._open = self._looping = self._in_body = self._stopping = False
         self._due = 0
         self._requested = 0  # the last step that save() asked for
+        self._by_hand: Generator[int] | None = None
         self._keeper: Keeper = Unkept()
         self._metrics = Metrics(self._publish)
 
@@ -112,6 +113,11 @@ class Session:
     def resumed(self) -> bool:
         """Whether this run goes on from a saved state."""
         return self._resumed
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether steps are to be left out from here on (``--guard-skip``)."""
+        return any(skip.stop > self._step for skip in self._keeper.skips)
 
     @property
     def attempt(self) -> int:
@@ -240,7 +246,7 @@ class Session:
 
     # ------------------------------------------------------------------ the loop
 
-    def steps(self, total: int | None = None) -> Iterator[int]:
+    def steps(self, total: int | None = None) -> Generator[int]:
         """The steps to run: from the one resumed at, up to ``total`` (None: until the loop is left).
 
         A job that has completed ``total`` steps yields nothing. Fetch a step's data in its
@@ -265,7 +271,43 @@ class Session:
         self._keeper.tell("session", total_steps=total)
         return self._loop(NEVER if total is None else total)
 
-    def _loop(self, total: int) -> Iterator[int]:
+    def begin(self, total: int | None = None) -> bool:
+        """The first step begins, in a loop that is not ours to write: as the first turn of ``steps(total)``.
+
+        Call it right before that step's computation: the random state is restored here. Returns whether there is a step to
+        run. Then ``advance()`` ends each step. Raises as ``steps`` does.
+        """
+        self._by_hand = self.steps(total)
+        return self.advance()
+
+    def advance(self) -> bool:
+        """The step that was running is complete, and the next begins, if there is one: what the answer says.
+
+        Raises Stopped after the save when the job was asked to stop, UsageError where no step was begun.
+        """
+        if self._by_hand is None:
+            raise UsageError("advance() ends a step that begin() has begun: there is none")
+        return next(self._by_hand, None) is not None
+
+    def finish(self) -> None:
+        """The training has come to its end after the steps completed so far, whatever ``total`` was said to be: save them.
+
+        A step that was begun and is not to count (``advance()`` begins one) is forgotten. On all ranks alike.
+        """
+        self._check_open("finish()")
+        begun, self._by_hand = self._by_hand, None
+        if begun is not None:
+            begun.close()
+        if self._total == self._step and not self._in_body:
+            return
+        self._in_body = False
+        self._total = self._step
+        self._keeper.words[Word.TOTAL_STEPS] = self._step
+        self._keeper.tell("session", total_steps=self._step)
+        if begun is not None and self._saver.saved != self._step:  # else all is as it was loaded
+            self._end_of_step(self._step, is_last=True)
+
+    def _loop(self, total: int) -> Generator[int]:
         self._check_open("steps()")
         self._looping, self._in_body = True, False
         keeper, words, now = self._keeper, self._keeper.words, time.monotonic_ns
@@ -317,6 +359,8 @@ class Session:
         words = self._keeper.words
         if not words[Word.FIRST_STEP_NS]:
             words[Word.FIRST_STEP_NS] = time.monotonic_ns()
+            if (link := current()) is not None:
+                link.at_first_step()  # there may be no optimizer of torch's that would tell
         stop = self._saver.end_of_step(completed, is_last=is_last)
         self._due = self._saver.due
         if stop:
