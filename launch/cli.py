@@ -10,7 +10,8 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import asking, doctor, rehearse, reporting, serving, simulate, submit, telling, watching
@@ -96,7 +97,8 @@ def call(arguments: Sequence[str]) -> int:
         return EXIT_BUG
 
 
-def _dispatch(arguments: Sequence[str]) -> int:
+def read(arguments: Sequence[str]) -> dict[str, Any]:
+    """What a command line says, by name, the ``command`` itself included. Raises UsageError for any word that is unknown."""
     parser = _Parser(prog="everstep", description="Keeps a distributed PyTorch training run going.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
@@ -112,35 +114,39 @@ def _dispatch(arguments: Sequence[str]) -> int:
     parsers["doctor"] = doctor.add_parser(commands, _add_job)
     parsers["simulate"] = simulate.add_parser(commands)
     parsed, unknown = parser.parse_known_args(list(arguments))
-    command = parsed.command
-    if command is None:
+    if parsed.command is None:
         parser.reject(unknown)
         parser.error(
             "no command given: run, status, report, serve, checkpoints, rehearse, submit, doctor or simulate"
         )
-    if command == "checkpoints":
-        command = parsed.action
-    parsers[command].reject(unknown)
-    given = vars(parsed)
-    if command == "run":
-        return _run(given)
-    if command == "status":
-        from launch import show
+    parsers[parsed.action if parsed.command == "checkpoints" else parsed.command].reject(unknown)
+    return vars(parsed)
 
-        return show.status(find_job(parsed.dir), json=parsed.json, watch=parsed.watch)
-    if command == "serve":
-        return serving.answer(given, find_jobs)
-    if command == "report":
-        return reporting.answer(given, lambda: find_job(parsed.dir))
-    if command == "simulate":
-        return simulate.answer(given)
-    if command == "rehearse":
-        return rehearse.answer(given, lambda: find_job(parsed.dir))
-    if command == "submit":
-        return submit.answer(given, _read_run)
-    if command == "doctor":
-        return doctor.answer(given, _flags(given), lambda: find_job(None))
-    return _checkpoints(given)
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    given = read(arguments)
+
+    def job() -> Path:
+        return find_job(given["dir"])
+
+    answers: dict[str, Callable[[], int]] = {
+        "run": lambda: _run(given),
+        "status": lambda: _status(given, job()),
+        "checkpoints": lambda: _checkpoints(given),
+        "rehearse": lambda: rehearse.answer(given, job),
+        "report": lambda: reporting.answer(given, job),
+        "serve": lambda: serving.answer(given, find_jobs),
+        "submit": lambda: submit.answer(given, _read_run),
+        "doctor": lambda: doctor.answer(given, _flags(given), lambda: find_job(None)),
+        "simulate": lambda: simulate.answer(given),
+    }
+    return answers[given["command"]]()
+
+
+def _status(given: Mapping[str, Any], job: Path) -> int:
+    from launch import show
+
+    return show.status(job, json=given["json"], watch=given["watch"])
 
 
 # --------------------------------------------------------------------------- run
