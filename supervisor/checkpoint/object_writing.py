@@ -59,10 +59,15 @@ class ObjectWriter:
         """As ``CheckpointStorage.drain``, of the files ``sizes``."""
         directory = catalog.step_directory(self._where, origin.step).name
         fence()
-        if (existing := await self._make_room(directory)) is not None:
-            return existing
         marker = _marker(Owner(origin.run_id, origin.epoch))
-        await self._claim(directory, marker)
+        while True:
+            if (existing := await self._make_room(directory)) is not None:
+                return existing
+            await self._claim(directory, marker)
+            if f"{directory}/{MANIFEST_NAME}" not in await self._bucket.sizes(directory):
+                break
+            # somebody has committed between that look and our claim, which was free again: his files are not for us
+            await self._bucket.delete([f"{directory}/{PARTIAL_NAME}"])
         try:
             files = await self._upload(source, sizes, directory, fence, feed)
             manifest = Manifest(origin=origin, files=files)

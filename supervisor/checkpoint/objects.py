@@ -8,7 +8,8 @@ is being written; a removal starts with the marker and then takes the manifest. 
 - only the marker is there: a leftover, never listed, removed by ``sweep`` if it is this job's;
 - other objects without either: not ours, never touched.
 
-**Two writers.** The marker is created if-absent, so of two that begin the same step one goes on. A later supervisor of the
+**Two writers.** The marker is created if-absent, so of two that begin the same step one goes on; it looks for a manifest once
+more, as the other may have committed, and taken its marker away, in between. A later supervisor of the
 same job (a higher epoch) takes the marker over; the older one finds out, from the job directory before each file and from
 the marker before its manifest, and gives up. What cannot be excluded without a rename: an upload that the older one has
 begun before it lost the job may end after the newer one's manifest, and replace one of its files. Its digest then does not

@@ -56,7 +56,7 @@ def is_whole(storage: ObjectStorage, step: int) -> bool:
     records = storage.records()
     assert [record.problem for record in records] == [None] * len(records)
     assert [record.step for record in records] in ([], [step])
-    assert all(storage.verify(record) == [] for record in records)
+    assert [problem for record in records for problem in storage.verify(record)] == []
     return bool(records)
 
 

@@ -44,12 +44,16 @@ Moment = tuple[str, int, int]
 
 
 def trace(before: Callable[[Moment], None]) -> None:
-    """Call ``before`` ahead of every line, on all threads of this process from now on."""
+    """Call ``before`` ahead of every line, on all threads of this process from now on, and not in its forks.
+
+    A fork has lines to go before it can say ``stop_tracing``, and what it finds changed was done by its parent.
+    """
+    home = os.getpid()
     times: Counter[tuple[str, int]] = Counter()
     wanted: dict[Any, bool] = {}
 
     def local(frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
+        if event == "line" and os.getpid() == home:
             line = frame.f_code.co_filename, frame.f_lineno
             times[line] += 1
             before((*line, times[line]))
