@@ -7,19 +7,25 @@ snapshot copies tensors into their places (``moves``) and writes the few blobs a
 A snapshot is laid out anew when the items are not those of the layout any more: other keys, shapes, dtypes, placements, or
 a blob that outgrew its room. Every rank looks at its own items, and one small collective settles it for all: *copy*, *wait*,
 *lay out*, or *fail*. Everything that can fail (collecting the state, pickling, room in memory) comes before that collective;
-behind it there are only copies between mapped pages. So the ranks agree on the outcome without a second one.
+behind it there are only copies between mapped pages. So the ranks agree on the outcome without a second one. Once all slots
+are laid out, nothing depends on which of them is written: the ranks then tell each other that they are ready to *copy*
+in the collective in which they agree on the slot (``ask``), and need no other.
 
 Fresh pages cost ten times what a copy does. So the files of a large layout are made by a thread, and a snapshot that nobody
 is in a hurry for is put off (*wait*) until its file is there.
 
-The one outcome that a rank has for itself is a *torn* copy behind a step (``overlap``). It says so, and the supervisor
-drops that snapshot.
+While the training stands, a copy behind a step looks only at what the next forward may change. That the rest still is what
+was laid out, and where it was, is looked at by the thread that copies, when it has copied. If it is not, the snapshot is
+*stale*: dropped, and from then on this rank takes all looks at once.
+
+The outcomes that a rank has for itself are a stale copy behind a step and a *torn* one (``overlap``). It says so, and the
+supervisor drops that snapshot.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
+import functools
 import itertools
 import operator
 import os
@@ -33,19 +39,23 @@ from typing import Final
 import torch
 from torch.optim import Optimizer
 
-from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.errors import StorageError
 from supervisor.training.bindings import Bindings, Placed
-from supervisor.training.items import Items
+from supervisor.training.flight import OUTGROWN, TORN, Flight, Samples
+from supervisor.training.items import Items, settled
 from supervisor.training.layout import OutgrownError
 from supervisor.training.moves import TINY, Moves, Spot, local_of
-from supervisor.training.overlap import TORN, Fence, Flight, Helper, owned_by
-from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, make_place, spots
-from supervisor.training.slots import Ahead, Slot, new_arenas
+from supervisor.training.overlap import Fence, Helper, owned_by
+from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, spots
+from supervisor.training.rack import Rack
+from supervisor.training.slots import Slot
 from supervisor.training.world import World, say
 from supervisor.training.writer import (
+    ASK,
+    READY,
     Finished,
     Gather,
+    StaleError,
     TornError,
     UnsavableError,
     Written,
@@ -54,6 +64,10 @@ from supervisor.training.writer import (
 )
 
 _LARGE: Final = 64 << 20  # bytes; the files of what is smaller are made while the training stands
+_STALE_LAYOUTS: Final = 3  # after as many, this is a state that keeps changing: no look is put off any more
+STALE: Final = "the state is not laid out any more as it was"
+
+Archives = Callable[[], list[bytes]]
 
 
 class Way(enum.IntEnum):
@@ -70,6 +84,15 @@ class _Pending:
     flight: Flight
     finished: Finished
     stall: float  # seconds that the training stood
+
+
+@dataclass
+class _Prepared:
+    """What was gathered for a copy, and since when the training stands."""
+
+    items: Items
+    archives: Archives
+    started: float
 
 
 class ArenaWriter:
@@ -93,35 +116,65 @@ class ArenaWriter:
         self._layout: Layout | None = None
         self._bindings: Bindings | None = None
         self._spots: dict[str, Spot] = {}  # by key
-        self._slots: dict[Path, Slot] = {}
-        self._ahead: dict[Path, Ahead] = {}
-        self._spare = tuple(slots)
-        self._used: set[Path] = set()
+        self._rack = Rack(slots, ranks=world.size, cleans=cleans)
         self._copying = Helper("everstep-snapshot")
-        self._making = Helper("everstep-arenas")
         self._home = threading.get_ident()
         self._process = os.getpid()
+        self._prepared: _Prepared | None = None
         self._pending: _Pending | None = None
         self._flights = itertools.count()
+        self._scratch = _new_scratch()
         self._fence = Fence(self._at_fence, completed) if self._optimizers else None
         self._proof: tuple[Path, Moves] | None = None
         self._proven = False
         self._trusted = True
+        self._hasty = True  # looks may be put off
+        self._stale = 0  # times that they should not have been
 
     # ------------------------------------------------------------------ writing
 
-    def write(self, directory: Path, gather: Gather, finished: Finished, *, behind: bool = False) -> None:
+    def ask(self, gather: Gather, *, behind: bool = False) -> int:
+        """As the protocol says."""
+        started = time.monotonic()
+        self._prepared = None
+        if not (behind and self._is_hasty and self._rack.is_complete):
+            return ASK
+        assert self._bindings is not None
+        try:
+            items = gather()
+            if not self._bindings.fit(items):
+                self._bindings = None  # half bound anew
+                return ASK
+            self._prepared = _Prepared(items, self._bindings.archives(items), started)
+        except Exception:  # noqa: BLE001 (it comes again in ``write``, which tells the other ranks)
+            return ASK
+        return READY
+
+    def write(
+        self,
+        directory: Path,
+        gather: Gather,
+        finished: Finished,
+        *,
+        behind: bool = False,
+        agreed: int = ASK,
+    ) -> None:
         """As the protocol says."""
         self.flush()
         if self._proof is not None and self._proof[0] == directory:
             self._proof = None  # what it compares with is about to be written over
-        self._used.add(directory)
+        self._rack.use(directory)
+        prepared, self._prepared = self._prepared, None
+        if agreed == READY:
+            assert prepared is not None
+            self._take_off(directory, prepared, finished)
+            return
         started = time.monotonic()
         way, items, archives, problem = self._prepare(directory, gather, behind=behind)
         size = _size_of(items) if way is Way.LAY_OUT and items is not None else 0
         agreed, size = self._world.largest([way, size])
         if agreed == Way.FAIL:
-            self._drop(directory)
+            self._rack.forget(directory)  # it may be moved elsewhere
             finished(self._worst(problem))
         elif agreed == Way.WAIT:
             finished(None)
@@ -137,15 +190,14 @@ class ArenaWriter:
     ) -> tuple[Way, Items | None, list[bytes], StorageError | None]:
         """Everything that can fail."""
         try:
-            items = gather()
+            items = settled(gather)
             if self._layout is None or self._bindings is None or not self._bindings.fit(items):
                 self._bindings = None  # half bound anew
                 return Way.LAY_OUT, items, [], None
-            archives = self._bindings.archives(items)
-            ahead = self._ahead.get(directory)
-            if behind and ahead is not None and not ahead.is_over and self._layout.size > _LARGE:
+            archives = self._bindings.archives(items)()
+            if behind and self._rack.is_being_made(directory) and self._layout.size > _LARGE:
                 return Way.WAIT, items, [], None
-            self._open(directory)
+            self._rack.open(directory, self._layout)
         except OutgrownError:
             return Way.LAY_OUT, items, [], None
         except Exception as error:  # noqa: BLE001 (a failure of the snapshot, on all ranks; the training goes on)
@@ -161,22 +213,39 @@ class ArenaWriter:
     def _copy(
         self, directory: Path, archives: list[bytes], finished: Finished, started: float, *, behind: bool
     ) -> None:
-        assert self._layout is not None and self._bindings is not None
-        slot = self._slots[directory]
+        """What the training has to wait for, and, unless that may be done ``behind`` the next step, the rest."""
+        assert self._layout is not None
+        slot = self._rack.get(directory)
         slot.fill(self._layout, archives)
-        self._prepare_moves(slot)
-        slot.now.run()
-        slot.moves_of(self._bindings.restless, self._spots).run()
-        ready = self._is_ready()
-        if ready and self._proven and behind and slot.behind.sources:
-            flight = Flight(slot.behind, next(self._flights))
-            self._copying.start(flight.run)
-            self._pending = _Pending(flight, finished, time.monotonic() - started)
+        self._copy_now(slot)
+        ready = self._is_ready
+        if ready and self._proven and behind and slot.behind.tensors:
+            self._fly(slot, lambda: None, finished, started)
             return
         slot.behind.run()
         if ready and not self._proven:
             self._proof = directory, slot.behind
         finished(self._written(time.monotonic() - started))
+
+    def _take_off(self, directory: Path, prepared: _Prepared, finished: Finished) -> None:
+        """As ``_copy`` behind the next step, with every look and all writing that can be put off done there, too."""
+        slot = self._rack.get(directory)
+        self._copy_now(slot)
+        self._fly(slot, functools.partial(self._rest, slot, prepared), finished, prepared.started)
+
+    def _rest(self, slot: Slot, prepared: _Prepared) -> str | None:
+        """What was put off; on the copying thread."""
+        assert self._layout is not None
+        if not (prepared.items.hold() and slot.is_in_place):
+            return STALE
+        slot.fill(self._layout, prepared.archives())
+        return None
+
+    def _copy_now(self, slot: Slot) -> None:
+        assert self._bindings is not None
+        self._prepare_moves(slot)
+        slot.now.run()
+        slot.moves_of(self._bindings.restless, self._spots).run()
 
     def _written(self, seconds: float) -> Written:
         assert self._layout is not None
@@ -198,32 +267,6 @@ class ArenaWriter:
             (mine if waits else others).append(placed)
         slot.behind, slot.now = slot.moves_of(mine, self._spots), slot.moves_of(others, self._spots)
 
-    # ------------------------------------------------------------------ slots
-
-    def _open(self, directory: Path) -> None:
-        """Lay out this slot, if it is not. Raises OSError."""
-        slot = self._slots.get(directory)
-        if slot is not None and slot.is_in_place:
-            return
-        layout = self._layout
-        assert layout is not None
-        self._slots.pop(directory, None)
-        if self._cleans:
-            make_place(directory, self._world.size)
-        self._slots[directory] = self._new_slot(directory, layout)
-        if layout.index is not None:
-            temporary = directory / ".metadata.tmp"
-            temporary.write_bytes(layout.index)
-            temporary.rename(directory / ".metadata")
-
-    def _new_slot(self, directory: Path, layout: Layout) -> Slot:
-        ahead = self._ahead.pop(directory, None)
-        arenas = ahead.result() if ahead is not None else None
-        slot = Slot(arenas or [], [None] * len(layout.blobs))
-        if not arenas or not slot.is_in_place:
-            slot.arenas = new_arenas(directory, layout)
-        return slot
-
     # ------------------------------------------------------------------ laying out
 
     def _lay_out(
@@ -231,7 +274,7 @@ class ArenaWriter:
     ) -> None:
         """Plan, and write at once; or, ``ahead``, have the files made and put the snapshot off."""
         self._layout, self._bindings, self._proof, self._proven = None, None, None, False
-        self._drop_slots()
+        self._rack.clear()
         planner = ArenaPlanner(items, directory, cleans=self._cleans, ranks=self._world.size)
 
         def fill(layout: Layout) -> None:
@@ -239,8 +282,8 @@ class ArenaWriter:
             self._bindings = Bindings(layout, items)
             if ahead:
                 return
-            self._slots[directory] = slot = self._new_slot(directory, layout)
-            slot.fill(layout, self._bindings.archives(items))
+            slot = self._rack.make(directory, layout)
+            slot.fill(layout, self._bindings.archives(items)())
             self._prepare_moves(slot)
             slot.now.run()
             slot.behind.run()
@@ -254,43 +297,40 @@ class ArenaWriter:
         error = save_with_dcp(self._world, storage, planner)
         if error is not None:
             self._layout, self._bindings = None, None
-            self._drop_slots()
-            with contextlib.suppress(OSError):
-                self._remove(directory, storage.layout.names)
+            self._rack.clear()
+            self._rack.remove(directory, storage.layout.names, index=self._world.rank == 0)
             finished(error)
             return
-        # one that was written may be about to be declared a snapshot
-        spare = [path for path in self._spare if path not in self._used and not (path / SLOT_NAME).exists()]
-        for path in [directory, *spare] if ahead else spare:
-            self._ahead[path] = Ahead(path, storage.layout)
-            self._making.start(self._ahead[path].run)
+        self._hasty = self._stale <= _STALE_LAYOUTS
+        self._rack.make_ahead(storage.layout, directory if ahead else None)
         finished(None if ahead else self._written(time.monotonic() - started))
-
-    def _drop(self, directory: Path) -> None:
-        """Let go of a slot that may be moved elsewhere: nothing of it is at work or mapped when all ranks were told."""
-        if (ahead := self._ahead.pop(directory, None)) is not None:
-            ahead.result()
-        self._slots.pop(directory, None)
-
-    def _drop_slots(self) -> None:
-        for ahead in self._ahead.values():
-            ahead.result()
-        self._ahead.clear()
-        self._slots.clear()
-
-    def _remove(self, directory: Path, names: Sequence[str]) -> None:
-        for name in names:
-            (directory / name).unlink(missing_ok=True)
-        if self._world.rank == 0:
-            (directory / ".metadata").unlink(missing_ok=True)
-            (directory / ".metadata.tmp").unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ behind the step
 
+    @property
     def _is_ready(self) -> bool:
         """Whether every optimizer stepped in this step and came through the fence."""
         passed = self._fence is not None and self._fence.all_passed(self._optimizers)
         return passed and self._trusted
+
+    @property
+    def _is_hasty(self) -> bool:
+        """Whether a copy behind the next step may put off looks."""
+        known = self._layout is not None and self._bindings is not None
+        return self._hasty and self._proven and known and self._is_ready
+
+    def _fly(self, slot: Slot, rest: Callable[[], str | None], finished: Finished, started: float) -> None:
+        samples = slot.samples
+        if samples is None or samples.moves is not slot.behind:
+            samples = Samples(slot.behind, self._scratch, next(self._flights))
+        flight = Flight(slot.behind, samples, rest)
+        self._copying.start(flight.run)
+        self._copying.start(functools.partial(self._choose_samples, slot, slot.behind))
+        self._pending = _Pending(flight, finished, time.monotonic() - started)
+
+    def _choose_samples(self, slot: Slot, moves: Moves) -> None:
+        """Those of the next copy of this slot; on the copying thread."""
+        slot.samples = Samples(moves, self._scratch, next(self._flights))
 
     def _at_fence(self) -> None:
         """An optimizer is about to step."""
@@ -329,12 +369,14 @@ class ArenaWriter:
     def close(self) -> None:
         """Wait for what is under way, and let go of everything."""
         self.flush()
-        self._drop_slots()
         self._copying.close()
-        self._making.close()
+        self._rack.close()
         if self._fence is not None:
             self._fence.close()
         self._layout, self._bindings = None, None
+        if self._scratch >= 0:
+            os.close(self._scratch)
+            self._scratch = -1
 
     def _report(self) -> None:
         pending, self._pending = self._pending, None
@@ -343,9 +385,20 @@ class ArenaWriter:
         flight.close()
         if flight.problem is None:
             pending.finished(self._written(pending.stall + flight.waited))
-            return
-        self._distrust()
-        pending.finished(TornError(flight.problem))
+        elif flight.problem in (STALE, OUTGROWN):
+            self._hasty, self._stale = False, self._stale + 1
+            pending.finished(StaleError(flight.problem))
+        else:
+            self._distrust()
+            pending.finished(TornError(flight.problem))
+
+
+def _new_scratch() -> int:
+    """A file in memory, or -1 where there are none (the samples know what to do then)."""
+    try:
+        return os.memfd_create("everstep-samples")
+    except OSError:
+        return -1
 
 
 def _size_of(items: Items) -> int:
