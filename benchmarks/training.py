@@ -102,13 +102,13 @@ def ours(
         slots=[root / str(slot) for slot in range(3)],
     )
     fence = [0.0]
-    waiting = writer._at_fence
+    waiting = writer._behind._at_fence
 
     def at_fence() -> None:
         fence[0] += timed(waiting)
 
-    if writer._fence is not None:
-        writer._fence._wait = at_fence
+    if writer._behind._fence is not None:
+        writer._behind._fence._wait = at_fence
     found: dict[str, Stalls] = {"stall": [], "step": [], "cpu": []}
     first: Stalls = []
     good = 0

@@ -11,8 +11,9 @@ behind it there are only copies between mapped pages. So the ranks agree on the 
 are laid out, nothing depends on which of them is written: the ranks then tell each other that they are ready to *copy*
 in the collective in which they agree on the slot (``ask``), and need no other.
 
-Fresh pages cost ten times what a copy does. So the files of a large layout are made by a thread, and a snapshot that nobody
-is in a hurry for is put off (*wait*) until its file is there.
+Planning takes long where there are thousands of tensors, and fresh pages cost ten times what a copy does. So a large layout
+is drafted, and its files are made, by threads, and a snapshot that nobody is in a hurry for is put off (*wait*) until its file is
+there.
 
 While the training stands, a copy behind a step looks only at what the next forward may change. That the rest still is what
 was laid out, and where it was, is looked at by the thread that copies, when it has copied. If it is not, the snapshot is
@@ -24,12 +25,10 @@ supervisor drops that snapshot.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
-import itertools
 import operator
-import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,32 +39,30 @@ import torch
 from torch.optim import Optimizer
 
 from supervisor.errors import StorageError
+from supervisor.training.behind import STALE, Behind
 from supervisor.training.bindings import Bindings, Placed
-from supervisor.training.flight import OUTGROWN, TORN, Flight, Samples
+from supervisor.training.collecting import without_collection
+from supervisor.training.drafting import Draft, Drafting, draft
 from supervisor.training.items import Items, settled
 from supervisor.training.layout import OutgrownError
-from supervisor.training.moves import TINY, Moves, Spot, local_of
-from supervisor.training.overlap import Fence, Helper, owned_by
-from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, spots
+from supervisor.training.moves import TINY, Spot, local_of
+from supervisor.training.overlap import Helper, owned_by
+from supervisor.training.planning import Layout, file_names
 from supervisor.training.rack import Rack
 from supervisor.training.slots import Slot
-from supervisor.training.world import World, say
+from supervisor.training.world import World
 from supervisor.training.writer import (
     ASK,
     READY,
     Finished,
     Gather,
-    StaleError,
-    TornError,
     UnsavableError,
     Written,
     failure_of,
-    save_with_dcp,
 )
 
-_LARGE: Final = 64 << 20  # bytes; the files of what is smaller are made while the training stands
-_STALE_LAYOUTS: Final = 3  # after as many, this is a state that keeps changing: no look is put off any more
-STALE: Final = "the state is not laid out any more as it was"
+_LARGE: Final = 64 << 20  # bytes; what is smaller is laid out while the training stands
+_EACH: Final = 16 << 10  # bytes; what the planning of a tensor weighs
 
 Archives = Callable[[], list[bytes]]
 
@@ -77,13 +74,6 @@ class Way(enum.IntEnum):
     WAIT = 1
     LAY_OUT = 2
     FAIL = 3
-
-
-@dataclass
-class _Pending:
-    flight: Flight
-    finished: Finished
-    stall: float  # seconds that the training stood
 
 
 @dataclass
@@ -117,19 +107,11 @@ class ArenaWriter:
         self._bindings: Bindings | None = None
         self._spots: dict[str, Spot] = {}  # by key
         self._rack = Rack(slots, ranks=world.size, cleans=cleans)
-        self._copying = Helper("everstep-snapshot")
-        self._home = threading.get_ident()
-        self._process = os.getpid()
+        self._drafting: Drafting | None = None
+        self._is_drafted = False  # whether the layout was: its files are waited for likewise
+        self._making = Helper("everstep-layout")
+        self._behind = Behind(self._optimizers, completed, world.rank)
         self._prepared: _Prepared | None = None
-        self._pending: _Pending | None = None
-        self._flights = itertools.count()
-        self._scratch = _new_scratch()
-        self._fence = Fence(self._at_fence, completed) if self._optimizers else None
-        self._proof: tuple[Path, Moves] | None = None
-        self._proven = False
-        self._trusted = True
-        self._hasty = True  # looks may be put off
-        self._stale = 0  # times that they should not have been
 
     # ------------------------------------------------------------------ writing
 
@@ -161,8 +143,7 @@ class ArenaWriter:
     ) -> None:
         """As the protocol says."""
         self.flush()
-        if self._proof is not None and self._proof[0] == directory:
-            self._proof = None  # what it compares with is about to be written over
+        self._behind.is_written_over(directory)
         self._rack.use(directory)
         prepared, self._prepared = self._prepared, None
         if agreed == READY:
@@ -171,8 +152,8 @@ class ArenaWriter:
             return
         started = time.monotonic()
         way, items, archives, problem = self._prepare(directory, gather, behind=behind)
-        size = _size_of(items) if way is Way.LAY_OUT and items is not None else 0
-        agreed, size = self._world.largest([way, size])
+        weight = _weight_of(items) if way is Way.LAY_OUT and items is not None else 0
+        agreed, weight = self._world.largest([way, weight])
         if agreed == Way.FAIL:
             self._rack.forget(directory)  # it may be moved elsewhere
             finished(self._worst(problem))
@@ -180,7 +161,7 @@ class ArenaWriter:
             finished(None)
         elif agreed == Way.LAY_OUT:
             assert items is not None
-            self._lay_out(directory, items, finished, started, ahead=behind and size > _LARGE)
+            self._lay_out(directory, items, finished, started, ahead=behind and weight > _LARGE)
         else:
             assert items is not None
             self._copy(directory, archives, finished, started, behind=behind)
@@ -190,12 +171,18 @@ class ArenaWriter:
     ) -> tuple[Way, Items | None, list[bytes], StorageError | None]:
         """Everything that can fail."""
         try:
-            items = settled(gather)
+            with contextlib.nullcontext() if self._layout is not None else without_collection():
+                items = settled(gather)
+            if self._drafting is not None:
+                if behind and not self._drafting.is_over:
+                    return Way.WAIT, items, [], None
+                if (problem := self._adopt(directory)) is not None:
+                    return Way.FAIL, None, [], problem
             if self._layout is None or self._bindings is None or not self._bindings.fit(items):
                 self._bindings = None  # half bound anew
                 return Way.LAY_OUT, items, [], None
             archives = self._bindings.archives(items)()
-            if behind and self._rack.is_being_made(directory) and self._layout.size > _LARGE:
+            if behind and self._is_drafted and self._rack.is_being_made(directory):
                 return Way.WAIT, items, [], None
             self._rack.open(directory, self._layout)
         except OutgrownError:
@@ -218,20 +205,19 @@ class ArenaWriter:
         slot = self._rack.get(directory)
         slot.fill(self._layout, archives)
         self._copy_now(slot)
-        ready = self._is_ready
-        if ready and self._proven and behind and slot.behind.tensors:
-            self._fly(slot, lambda: None, finished, started)
+        if behind and slot.behind.tensors and self._behind.may_fly:
+            self._behind.fly(slot, lambda: None, self._written, finished, started)
             return
         slot.behind.run()
-        if ready and not self._proven:
-            self._proof = directory, slot.behind
+        self._behind.offer_proof(directory, slot.behind)
         finished(self._written(time.monotonic() - started))
 
     def _take_off(self, directory: Path, prepared: _Prepared, finished: Finished) -> None:
         """As ``_copy`` behind the next step, with every look and all writing that can be put off done there, too."""
         slot = self._rack.get(directory)
         self._copy_now(slot)
-        self._fly(slot, functools.partial(self._rest, slot, prepared), finished, prepared.started)
+        rest = functools.partial(self._rest, slot, prepared)
+        self._behind.fly(slot, rest, self._written, finished, prepared.started)
 
     def _rest(self, slot: Slot, prepared: _Prepared) -> str | None:
         """What was put off; on the copying thread."""
@@ -272,135 +258,90 @@ class ArenaWriter:
     def _lay_out(
         self, directory: Path, items: Items, finished: Finished, started: float, *, ahead: bool
     ) -> None:
-        """Plan, and write at once; or, ``ahead``, have the files made and put the snapshot off."""
-        self._layout, self._bindings, self._proof, self._proven = None, None, None, False
+        """Plan, and write at once; or, ``ahead``, have it planned and the files made, and put the snapshot off."""
+        if self._drafting is not None:  # of what does not fit any more
+            self._drafting.outcome()
+            self._drafting = None
+        self._layout, self._bindings = None, None
+        self._behind.start_anew()
         self._rack.clear()
-        planner = ArenaPlanner(items, directory, cleans=self._cleans, ranks=self._world.size)
+        owned = owned_by(self._optimizers)
+        plan = functools.partial(draft, self._world, cleans=self._cleans, owned=owned)
+        if ahead:
+            group = self._world.apart()
+            self._drafting = Drafting(functools.partial(plan, group, directory, items))
+            self._making.start(self._drafting.run)
+            finished(None)
+            return
 
-        def fill(layout: Layout) -> None:
-            self._layout, self._spots = layout, spots(layout)
-            self._bindings = Bindings(layout, items)
-            if ahead:
-                return
-            slot = self._rack.make(directory, layout)
-            slot.fill(layout, self._bindings.archives(items)())
+        def written(made: Draft) -> None:
+            self._take_over(made)
+            slot = self._rack.make(directory, made.layout)
+            slot.fill(made.layout, made.bindings.archives(items)())
             self._prepare_moves(slot)
             slot.now.run()
             slot.behind.run()
 
-        owned = owned_by(self._optimizers)
-
-        def waits(tensor: torch.Tensor) -> bool:
-            return tensor.nbytes > TINY and (tensor.data_ptr(), tensor.nbytes) in owned
-
-        storage = ArenaStorage(directory, self._world.rank, items, waits, fill)
-        error = save_with_dcp(self._world, storage, planner)
-        if error is not None:
+        outcome = plan(self._world.group, directory, items, written=written)
+        if isinstance(outcome, StorageError):
             self._layout, self._bindings = None, None
             self._rack.clear()
-            self._rack.remove(directory, storage.layout.names, index=self._world.rank == 0)
-            finished(error)
+            self._rack.remove(directory, file_names(self._world.rank), index=self._world.rank == 0)
+            finished(outcome)
             return
-        self._hasty = self._stale <= _STALE_LAYOUTS
-        self._rack.make_ahead(storage.layout, directory if ahead else None)
-        finished(None if ahead else self._written(time.monotonic() - started))
+        self._rack.make_ahead(outcome.layout, None)
+        finished(self._written(time.monotonic() - started))
+
+    def _take_over(self, made: Draft) -> None:
+        self._layout, self._bindings, self._spots = made.layout, made.bindings, made.spots
+        self._is_drafted = False
+
+    def _adopt(self, directory: Path) -> StorageError | None:
+        """Take over what was drafted, and have the files made; the error, alike on all ranks, if that failed."""
+        assert self._drafting is not None
+        outcome = self._drafting.outcome()
+        self._drafting = None
+        if isinstance(outcome, StorageError):
+            return outcome
+        self._take_over(outcome)
+        self._is_drafted = True
+        self._rack.make_ahead(outcome.layout, directory)
+        return None
 
     # ------------------------------------------------------------------ behind the step
 
     @property
-    def _is_ready(self) -> bool:
-        """Whether every optimizer stepped in this step and came through the fence."""
-        passed = self._fence is not None and self._fence.all_passed(self._optimizers)
-        return passed and self._trusted
-
-    @property
     def _is_hasty(self) -> bool:
         """Whether a copy behind the next step may put off looks."""
-        known = self._layout is not None and self._bindings is not None
-        return self._hasty and self._proven and known and self._is_ready
-
-    def _fly(self, slot: Slot, rest: Callable[[], str | None], finished: Finished, started: float) -> None:
-        samples = slot.samples
-        if samples is None or samples.moves is not slot.behind:
-            samples = Samples(slot.behind, self._scratch, next(self._flights))
-        flight = Flight(slot.behind, samples, rest)
-        self._copying.start(flight.run)
-        self._copying.start(functools.partial(self._choose_samples, slot, slot.behind))
-        self._pending = _Pending(flight, finished, time.monotonic() - started)
-
-    def _choose_samples(self, slot: Slot, moves: Moves) -> None:
-        """Those of the next copy of this slot; on the copying thread."""
-        slot.samples = Samples(moves, self._scratch, next(self._flights))
-
-    def _at_fence(self) -> None:
-        """An optimizer is about to step."""
-        if os.getpid() != self._process:
-            return  # a forked child has its own memory, and no copying thread
-        if self._pending is not None:
-            self._pending.flight.close()
-            if threading.get_ident() == self._home:
-                self._report()
-        if self._proof is not None:
-            (_, copied), self._proof = self._proof, None
-            if copied.differs():
-                self._distrust()
-            else:
-                self._proven = True
-
-    def _distrust(self) -> None:
-        self._trusted = False
-        say(f"rank {self._world.rank}: {TORN}: snapshots are copied while the training waits from here on")
+        return self._layout is not None and self._bindings is not None and self._behind.may_be_hasty
 
     def poll(self) -> None:
         """As the protocol says."""
-        if self._pending is not None and self._pending.flight.is_over:
-            self._report()
+        self._behind.poll()
 
     @property
     def is_busy(self) -> bool:
         """Whether ``poll`` has something to wait for."""
-        return self._pending is not None
+        return self._behind.is_busy
 
     def flush(self) -> None:
         """As the protocol says."""
-        if self._pending is not None:
-            self._report()
+        self._behind.flush()
 
     def close(self) -> None:
         """Wait for what is under way, and let go of everything."""
-        self.flush()
-        self._copying.close()
+        if self._drafting is not None:
+            self._drafting.abandon()
+            if not self._drafting.is_over:
+                self._making.leave()
+            self._drafting = None
+        self._making.close()
+        self._behind.close()
         self._rack.close()
-        if self._fence is not None:
-            self._fence.close()
         self._layout, self._bindings = None, None
-        if self._scratch >= 0:
-            os.close(self._scratch)
-            self._scratch = -1
-
-    def _report(self) -> None:
-        pending, self._pending = self._pending, None
-        assert pending is not None
-        flight = pending.flight
-        flight.close()
-        if flight.problem is None:
-            pending.finished(self._written(pending.stall + flight.waited))
-        elif flight.problem in (STALE, OUTGROWN):
-            self._hasty, self._stale = False, self._stale + 1
-            pending.finished(StaleError(flight.problem))
-        else:
-            self._distrust()
-            pending.finished(TornError(flight.problem))
 
 
-def _new_scratch() -> int:
-    """A file in memory, or -1 where there are none (the samples know what to do then)."""
-    try:
-        return os.memfd_create("everstep-samples")
-    except OSError:
-        return -1
-
-
-def _size_of(items: Items) -> int:
-    """Bytes of this rank's tensors, whoever stores them."""
-    return sum(local_of(v).nbytes for v in items.whole().values.values() if isinstance(v, torch.Tensor))
+def _weight_of(items: Items) -> int:
+    """Bytes of this rank's tensors, whoever stores them, and what each weighs beside them."""
+    tensors = [v for v in items.whole().values.values() if isinstance(v, torch.Tensor)]
+    return sum(local_of(tensor).nbytes + _EACH for tensor in tensors)

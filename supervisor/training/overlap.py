@@ -90,6 +90,10 @@ class Helper:
             self._thread.join()
             self._thread = None
 
+    def leave(self) -> None:
+        """Let the thread be: what it is at will not end."""
+        self._thread = None
+
     def _work(self) -> None:
         with contextlib.suppress(OSError):  # of this thread: do not take the core of the one that wakes it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -11,13 +11,15 @@ import copyreg
 import io
 import os
 import pickle
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemWriter
@@ -149,7 +151,7 @@ class DcpWriter:
         started = time.monotonic()
         planner = PlannerOfItems(gather, directory, cleans=self._cleans)
         storage = Storage(directory)
-        error = save_with_dcp(self._world, storage, planner)
+        error = save_with_dcp(storage, planner, self._world.group)
         if error is not None:
             with contextlib.suppress(OSError):
                 for name in _files_of(directory, self._world.rank):
@@ -173,23 +175,25 @@ class DcpWriter:
 
 
 def save_with_dcp(
-    world: World, storage: FileSystemWriter, planner: DefaultSavePlanner
+    storage: FileSystemWriter, planner: DefaultSavePlanner, group: dist.ProcessGroup | None
 ) -> StorageError | None:
-    """Plan and write, all ranks together; the error, alike on all, if any of them failed."""
+    """Plan and write, all ranks of ``group`` together; the error, alike on all, if any of them failed."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
-            dcp_save(
-                {},
-                storage_writer=storage,
-                planner=planner,
-                process_group=world.group,
-                no_dist=world.group is None,
-            )
+        with _no_warnings():
+            dcp_save({}, storage_writer=storage, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         return failure_of({rank: cause for rank, (cause, _) in error.failures.items()})
     return None
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Of DCP's. (What a thread would put back might be what another has set meanwhile: there, they are left in place.)"""
+    keeping = threading.current_thread() is threading.main_thread()
+    with warnings.catch_warnings() if keeping else contextlib.nullcontext():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
+        yield
 
 
 def failure_of(causes: Mapping[int, BaseException]) -> StorageError:

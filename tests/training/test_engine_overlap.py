@@ -397,3 +397,53 @@ def test_compiled_steps(tmp_path: Path) -> None:
 
     run.run(6, lambda _: whole(torch.randn(16, 8)))
     assert run.good == list(range(1, 7))
+
+
+# ---------------------------------------------------------------- looks that are put off
+
+
+def hooked(model: nn.Module) -> None:
+    def scaled(_module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
+        state[f"{prefix}3.bias"] = state[f"{prefix}3.bias"] * 0 + 7
+
+    model._register_state_dict_hook(scaled)
+
+
+def replaced(optimizer: torch.optim.Optimizer) -> None:
+    state = next(iter(optimizer.state.values()))
+    state["exp_avg"] = state["exp_avg"].clone()
+
+
+@pytest.mark.parametrize("change", ["a hook", "another tensor"])
+def test_what_changes_the_state_dict_is_noticed_behind_the_step(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(step: int) -> None:
+        train(model, optimizer)
+        if step == 5:
+            hooked(model) if change == "a hook" else replaced(optimizer)
+
+    run.run(9, one)
+    assert run.stale == [6]
+    assert run.good == [1, 2, 3, 4, 5, 7, 8, 9]
+    assert not run.torn
+    assert not capsys.readouterr().err
+
+
+def test_a_slot_that_was_taken_away_is_noticed_behind_the_step(tmp_path: Path) -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(step: int) -> None:
+        train(model, optimizer)
+        if step == 5:
+            (tmp_path / "0" / "__0_0.distcp").unlink()
+
+    run.run(9, one)
+    assert run.stale == [6]
+    assert run.good == [1, 2, 3, 4, 5, 7, 8, 9]
