@@ -11,15 +11,18 @@ ACTIVATED := PATH="$(abspath $(BIN)):$$PATH"
 PYTEST_FLAGS ?= -n 2 --dist loadgroup
 TESTS ?= tests
 
-.PHONY: help setup demo test check format lock benchmark benchmark-snapshot benchmark-drain benchmark-recovery clean
+.PHONY: help setup demo test check docs format lock benchmark benchmark-snapshot benchmark-drain benchmark-recovery benchmark-goodput soak clean
 
 help:
 	@echo "make demo       train with two workers, kill one, watch it come back (about a minute)"
 	@echo "make test       all tests;  make test TESTS=tests/decide PYTEST_FLAGS=-x  for some"
-	@echo "make check      formatter, linter, strict types, layers"
+	@echo "make check      formatter, linter, strict types, layers, documentation"
+	@echo "make docs       the documentation's site, in build/site"
 	@echo "make format     let the formatter and the linter rewrite what they can"
 	@echo "make benchmark  what the supervisor itself costs"
-	@echo "make benchmark-recovery  from a kill to the next first step, beside torchrun's own restarts"
+	@echo "make benchmark-recovery  from a kill to the next first step, beside torchrun, ft_launcher and a shell loop"
+	@echo "make benchmark-goodput  useful steps under a failure every 10 to 20 seconds, beside torchrun with dcp.async_save"
+	@echo "make soak       500 failures in a row, and nothing may be left behind;  SOAK_FLAGS='--light' in a quarter of an hour"
 	@echo "make benchmark-snapshot  what a snapshot costs the training, beside torch.save and dcp.async_save"
 	@echo "make benchmark-drain  from a snapshot to a durable checkpoint, beside cp and a plain upload"
 	@echo "make lock       renew $(LOCK) from pyproject.toml"
@@ -44,6 +47,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/zensical build --strict --clean
+
+docs: $(STAMP)
+	$(BIN)/zensical build --strict --clean
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -61,6 +68,12 @@ benchmark-drain: $(STAMP)
 benchmark-recovery: $(STAMP)
 	$(ACTIVATED) $(BIN)/python benchmarks/recovery.py
 
+benchmark-goodput: $(STAMP)
+	$(ACTIVATED) $(BIN)/python benchmarks/goodput.py
+
+soak: $(STAMP)
+	$(ACTIVATED) $(BIN)/python benchmarks/soak.py $(SOAK_FLAGS)
+
 # From nothing, so that nothing stale is pinned. torch stands first: the development version is chosen, not found.
 lock:
 	rm -rf $(VENV)-lock
@@ -72,4 +85,4 @@ lock:
 	rm -rf $(VENV)-lock
 
 clean:
-	rm -rf $(VENV) $(VENV)-lock build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-peers build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,38 +1,34 @@
-"""From the kill of a rank to the first step of the next attempt: everstep with its standby and cold, and its peers.
+"""From the failure of a rank to the first step of the next attempt: everstep with its standby and cold, and its peers.
 
 The same tiny script (two ranks, gloo, DDP, a state file of its own so that every way of starting it resumes), the same
 SIGKILL of rank 1, in one run on one machine. A kill comes when the attempt has made steps for ``--settle`` seconds, in
 which the standby gets ready; a peer that has not made a step ``--limit`` seconds after the kill has not come back, and is
-started anew. Exit code 1 when a goal is missed.
+started anew. One row is for rank 1 raising an exception instead. The peers are torchrun's own restarts, NVIDIA's ft_launcher
+(``peers.py`` installs it the first time) and a loop of the shell. Exit code 1 when a goal is missed.
 
-    python benchmarks/recovery.py [--kills 10] [--only NAME …]
+    python benchmarks/recovery.py [--kills 20] [--only NAME …] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import platform
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from supervisor.edge import journal
+from benchmarks.peers import EVERSTEP, LOOP, MANY, TORCHRUN, Run, ft_launcher
 from supervisor.model import AttemptEnded, AttemptStarted, Fact, FirstStep, Resumed, StandbyReady
 
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
+FT_OPTIONS = ("--standalone", "--ignore-missing-fault-tol-cfg")
 START = 120.0  # seconds for a first step from nothing
 GOAL = 0.15  # seconds, p95, with the standby
 GOAL_RATIO = 12.0  # times faster than the best peer
@@ -54,13 +50,16 @@ def step():
     model(torch.ones(4, 32)).sum().backward(); optimizer.step(); optimizer.zero_grad()
 def note(first):
     if first:
-        os.rename(written(), f"{folder}/first-{rank}-{os.getpid()}")
+        write(f"first-{rank}-{os.getpid()}")
+    if rank == 1 and os.path.exists(f"{folder}/raise"):
+        os.unlink(f"{folder}/raise")
+        write("raised")
+        raise RuntimeError(f"at {time.time()}")
     time.sleep(0.01)
-def written():
-    name = f"{folder}/tmp-{rank}"
-    with open(name, "w") as file:
+def write(name):
+    with open(f"{folder}/tmp-{rank}", "w") as file:
         file.write(repr(time.time()))
-    return name
+    os.rename(f"{folder}/tmp-{rank}", f"{folder}/{name}")
 first = True
 if os.environ.get("EVERSTEP_RUNTIME"):
     from supervisor.training import Session
@@ -78,8 +77,6 @@ else:
             os.rename(folder + "/state.tmp", folder + "/state")
 """
 
-LOOP = 'while ! "$@"; do :; done'
-
 
 @dataclass
 class Result:
@@ -90,29 +87,25 @@ class Result:
     phases: dict[str, list[float]] = field(default_factory=dict)
 
 
-class Run:
-    """One way of running the script, alive in a folder of its own."""
+EVERSTEP_SAVING = (*EVERSTEP, "--snapshot-every", "20steps")
+STANDBY, RAISED, COLD = "everstep, standby", "everstep, standby, raised", "everstep, cold"
+WAYS: dict[str, Callable[[], tuple[str | Path, ...]]] = {
+    STANDBY: lambda: (*EVERSTEP_SAVING, *TORCHRUN, "SCRIPT"),
+    RAISED: lambda: (*EVERSTEP_SAVING, *TORCHRUN, "SCRIPT"),
+    COLD: lambda: (*EVERSTEP_SAVING, "--standby", "off", *TORCHRUN, "SCRIPT"),
+    "torchrun --max-restarts": lambda: (*TORCHRUN, MANY, "--standalone", "SCRIPT"),
+    "ft_launcher": lambda: (ft_launcher(), *TORCHRUN[1:], MANY, *FT_OPTIONS, "SCRIPT"),
+    "shell loop": lambda: (*LOOP, "SCRIPT"),
+}
+QUICK = (STANDBY, RAISED, "ft_launcher", "torchrun --max-restarts")
 
-    def __init__(self, command: list[str]) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="everstep-recovery-"))
-        script = self.folder / "train.py"
-        script.write_text(SCRIPT)
-        self.job = self.folder / "job"
-        words = [
-            word.replace("SCRIPT", str(script)).replace("JOB", str(self.job)).replace("KILLS", "100000")
-            for word in command
-        ]
-        environment = {
-            **os.environ,
-            "BENCH": str(self.folder),
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
-        with open(self.folder / "output", "wb") as sink:
-            self.process = subprocess.Popen(
-                words, env=environment, cwd=self.folder, stdout=sink, stderr=sink, start_new_session=True
-            )
+
+class Trial(Run):
+    """The script above, started in one of the ways."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(WAYS[name](), SCRIPT)
+        self._raises = name == RAISED
 
     def firsts(self) -> dict[int, tuple[int, float]]:
         """For each rank: the newest process that has made a step, and when it made its first."""
@@ -134,55 +127,30 @@ class Run:
             time.sleep(0.01)
         return None
 
-    def facts(self) -> list[Fact]:
-        """Everstep's journal so far, nothing for the others."""
-        with contextlib.suppress(OSError):
-            return journal.read(self.job / "journal", lambda _: None)
-        return []
-
-    def close(self) -> None:
-        """End all of it, and only it."""
-        tree = [psutil.Process(self.process.pid)]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            tree += tree[0].children(recursive=True)
-        for process in tree:  # the loop first, or it would start the next
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-        psutil.wait_procs(tree[1:], timeout=20)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            shutil.rmtree(json.loads((self.job / "job.json").read_text())["runtime"], ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-TORCHRUN = ["torchrun", "--nproc-per-node=2"]
-EVERSTEP = [
-    sys.executable,
-    "-m",
-    "launch.cli",
-    "run",
-    "--dir",
-    "JOB",
-    "--snapshot-every",
-    "20steps",
-    "--quiet",
-]
-WAYS: dict[str, list[str]] = {
-    "everstep, standby": [*EVERSTEP, *TORCHRUN, "SCRIPT"],
-    "everstep, cold": [*EVERSTEP, "--standby", "off", *TORCHRUN, "SCRIPT"],
-    "torchrun --max-restarts": [*TORCHRUN, "--max-restarts=KILLS", "--standalone", "SCRIPT"],
-    "shell loop": ["bash", "-c", LOOP, "loop", *TORCHRUN, "--standalone", "SCRIPT"],
-}
+    def strike(self) -> float:
+        """Have rank 1 fail; when that was."""
+        if not self._raises:
+            victim, struck = self.firsts()[1][0], time.time()
+            os.kill(victim, signal.SIGKILL)
+            return struck
+        (self.folder / "raise").touch()
+        raised = self.folder / "raised"
+        deadline = time.time() + START
+        while not raised.exists() and time.time() < deadline:
+            time.sleep(0.001)
+        struck = float(raised.read_text())
+        raised.unlink()
+        return struck
 
 
 @contextlib.contextmanager
-def started(command: list[str]) -> Iterator[Run]:
+def started(name: str) -> Iterator[Trial]:
     """A run that has made its first step."""
-    run = Run(command)
+    run = Trial(name)
     try:
         if run.until_steps(0.0, START) is None:
-            sys.stderr.write((run.folder / "output").read_text())
-            raise SystemExit(f"{command[0]} did not start")
+            sys.stderr.write(run.output)
+            raise SystemExit(f"{name} did not start")
         yield run
     finally:
         run.close()
@@ -192,11 +160,10 @@ def measure(name: str, kills: int, settle: float, limit: float) -> Result:
     """Kill rank 1 again and again; a run that does not come back is counted and replaced."""
     result = Result()
     while result.kills < kills:
-        with started(WAYS[name]) as run:
+        with started(name) as run:
             while result.kills < kills:
-                wait(run, settle, standby=name.endswith("standby"))
-                victim, killed = run.firsts()[1][0], time.time()
-                os.kill(victim, signal.SIGKILL)
+                wait(run, settle, standby=name in (STANDBY, RAISED))
+                killed = run.strike()
                 result.kills += 1
                 first = run.until_steps(killed, limit)
                 if first is None:
@@ -208,7 +175,7 @@ def measure(name: str, kills: int, settle: float, limit: float) -> Result:
     return result
 
 
-def wait(run: Run, settle: float, *, standby: bool) -> None:
+def wait(run: Trial, settle: float, *, standby: bool) -> None:
     """Steps for a while; where there is a standby, until it is ready too."""
     time.sleep(settle)
     deadline = time.time() + START
@@ -220,7 +187,7 @@ def wait(run: Run, settle: float, *, standby: bool) -> None:
         time.sleep(0.05)
 
 
-def note_phases(result: Result, run: Run, killed: float) -> None:
+def note_phases(result: Result, run: Trial, killed: float) -> None:
     """By the journal: to the end of the attempt (noticed, killed, reaped), to the gate, to the resume, to the step."""
 
     def found() -> list[Fact]:
@@ -254,7 +221,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=10, help="for each way")
+    parser.add_argument("--kills", type=int, default=20, help="for each way")
+    parser.add_argument("--quick", action="store_true", help=f"3 kills each of {', '.join(QUICK)}")
     parser.add_argument(
         "--settle", type=float, default=1.0, help="seconds of steps between two kills, at least"
     )
@@ -263,13 +231,15 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.kills, arguments.limit, arguments.only = 3, 20.0, list(QUICK)
     before = os.getloadavg()[0]
     results = {
         name: measure(name, arguments.kills, arguments.settle, arguments.limit) for name in arguments.only
     }
     print(
         f"Python {platform.python_version()}, {os.cpu_count()} cores, load {before:.1f} before, "
-        f"{os.getloadavg()[0]:.1f} after; 2 ranks, SIGKILL of rank 1; seconds from the kill to the first step\n"
+        f"{os.getloadavg()[0]:.1f} after; 2 ranks; seconds from the SIGKILL (or exception) of rank 1 to the first step\n"
     )
     print(f"{'':<26}{'median':>9}{'p95':>9}{'max':>9}{'came back':>13}")
     for name, result in results.items():

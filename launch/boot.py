@@ -21,6 +21,7 @@ from types import FrameType
 from typing import NoReturn
 
 from launch import children, mainmodule, stepcount, vital
+from launch.leaving import Leaving
 from launch.shield import SHIELDED
 from launch.warmup import Gate
 from supervisor.edge import link as links
@@ -39,6 +40,7 @@ def run(words: list[str]) -> None:
     _redirect()
     link = _greet()
     gate = Gate(link, str(Path(__file__).absolute().parents[1]))
+    leaving = Leaving(link, gate)
     if form == "command":
         gate.wait()
         _execute(link, rest)
@@ -50,7 +52,7 @@ def run(words: list[str]) -> None:
         gate.enter()
         link.page[Word.PHASE] = Phase.SETUP
 
-    mainmodule.run(link, form, rest, before)
+    mainmodule.run(link, form, rest, before, leaving)
 
 
 def _redirect() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch import rehearse
+from launch import asking, doctor, rehearse, simulate, submit, watching
 from supervisor.errors import EverstepError, UsageError
 
 if TYPE_CHECKING:
@@ -35,22 +35,6 @@ intervals: 1step, 50steps, 10s, 5m, 1h, never
 exit codes: 0 finished, 75 state saved and to be run again, 130 stopped by the user (saved), 1 gave up (the last lines
 say why), 64 wrong usage, 78 wrong configuration or job directory, 70 a bug of everstep
 """
-CHECKPOINTS_END = """\
-A checkpoint is meant by its step, by latest, by best, or by the path of its directory, which may also be one that
-torch.distributed.checkpoint has written without everstep (it has no digests then, and nothing is verified).
-"""
-OUTPUT_TEXT = (
-    "the ending says the format: .safetensors, .pt or .pth; a name without one becomes a directory of safetensors as "
-    "Hugging Face has them"
-)
-
-
-_HANG_LIMITS = {
-    "startup": "up to the first step, without a sign of life (default: 30m, once it is known to make steps)",
-    "floor": "no learned limit is shorter (default: 1m with a Session, 10m without)",
-    "ceiling": "no learned limit is longer; also that of evaluation phases (default: 30m)",
-    "silence": "without any output, for programs without torch (default: never)",
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,13 +105,16 @@ def _dispatch(arguments: Sequence[str]) -> int:
     checkpoints = commands.add_parser(
         "checkpoints", help="list, verify, look into, compare, export or prune checkpoints"
     )
-    parsers |= _checkpoints_parsers(checkpoints)
+    parsers |= asking.add_parsers(checkpoints, _Parser, _add_job)
     parsers["rehearse"] = rehearse.add_parser(commands, _add_job)
+    parsers["submit"] = submit.add_parser(commands)
+    parsers["doctor"] = doctor.add_parser(commands, _add_job)
+    parsers["simulate"] = simulate.add_parser(commands)
     parsed, unknown = parser.parse_known_args(list(arguments))
     command = parsed.command
     if command is None:
         parser.reject(unknown)
-        parser.error("no command given: run, status, checkpoints or rehearse")
+        parser.error("no command given: run, status, checkpoints, rehearse, submit, doctor or simulate")
     if command == "checkpoints":
         command = parsed.action
     parsers[command].reject(unknown)
@@ -138,8 +125,14 @@ def _dispatch(arguments: Sequence[str]) -> int:
         from launch import show
 
         return show.status(find_job(parsed.dir), json=parsed.json, watch=parsed.watch)
+    if command == "simulate":
+        return simulate.answer(given)
     if command == "rehearse":
         return rehearse.answer(given, lambda: find_job(parsed.dir))
+    if command == "submit":
+        return submit.answer(given, _read_run)
+    if command == "doctor":
+        return doctor.answer(given, _flags(given), lambda: find_job(None))
     return _checkpoints(given)
 
 
@@ -183,7 +176,7 @@ def _run_parser(commands: Any) -> _Parser:
     saving.add_argument(
         "--storage-timeout", metavar="TIME", help="an object store's time to answer a request (default: 30s)"
     )
-    _add_retention(saving)
+    asking.add_retention(saving)
     stopping = parser.add_argument_group("failing and stopping")
     stopping.add_argument(
         "--max-failures", metavar="N", help="failures without progress before it gives up (default: 5)"
@@ -196,18 +189,22 @@ def _run_parser(commands: Any) -> _Parser:
     stopping.add_argument(
         "--grace", metavar="TIME", help="time a stop may take to save the state (default: 60s)"
     )
-    stopping.add_argument(
-        "--hang",
-        metavar="auto|off|TIME",
-        help="when ranks that do not go on are killed and restarted: auto learns from the job's own steps, a TIME is "
-        "the longest that a step may take (default: auto)",
-    )
-    for name, text in _HANG_LIMITS.items():
-        stopping.add_argument(f"--hang-{name}", metavar="TIME", help=text)
+    watching.add_options(stopping)
     stopping.add_argument(
         "--standby",
-        metavar="on|off",
-        help="keep the next attempt launched and imported, so that a failure costs a fraction of a second (default: on)",
+        metavar="on|off|init",
+        help="keep the next attempt launched and imported, so that a failure costs a fraction of a second; init: also run "
+        "the script ahead, up to init_process_group (default: on)",
+    )
+    stopping.add_argument(
+        "--standby-memory",
+        metavar="SIZE",
+        help="drop the standby when less memory than this is available (default: 5 %% of all)",
+    )
+    stopping.add_argument(
+        "--requeue",
+        metavar="auto|off",
+        help="in a SLURM job: requeue it when its state is saved for a stop (default: auto)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -223,6 +220,11 @@ def _run_parser(commands: Any) -> _Parser:
 
 
 def _run(given: Mapping[str, Any]) -> int:
+    options, program = _understood(given)
+    return run_job(_with_directory(options, program), program)
+
+
+def _understood(given: Mapping[str, Any]) -> tuple[Options, Program]:
     from launch import program as programs
     from supervisor import config
 
@@ -230,39 +232,42 @@ def _run(given: Mapping[str, Any]) -> int:
     if words[:1] == ["--"]:
         del words[0]
     options = config.load(_flags(given))
-    program = programs.parse(words)
-    return run_job(_with_directory(options, program), program)
+    return options, programs.parse(words)
+
+
+def _read_run(words: Sequence[str]) -> tuple[Options, Program]:
+    """What comes behind ``everstep run``."""
+    parser = _run_parser(_Parser(prog="everstep").add_subparsers(parser_class=_Parser))
+    parsed, unknown = parser.parse_known_args(list(words))
+    parser.reject(unknown)
+    return _understood(vars(parsed))
 
 
 def _with_directory(options: Options, program: Program) -> Options:
     from dataclasses import replace
 
+    from launch.slurm import scheduler
+
     if options.dir is not None:
         return options
-    return replace(options, dir=RUNS / ((options.name or program.name) + _cluster_suffix(os.environ)))
-
-
-def _cluster_suffix(environ: Mapping[str, str]) -> str:
-    """``-4711`` in SLURM job 4711, ``-4711_3`` in task 3 of its array: the same when it is requeued, and no other job's."""
-    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    if array and task:
-        return f"-{array}_{task}"
-    job = environ.get("SLURM_JOB_ID") or environ.get("SLURM_JOBID")
-    return f"-{job}" if job else ""
+    return replace(options, dir=RUNS / ((options.name or program.name) + scheduler.suffix(os.environ)))
 
 
 def run_job(options: Options, program: Program) -> int:
     """Supervise the job to its end; returns the exit code of ``everstep run``."""
+    from launch.slurm import scheduler
     from supervisor.run import run
 
-    return run(options, program)
+    engine = scheduler.engine(options, os.environ, lambda text: print(f"everstep: {text}", file=sys.stderr))
+    return run(options, program, engine)
 
 
 def _flags(given: Mapping[str, Any]) -> dict[str, object]:
     """The options among the parsed words that the configuration knows."""
     from supervisor.config import READERS
 
-    return {name: value for name, value in given.items() if name in READERS or name == "config"}
+    known = {name: value for name, value in given.items() if name in READERS or name == "config"}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 # --------------------------------------------------------------------------- status, checkpoints
@@ -277,96 +282,9 @@ def _status_parser(commands: Any) -> _Parser:
     return parser
 
 
-def _checkpoints_parsers(parser: argparse.ArgumentParser) -> dict[str, _Parser]:
-    parser.epilog = CHECKPOINTS_END
-    actions = parser.add_subparsers(
-        dest="action",
-        metavar="list | verify | inspect | compare | export | prune",
-        required=True,
-        parser_class=_Parser,
-    )
-    listing: _Parser = actions.add_parser(
-        "list", help="every checkpoint, newest first, with sizes and metrics"
-    )
-    listing.add_argument("--verify", action="store_true", help="read every byte and compare digests")
-    verifying: _Parser = actions.add_parser(
-        "verify", help="read every byte and compare digests; exit code 1 if any is bad"
-    )
-    verifying.add_argument(
-        "which",
-        nargs="*",
-        metavar="CHECKPOINT",
-        help="a step, latest, best, or the path of one (default: all)",
-    )
-    inspecting: _Parser = actions.add_parser("inspect", help="what is in one: keys, shapes, dtypes, sizes")
-    comparing: _Parser = actions.add_parser(
-        "compare", help="metrics, and by how much each tensor has changed"
-    )
-    comparing.add_argument("--all", action="store_true", help="show every item, also those that are the same")
-    exporting: _Parser = actions.add_parser(
-        "export",
-        help="to safetensors or torch.save",
-        description="Writes a checkpoint, or its weights, to a file for other programs: safetensors or torch.save.",
-    )
-    exporting.add_argument("-o", "--output", metavar="FILE", required=True, help=OUTPUT_TEXT)
-    exporting.add_argument(
-        "--max-shard-size",
-        metavar="SIZE",
-        help="of each file in a directory (default: 5GB); e.g. 500MB, 2GiB",
-    )
-    for one in (comparing, exporting):
-        one.add_argument("--weights-only", action="store_true", help="only the state of the modules")
-    pruning: _Parser = actions.add_parser("prune", help="remove what the retention rules do not keep")
-    pruning.add_argument("--dry-run", action="store_true", help="only say which")
-    _add_retention(pruning)
-    pruning.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="file of options")
-    for one, words in ((inspecting, ("which",)), (comparing, ("a", "b")), (exporting, ("which",))):
-        for word in words:
-            name = "CHECKPOINT" if word == "which" else word.upper()
-            one.add_argument(word, metavar=name, help="a step, latest, best, or the path of one")
-        one.add_argument("--only", metavar="NAME", help="only what is called NAME or NAME.…, e.g. model")
-        one.epilog = CHECKPOINTS_END
-    for one in (listing, comparing):
-        one.add_argument("--plot", metavar="METRIC", help="show this metric over all checkpoints")
-        one.add_argument("-o", "--output", metavar="FILE", help="draw the plot to FILE.svg or FILE.html")
-    for one in (listing, verifying, inspecting, comparing, exporting):
-        one.add_argument(
-            "--best", metavar="METRIC:min|max", help="what `best` goes by (default: keep_best, else loss:min)"
-        )
-    for one in (listing, verifying, inspecting, comparing, exporting, pruning):
-        _add_job(one)
-        one.add_argument(
-            "--checkpoints",
-            metavar="PATH|URL",
-            default=argparse.SUPPRESS,
-            help="where they are, if elsewhere",
-        )
-    return {
-        "list": listing,
-        "verify": verifying,
-        "inspect": inspecting,
-        "compare": comparing,
-        "export": exporting,
-        "prune": pruning,
-    }
-
-
 def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", metavar="D", help="job directory (default: the newest in everstep-runs)")
     parser.add_argument("--json", action="store_true", help="for programs")
-
-
-def _add_retention(parser: Any) -> None:
-    suppress = argparse.SUPPRESS
-    parser.add_argument(
-        "--keep-last", metavar="N", default=suppress, help="keep the newest N checkpoints (default: 3)"
-    )
-    parser.add_argument(
-        "--keep-every", metavar="K", default=suppress, help="and those at a multiple of K steps"
-    )
-    parser.add_argument(
-        "--keep-best", metavar="METRIC:min|max:M", default=suppress, help="and the M best by a logged metric"
-    )
 
 
 def _checkpoints(given: Mapping[str, Any]) -> int:

@@ -22,28 +22,35 @@ from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFil
 from types import CodeType, TracebackType
 from typing import Any
 
+from launch.leaving import Leaving
 from supervisor.edge.control import Word
 from supervisor.edge.link import Link
 
 _LONGEST = 256 << 10  # characters of a traceback or a message that are reported
 
 
-def run(link: Link, form: str, words: list[str], before: Callable[[], None]) -> None:
+def run(link: Link, form: str, words: list[str], before: Callable[[], None], leaving: Leaving) -> None:
     """Run ``words`` (target, arguments) as ``form`` says; returns or raises as the program does.
 
-    ``before`` is called when all is as the program will see it, and nothing of the program has been read yet.
+    ``before`` is called when all is as the program will see it, and nothing of the program has been read yet. A fork of the
+    worker that comes to the end of the script says nothing: the link is not its own.
     """
     try:
         _run(form, words, before)
     except SystemExit as error:
-        _tell_exit(link, error)
+        if leaving.is_ours:
+            if isinstance(error.code, str):  # sys.exit("why") is an error message
+                _tell_raised(link, error)
+            leaving.says(_code_of(error))
         raise
     except BaseException as error:
-        _tell_raised(link, error)
-        link.tell("exiting", code=130 if isinstance(error, KeyboardInterrupt) else 1)
+        if leaving.is_ours:
+            _tell_raised(link, error)
+            leaving.says(130 if isinstance(error, KeyboardInterrupt) else 1)
         _cut_our_frames()
         raise
-    link.tell("exiting", code=0)
+    if leaving.is_ours:
+        leaving.says(0)
 
 
 def _run(form: str, words: list[str], before: Callable[[], None]) -> None:
@@ -123,11 +130,9 @@ def _code(target: str, namespace: dict[str, Any]) -> CodeType:
 # --------------------------------------------------------------------------- the end
 
 
-def _tell_exit(link: Link, error: SystemExit) -> None:
+def _code_of(error: SystemExit) -> int:
     code = error.code
-    if isinstance(code, str):  # sys.exit("why") is an error message
-        _tell_raised(link, error)
-    link.tell("exiting", code=code & 0xFF if isinstance(code, int) else 0 if code is None else 1)
+    return code & 0xFF if isinstance(code, int) else 0 if code is None else 1
 
 
 def _tell_raised(link: Link, error: BaseException) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,6 +34,18 @@ _STYLE = """
 """
 
 Points = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What lies to the right: ``names`` of the points' places, where these are not steps of a training."""
+
+    title: str
+    names: Mapping[int, str]
+
+    def of(self, place: float) -> str:
+        """What is said of a place."""
+        return self.names.get(int(place), "")
 
 
 def check_file(file: Path | None) -> None:
@@ -65,14 +78,22 @@ def line(metric: str, points: Points) -> str:
     return f"{metric}  {bars}  {values[0]:.4g} at step {points[0][0]} to {values[-1]:.4g} at {points[-1][0]}; {low:.4g} to {high:.4g}"
 
 
-def write(file: Path, metric: str, points: Points, *, best: int | None, marked: Collection[int] = ()) -> None:
+def write(
+    file: Path,
+    metric: str,
+    points: Points,
+    *,
+    best: int | None,
+    marked: Collection[int] = (),
+    axis: Axis | None = None,
+) -> None:
     """An SVG, or an HTML page that holds it. Raises StorageError."""
-    picture = svg(metric, points, best=best, marked=marked)
+    picture = svg(metric, points, best=best, marked=marked, axis=axis)
     if file.suffix.lower() == ".html":
-        title = html.escape(metric)
+        title = html.escape(f"{metric} over {axis.title if axis else 'checkpoints'}")
         picture = (
             f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n'
-            f"<title>{title} over checkpoints</title>\n"
+            f"<title>{title}</title>\n"
             "<style>:root { color-scheme: light dark } body { margin: 1rem; max-width: 60rem } svg { width: 100%; height: auto }"
             f"</style>\n{picture}</html>\n"
         )
@@ -82,11 +103,18 @@ def write(file: Path, metric: str, points: Points, *, best: int | None, marked: 
         raise StorageError(f"{file}: {error.strerror or error}") from error
 
 
-def svg(metric: str, points: Points, *, best: int | None, marked: Collection[int] = ()) -> str:
-    """Steps to the right, values upwards; the best one coloured, ``marked`` steps ringed."""
+def svg(
+    metric: str,
+    points: Points,
+    *,
+    best: int | None,
+    marked: Collection[int] = (),
+    axis: Axis | None = None,
+) -> str:
+    """Steps (or the places of ``axis``) to the right, values upwards; the best one coloured, ``marked`` steps ringed."""
     steps = [step for step, _ in points] or [0]
     values = [value for _, value in points] or [0.0]
-    across = ticks(min(steps), max(steps), 6)
+    across = sorted(axis.names) if axis else ticks(min(steps), max(steps), 6)
     up = ticks(min(values), max(values), 5)
 
     def x(step: float) -> float:
@@ -98,7 +126,7 @@ def svg(metric: str, points: Points, *, best: int | None, marked: Collection[int
     name = html.escape(metric)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{name} over {len(points)} checkpoints">',
+        f'aria-label="{name} over {html.escape(axis.title) if axis else f"{len(points)} checkpoints"}">',
         f"<style>{_STYLE}</style>",
         f'<rect class="ground" width="{_WIDTH}" height="{_HEIGHT}"/>',
         f'<text class="title" x="{_LEFT}" y="24">{name}</text>',
@@ -109,11 +137,13 @@ def svg(metric: str, points: Points, *, best: int | None, marked: Collection[int
         )
         parts.append(f'<text x="{_LEFT - 8}" y="{y(value) + 4}" text-anchor="end">{value:.6g}</text>')
     parts += [
-        f'<text x="{x(step)}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{step:.0f}</text>'
+        f'<text x="{x(step)}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{html.escape(axis.of(step)) if axis else f"{step:.0f}"}</text>'
         for step in across
         if min(steps) <= step <= max(steps) and step == int(step)
     ]
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">step</text>')
+    parts.append(
+        f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{html.escape(axis.title) if axis else "step"}</text>'
+    )
     parts.append(
         f'<polyline class="line" points="{" ".join(f"{x(step)},{y(value)}" for step, value in points)}"/>'
     )
@@ -123,7 +153,7 @@ def svg(metric: str, points: Points, *, best: int | None, marked: Collection[int
         kind, note = ("best", ", the best") if step == best else ("point", "")
         parts.append(
             f'<circle class="{kind}" cx="{x(step)}" cy="{y(value)}" r="{4.5 if note else 3}">'
-            f"<title>step {step}: {value:.6g}{note}</title></circle>"
+            f"<title>{axis.of(step) if axis else f'step {step}'}: {value:.6g}{note}</title></circle>"
         )
     return "\n".join(parts) + "\n</svg>\n"
 

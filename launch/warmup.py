@@ -19,12 +19,15 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType, ModuleType
 from typing import Any
 
+from launch.ahead import Ahead
 from supervisor.edge import link as links
 from supervisor.edge.link import Link
+from supervisor.edge.marks import Mark
 from supervisor.errors import EverstepError
 
 #: set by torch itself while it is imported, to a path of its own making; no sign of the script
@@ -96,11 +99,12 @@ def preimport(names: Iterable[str]) -> None:
 
 
 class Gate:
-    """Stands between the boot and the script: open at once, except in a standby."""
+    """Stands between the boot and the script: open at once, except in a standby. Or further on, in the script (``ahead.py``)."""
 
     def __init__(self, link: Link, root: str) -> None:
         self._link, self._root = link, root
         self._recorder: Recorder | None = None
+        self._ahead: Ahead | None = None
         #: whether this is a standby's worker that has not been let begin
         self.is_closed = bool(os.environ.get(links.STANDBY))
 
@@ -109,21 +113,39 @@ class Gate:
         names = [str(name) for name in self._link.welcome.get("preimport", ())]
         if self.is_closed:
             preimport(names)
-            self.wait()
+            if not self._link.welcome.get("ahead"):
+                self.wait()
         if self._link.rank == 0:
             self._recorder = Recorder(names)
             sys.meta_path.insert(0, self._recorder)
+        if self.is_closed:
+            self._go_ahead()
 
-    def wait(self) -> None:
+    def wait(self, where: str = "", read: Mapping[str, Mark] = MappingProxyType({})) -> None:
         """Until the supervisor lets this attempt begin; a standby that is not needed is killed here."""
         if not self.is_closed:
             return
         cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+        cuda_in_use = bool(cuda and cuda.is_initialized())
         try:
-            self._link.ask("gate", deadline=None, cuda=bool(cuda and cuda.is_initialized()))
+            self._link.ask("gate", deadline=None, cuda=cuda_in_use, where=where, read=dict(read))
         except EverstepError:
             os.kill(os.getpid(), signal.SIGKILL)  # no trace, no exit handlers: it never began
         self.is_closed = False
+
+    def _go_ahead(self) -> None:
+        own = [os.environ["EVERSTEP_DIR"], str(self._link.runtime)]
+        held = [*map(os.path.abspath, own), *self._link.welcome.get("hold", ())]
+        self._ahead = ahead = Ahead(self.wait, _installed_places(self._root), held)
+        links.in_front_of_current = lambda: ahead.stand("a Session")
+        ahead.start()
+
+    def ends_here(self) -> None:
+        """The main thread is through. Where nobody has come to the gate the process ends, without any of its exit handlers."""
+        if self._ahead is not None and self._ahead.give_up():
+            if sys.exc_info()[0] is not None:
+                traceback.print_exc()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def told(self) -> Callable[[], None]:
         """What to call at the first step: it tells what was imported, once."""

@@ -23,7 +23,7 @@ from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, Phase, SessionFlag, Word
 from supervisor.edge.link import ATTEMPT, control_folder, page_path, stacks_path
 from supervisor.errors import StorageError
-from supervisor.model import AttemptEvidence, Hang, Raised, RankEnd
+from supervisor.model import AttemptEvidence, Hang, Raised, RankEnd, Trouble
 from supervisor.seat import Seat
 
 ECHO_GRACE = 0.3  # seconds for the root cause of what may be a consequence
@@ -54,6 +54,7 @@ class Attempt:
         self.finished = False  # every rank left with code 0
         self.stopping = False  # a stop was asked for: leaving early is what we want
         self._hang: Hang | None = None
+        self._trouble: Trouble | None = None
         self._stacks: dict[int, str] = {}
         self._run_id = run_id
         self._launcher: int | None = None
@@ -73,6 +74,7 @@ class Attempt:
         self._launcher = processes.spawn(argv, environment, self.logs / "torchrun.log")
         if self.standby:
             self._yields = processes.yield_cpu(self._launcher)
+            processes.offer_to_oom_killer(self._launcher)
         self._launcher_fd = processes.open_pidfd(self._launcher)
         if self._launcher_fd is None:
             self._launcher_ended()
@@ -115,9 +117,11 @@ class Attempt:
     def begin(self) -> None:
         """A standby is let begin: from now on it counts."""
         self._oom_before = forensics.oom_kills()
+        launcher = [self._launcher] if self._launcher is not None else []
+        pids = [*launcher, *(seat.pid for seat in self.seats.values())]
+        processes.take_from_oom_killer(pids)
         if self._yields:
-            launcher = [self._launcher] if self._launcher is not None else []
-            processes.compete_again([*launcher, *(seat.pid for seat in self.seats.values())])
+            processes.compete_again(pids)
 
     @property
     def is_full(self) -> bool:
@@ -162,6 +166,12 @@ class Attempt:
             self._hang, self._stacks = hang, stacks
             self.ended.set()
 
+    def goes_wrong(self, trouble: Trouble) -> None:
+        """Its numbers are no good any more: end it for that."""
+        if not self.ended.is_set():
+            self._trouble = trouble
+            self.ended.set()
+
     def stacks_of(self, seat: Seat) -> Path:
         """The file that its stacks are written to."""
         return stacks_path(self.runtime, self.number, seat.local_rank)
@@ -171,6 +181,22 @@ class Attempt:
         if seat.raised is None and seat.end is None:
             seat.raised, seat.raised_at = raised, clock.monotonic()
             self._decide_in(RAISED_GRACE)
+
+    def left(self, seat: Seat) -> None:
+        """A worker that fails says that everything of the script's is done.
+
+        After its loop, and in a stop, there is nothing to hasten for: the others may still be writing what it has written.
+        """
+        if seat.told_code and seat.end is None and not seat.closed and not self.stopping:
+            seat.left = True
+            self._decide_in(self._grace_after(seat))
+
+    def _grace_after(self, seat: Seat) -> float:
+        """How long to wait for another rank's failure that may be behind this one's."""
+        others = (other for other in self.seats.values() if other is not seat)
+        if symptoms.may_be_echo(seat.raised) or any(processes.is_exiting(other.pid) for other in others):
+            return ECHO_GRACE
+        return 0.0
 
     def _worker_ended(self, seat: Seat) -> None:
         if self._launcher_fd is not None and select.select([self._launcher_fd], [], [], 0)[0]:
@@ -189,18 +215,7 @@ class Attempt:
         code = how.code if how else seat.told_code
         if seat.told_code == 0 and how is not None and how.signal in symptoms.LATE_SIGNALS:
             code, how = 0, None
-        seat.end = RankEnd(
-            rank=seat.rank,
-            pid=seat.pid,
-            monotonic=seat.raised_at if seat.raised else clock.monotonic(),
-            exit_code=code,
-            signal=how.signal if how else None,
-            raised=seat.raised,
-            step=seat.step if seat.page[Word.FIRST_STEP_NS] or seat.step else None,
-            told_exit_code=seat.told_code,
-            closed=seat.closed,
-            completed=seat.completed,
-        )
+        seat.end = self._end_of(seat, code, how.signal if how else None)
         if self.ended.is_set():
             return
         if launcher_goes:
@@ -210,12 +225,27 @@ class Attempt:
         elif code is None:
             self._decide_in(UNKNOWN_GRACE)
         elif code != 0:
-            self._decide_in(ECHO_GRACE)
+            self._decide_in(self._grace_after(seat))
         elif seat.session and not seat.closed and not self.stopping:
             self._decide_in(ECHO_GRACE)  # it left its training with code 0: the others cannot go on
         elif self.is_full and all(other.end and other.end.exit_code == 0 for other in self.seats.values()):
             self.finished = True
             self._decide_in(0)
+
+    @staticmethod
+    def _end_of(seat: Seat, code: int | None, signum: int | None = None) -> RankEnd:
+        return RankEnd(
+            rank=seat.rank,
+            pid=seat.pid,
+            monotonic=seat.raised_at or seat.told_at or clock.monotonic(),
+            exit_code=code,
+            signal=signum,
+            raised=seat.raised,
+            step=seat.step if seat.page[Word.FIRST_STEP_NS] or seat.step else None,
+            told_exit_code=seat.told_code,
+            closed=seat.closed,
+            completed=seat.completed,
+        )
 
     def _launcher_is_going(self, seat: Seat) -> bool:
         """Whether torchrun was dying before this worker of its: note when, as its pidfd will be late to say so."""
@@ -330,9 +360,11 @@ class Attempt:
     @property
     def noticed(self) -> float | None:
         """Unix seconds of the first sign of its end: a death, an exception, or our own decision to kill it."""
-        signs = [self._launcher_end, self._killed_at, self._hang.monotonic if self._hang else None]
+        ended_for = self._hang or self._trouble
+        signs = [self._launcher_end, self._killed_at, ended_for.monotonic if ended_for else None]
         for seat in self.seats.values():
-            signs += [seat.end.monotonic if seat.end else None, seat.raised_at or None]
+            told_at = seat.told_at if seat.left else 0.0
+            signs += [seat.end.monotonic if seat.end else None, seat.raised_at or told_at or None]
         first = min((sign for sign in signs if sign is not None), default=None)
         return None if first is None else clock.unix_of(int(first * 1e9))
 
@@ -348,11 +380,7 @@ class Attempt:
             attempt=self.number,
             world_size=self.world_size,
             step=max((s for s in self.steps if s), default=None),
-            ends=tuple(
-                self._complete(seat, reported, oom_killed)
-                for seat in self.seats.values()
-                if seat.end or seat.raised
-            ),
+            ends=tuple(self._complete(seat, reported, oom_killed) for seat in self._gone()),
             launcher_exit_code=launcher.code if launcher else None,
             launcher_signal=launcher.signal if launcher else None,
             launcher_monotonic=self._launcher_end,
@@ -360,18 +388,20 @@ class Attempt:
             launcher_lines=forensics.last_lines(self.logs / "torchrun.log"),
             has_session=self.has_session,
             hang=self._hang,
+            trouble=self._trouble,
             stacks=self._stacks or {rank: text for rank, text in crashed.items() if text},
         )
 
+    def _gone(self) -> list[Seat]:
+        """The ranks that ended by themselves, or would have: one that was on its way out with code 0 may be why another failed."""
+        seats = list(self.seats.values())
+        if any(seat.raised or seat.left or (seat.end and seat.end.exit_code != 0) for seat in seats):
+            return [seat for seat in seats if seat.end or seat.raised or seat.told_code is not None]
+        return [seat for seat in seats if seat.end]
+
     def _complete(self, seat: Seat, reported: Mapping[int, int], oom_killed: bool) -> RankEnd:
-        end = seat.end or RankEnd(  # None: it raised and had not managed to die yet
-            rank=seat.rank,
-            pid=seat.pid,
-            monotonic=seat.raised_at,
-            raised=seat.raised,
-            exit_code=1,
-            step=seat.step or None,
-        )
+        # None: it had not managed to die yet
+        end = seat.end or self._end_of(seat, 1 if seat.told_code is None else seat.told_code)
         code, signum = end.exit_code, end.signal
         if code is None and signum is None:
             told = reported.get(seat.pid, 0)

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from supervisor import guard_options
 from supervisor.checkpoint import location
 from supervisor.checkpoint.location import TIMEOUT, Location
+from supervisor.decide.guard import GuardPolicy
 from supervisor.decide.retention import KeepBest, RetentionPolicy
 from supervisor.errors import ConfigError
 from supervisor.intervals import INTERVALS, Interval, Unit, parse_duration
@@ -71,8 +73,29 @@ class Options:
     """No learned limit is longer, in seconds; also the limit where nothing can be learned: evaluation, the first save."""
     hang_silence: float | None = None
     """Seconds without any output, for programs whose steps cannot be seen. None: output does not matter."""
+    guard: str = "off"
+    """Roll back when the logged loss is not finite (``nan``), or also when it jumps (``spike``); else ``off``."""
+    guard_loss: str = "loss"
+    """The name under which the loss is logged."""
+    guard_norm: str = "grad_norm"
+    """The name under which the norm of the gradients is logged."""
+    guard_factor: float = 10.0
+    """A loss is a spike when it is further above its mean than so many mean absolute deviations …"""
+    guard_patience: int = 3
+    """… for so many logged steps in a row."""
+    guard_skip: int = 0
+    """Steps to leave out after a rollback, with their data, up to the one that showed the trouble. 0: none."""
+    guard_times: int = 3
+    """Give up after this many rollbacks that did not get past the trouble."""
+    guard_back: int = 1
+    """How many checkpoints further back each repetition goes."""
     standby: str = "on"
-    """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``."""
+    """Keep the next attempt launched and imported beside the current one: ``on`` or ``off``. ``init``: also run the script ahead, up to
+    ``init_process_group``."""
+    standby_memory: int | None = None
+    """Bytes of memory that are to stay free: when less is available the standby is dropped. None: 5 % of all."""
+    requeue: str = "auto"
+    """Under a scheduler, have a job that has saved for a stop run again: ``auto`` (where that is possible) or ``off``."""
     quiet: bool = False
     """Print everstep's own messages only, not the workers' output (which is in the logs)."""
     continue_: bool = False
@@ -82,7 +105,7 @@ class Options:
 
     def __post_init__(self) -> None:
         # what the retention policy refuses, it refuses in its own words
-        _ = self.retention
+        _ = self.retention, self.guard_policy
         for name in ("max_failures", "max_preemptions"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: at least 0")
@@ -126,6 +149,14 @@ class Options:
     def retention(self) -> RetentionPolicy:
         """Which checkpoints to keep."""
         return RetentionPolicy(keep_last=self.keep_last, keep_every=self.keep_every, keep_best=self.keep_best)
+
+    @property
+    def guard_policy(self) -> GuardPolicy:
+        """What is watched, and what follows."""
+        return GuardPolicy(
+            mode=self.guard, loss=self.guard_loss, norm=self.guard_norm, factor=self.guard_factor,
+            patience=self.guard_patience, skip=self.guard_skip, times=self.guard_times, back=self.guard_back,
+        )  # fmt: skip
 
     @property
     def checkpoints_directory(self) -> Location:
@@ -192,12 +223,24 @@ def _standby(value: object) -> str:
     if isinstance(value, bool):  # YAML reads on and off as these
         return "on" if value else "off"
     word = _text(value).strip().lower()
-    if word == "init":
-        raise ConfigError(
-            "init (a standby that has run up to init_process_group) is not there yet; allowed: on, off"
-        )
-    if word not in ("on", "off"):
-        raise ConfigError(f"{word!r}; allowed: on, off")
+    if word not in ("on", "off", "init"):
+        raise ConfigError(f"{word!r}; allowed: on, off, init")
+    return word
+
+
+def _size(value: object) -> int:
+    found = _RATE.fullmatch(_text(value).strip()) if isinstance(value, str) and "/" not in value else None
+    if not found:
+        raise ConfigError(f"{value!r} is no amount of memory; allowed: 500MB, 2GB, 0B")
+    return int(float(found[1]) * _BYTES[found[2].upper()])
+
+
+def _requeue(value: object) -> str:
+    if isinstance(value, bool):  # YAML reads on and off as these
+        value = "auto" if value else "off"
+    word = _text(value).strip().lower()
+    if word not in ("auto", "off"):
+        raise ConfigError(f"{word!r}; allowed: auto, off")
     return word
 
 
@@ -271,7 +314,17 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "hang_floor": _limit,
     "hang_ceiling": _limit,
     "hang_silence": _limit_or_never,
+    "guard": guard_options.mode,
+    "guard_loss": _text,
+    "guard_norm": _text,
+    "guard_factor": guard_options.factor,
+    "guard_patience": _whole,
+    "guard_skip": guard_options.steps,
+    "guard_times": _whole,
+    "guard_back": _whole,
     "standby": _standby,
+    "standby_memory": _size,
+    "requeue": _requeue,
     "quiet": _switch,
     "continue_": _switch,
 }

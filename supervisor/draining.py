@@ -16,10 +16,12 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from supervisor.checkpoint import catalog, slots
+from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.manifest import Manifest, Origin
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage
 from supervisor.decide.retention import RetentionPolicy, to_remove
@@ -77,10 +79,14 @@ class Draining:
         fence: Callable[[], None],
         fact: Callable[[Fact], None],
         report: Callable[[str], None],
+        is_bad: Callable[[int, int], bool] = lambda *_: False,
     ) -> None:
         self._source, self._storage, self._refuge = source, storage, refuge
         self._stamp, self._policy, self._bandwidth = stamp, policy, bandwidth
         self._grace, self._fence, self._fact, self._report = grace, fence, fact, report
+        self._is_bad = is_bad  # by attempt and step
+        self._not_set_aside = [one for one in (storage, refuge) if one is not None]
+        self._setting_aside = threading.Lock()
         self._waiting = False
         self._task: asyncio.Task[None] | None = None
         self._cancelled = threading.Event()
@@ -91,6 +97,8 @@ class Draining:
         self.seconds: float | None = None  # of the last drain that committed
         self.newest_committed: tuple[int, int] | None = None  # attempt and step, of this run
         self.refuge_used: str | None = None  # where the emergency copy of the newest state lies
+        #: steps after which the state is known to be in order: retention keeps a checkpoint of so many or fewer; None: all are
+        self.proven: int | None = None
         #: when the run must be over, on the monotonic clock; None: it may take as long as it takes
         self.deadline: float | None = None
 
@@ -121,6 +129,37 @@ class Draining:
     def known_good(self, step: int | None) -> None:
         """The newest checkpoint that verifies is the one of ``step`` (None: there is none)."""
         self._good = step
+
+    def condemn(self) -> None:
+        """States have been condemned: what was known of the newest checkpoints may be about those."""
+        self._good = self.newest_committed = None
+        self._not_set_aside = [one for one in (self._storage, self._refuge) if one is not None]
+
+    async def set_aside(self) -> None:
+        """Take condemned checkpoints out of the way where that is quick: in directories. Else the next drain does."""
+        for storage in self._not_set_aside:
+            if isinstance(storage, LocalStorage):
+                try:
+                    await in_thread(partial(self._set_aside, storage))
+                except (EverstepError, OSError) as error:
+                    self._report(f"bad checkpoints could not be set aside, and are passed over: {error}")
+
+    def _set_aside(self, storage: CheckpointStorage) -> None:
+        """In a thread, and before anything is written there: a new checkpoint of the same step must not meet a bad one."""
+        with self._setting_aside:
+            if storage not in self._not_set_aside:
+                return
+            bad = [
+                record
+                for record in reversed(storage.records())
+                if record.manifest is not None and self._is_bad(record.manifest.origin.attempt, record.step)
+            ]
+            if bad:
+                kept = storage.set_aside(bad)
+                steps = ", ".join(str(record.step) for record in bad)
+                where = f"; the first is kept as {kept}" if kept is not None else ""
+                self._report(f"bad checkpoints taken out of the way: step {steps}{where}")
+            self._not_set_aside = [one for one in self._not_set_aside if one is not storage]
 
     def is_durable(self, step: int) -> bool:
         """Whether a checkpoint of ``step`` or a later one was verified or committed in this run."""
@@ -196,6 +235,8 @@ class Draining:
             newest = self._source.newest()
             if newest is None or newest[1].step == self._good:
                 continue
+            if self._is_bad(newest[1].attempt, newest[1].step):
+                continue
             if await self._commit(self._storage, *newest, self._cancelled):
                 self._failures = 0
                 await self._prune(self._storage)
@@ -218,15 +259,24 @@ class Draining:
 
         bandwidth = None if storage is self._refuge else self._bandwidth
 
+        def is_off() -> bool:
+            return cancelled.is_set() or self._is_bad(record.attempt, record.step)
+
         def work() -> Manifest:
-            return storage.drain(
-                folder, origin, fence=self._fence, bandwidth=bandwidth, cancelled=cancelled.is_set
-            )
+            self._set_aside(storage)
+            manifest = storage.drain(folder, origin, fence=self._fence, bandwidth=bandwidth, cancelled=is_off)
+            if self._is_bad(record.attempt, record.step):  # since a moment ago
+                self._not_set_aside = [*self._not_set_aside, storage]
+                self._set_aside(storage)
+                raise CancelledError(f"the state of step {record.step} proved bad")
+            return manifest
 
         self._source.hold(folder)
         try:
             manifest = await in_thread(work)
         except (EverstepError, OSError) as error:
+            if self._is_bad(record.attempt, record.step):
+                return True  # there is nothing to make up for
             self.failure = str(error)
             self._fact(CheckpointFailed(time=clock.now(), step=record.step, reason=str(error)))
             return False
@@ -247,9 +297,13 @@ class Draining:
     async def _prune(self, storage: CheckpointStorage) -> None:
         def work() -> list[int]:
             records = storage.records()
-            doomed = to_remove(
-                records, self._policy, protected={self._good} if self._good is not None else set()
-            )
+            protected = {self._good} if self._good is not None else set()
+            proven = [
+                record.step
+                for record in records
+                if self.proven is not None and record.problem is None and record.step <= self.proven
+            ]
+            doomed = to_remove(records, self._policy, protected | {max(proven, default=-1)})
             removed = [record for record in records if record.step in doomed and record.problem is None]
             for record in removed:
                 storage.remove(record)

@@ -92,6 +92,28 @@ class Hang:
     ranks: tuple[HungRank, ...] = ()
 
 
+class TroubleKind(enum.StrEnum):
+    """What is wrong with the numbers of a training (decide/guard.py)."""
+
+    NAN = "nan"  # not a number, or infinite
+    SPIKE = "spike"  # a loss far above what it was
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """Numbers of a training that have gone wrong, as the guard of one rank saw it."""
+
+    kind: TroubleKind
+    metric: str
+    rank: int
+    step: int  # the first one whose number is wrong
+    value: float
+    usual: float | None = None  # the mean before a spike
+    good: int | None = None  # the last step before it whose number was in order; None: this attempt saw none
+    monotonic: float = 0.0  # when the supervisor heard of it
+    batches: dict[str, int] = field(default_factory=dict)  # that a step takes of each data loader
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttemptEvidence:
     """All that is known of an attempt that has ended: the input of ``decide/classify.py``."""
@@ -107,6 +129,7 @@ class AttemptEvidence:
     launcher_lines: tuple[str, ...] = ()
     has_session: bool = False
     hang: Hang | None = None  # it was ended for this
+    trouble: Trouble | None = None  # or for this
     stacks: dict[int, str] = field(
         default_factory=dict
     )  # by rank: all threads of it, as faulthandler writes them
@@ -125,10 +148,19 @@ class Failure:
     signal: int | None = None
     exit_code: int | None = None
     exception: str | None = None  # type and message on one line
+    good: int | None = None  # of numbers that went wrong: the last step in which they were in order
+    batches: dict[str, int] = field(default_factory=dict)  # … and what a step took of each data loader
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two failures that are the same deterministic error at the same step."""
-        # object addresses differ every time
-        exception = re.sub(r"0x[0-9a-fA-F]+", "0x", self.exception or "")
-        return f"{self.kind}|{self.step}|{self.exit_code}|{self.signal}|{exception}"
+        """Equal for two failures that are the same deterministic error at the same step.
+
+        An exception is what it says, however its process ended after it: in order, by our own hand, or aborted by a library
+        in its destructors. Object addresses differ every time, and so do the amounts in an out-of-memory error.
+        """
+        if self.exception is None:
+            return f"{self.kind}|{self.step}|{self.exit_code}|{self.signal}"
+        exception = re.sub(r"0x[0-9a-fA-F]+", "0x", self.exception)
+        if self.kind is FailureKind.CUDA_OOM:
+            exception = re.sub(r"[0-9.]+ ?(bytes|[KMG]i?B)?", "#", exception)
+        return f"{self.kind}|{self.step}|{exception}"

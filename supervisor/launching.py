@@ -1,20 +1,43 @@
-"""Starting an attempt: the program's command line and environment, and a port that is its own."""
+"""Starting a run, and an attempt: the program's command line and environment, and a port that is its own."""
 
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from supervisor.about import version
 from supervisor.attempt import Attempt
+from supervisor.config import Options
+from supervisor.edge import clock
 from supervisor.edge.forensics import FLIGHT_RECORDS
 from supervisor.edge.link import ATTEMPT, RUNTIME, STANDBY
 from supervisor.edge.ports import ReservedPort
 from supervisor.errors import UsageError
+from supervisor.model import RunStarted
 from supervisor.program import Program
 
 #: what turns torch's flight recorder on: the number of records that it keeps
 FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+
+
+def run_started(options: Options, program: Program, epoch: int) -> RunStarted:
+    """The fact that this process takes charge of the job, now."""
+    return RunStarted(
+        time=clock.now(),
+        epoch=epoch,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        command=program.command,
+        version=version(),
+        max_failures=options.max_failures,
+        max_preemptions=options.max_preemptions,
+        guard=options.guard,
+        guard_times=options.guard_times,
+        guard_back=options.guard_back,
+        guard_skip=options.guard_skip,
+    )
 
 
 @dataclass(frozen=True)

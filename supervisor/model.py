@@ -20,9 +20,22 @@ from supervisor.failing import (
     HungRank,
     Raised,
     RankEnd,
+    Trouble,
+    TroubleKind,
 )
 
-__all__ = ["AttemptEvidence", "Failure", "FailureKind", "Hang", "HangKind", "HungRank", "Raised", "RankEnd"]
+__all__ = [
+    "AttemptEvidence",
+    "Failure",
+    "FailureKind",
+    "Hang",
+    "HangKind",
+    "HungRank",
+    "Raised",
+    "RankEnd",
+    "Trouble",
+    "TroubleKind",
+]
 
 
 class State(enum.StrEnum):
@@ -42,9 +55,15 @@ class Action(enum.StrEnum):
     """What to do after an attempt has ended."""
 
     RESTART = "restart"
+    ROLL_BACK = "roll_back"  # restart from a state before the numbers went wrong
     COMPLETE = "complete"
     STOP = "stop"
     GIVE_UP = "give_up"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another attempt follows."""
+        return self in (Action.RESTART, Action.ROLL_BACK)
 
 
 class StopCause(enum.StrEnum):
@@ -52,6 +71,16 @@ class StopCause(enum.StrEnum):
 
     PREEMPTION = "preemption"
     USER = "user"
+
+
+class WarningKind(enum.StrEnum):
+    """What an early warning is about; the rules are in ``decide/warning.py``."""
+
+    NAN = "nan"
+    SPIKE = "spike"
+    PLATEAU = "plateau"
+    GRADIENTS = "gradients"
+    SLOWER = "slower"
 
 
 class ProposalState(enum.IntEnum):
@@ -78,12 +107,31 @@ class Tier(enum.StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Skip:
+    """Steps that are left out, and their data with them: from ``first`` up to, not including, ``stop``."""
+
+    first: int
+    stop: int
+    batches: dict[str, int] = field(default_factory=dict)  # that a step takes of each data loader; else one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condemned:
+    """States that are no good: of ``attempt`` and all before it, after ``step`` and more steps."""
+
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What to do now, and why, in plain words."""
 
     action: Action
     reason: str
     delay: float = 0.0  # seconds to wait before a restart
+    rollback: int = 0  # of a ROLL_BACK: the how manieth without getting past the trouble
+    skip: Skip | None = None  # … and what is left out from now on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +140,10 @@ class Limits:
 
     max_failures: int = 5
     max_preemptions: int = 100
+    guard: str = "off"  # these: decide/guard.py
+    guard_times: int = 3
+    guard_back: int = 1
+    guard_skip: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +164,10 @@ class RunStarted(Fact):
     version: str
     max_failures: int
     max_preemptions: int
+    guard: str = "off"
+    guard_times: int = 3
+    guard_back: int = 1
+    guard_skip: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +274,49 @@ class CheckpointsPruned(Fact):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatesCondemned(Fact):
+    """No state of ``attempt`` or one before it that is ``step`` or more steps old is to be used again."""
+
+    attempt: int
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningRaised(Fact):
+    """Something looks as if it could go wrong (decide/warning.py). Nothing follows from it."""
+
+    attempt: int
+    kind: WarningKind
+    step: int
+    text: str
+    rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningCleared(Fact):
+    """It does not look so any more."""
+
+    kind: WarningKind
+    step: int
+    rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadlineSet(Fact):
+    """The job is ended at ``deadline`` (Unix seconds), says ``source``; the newest one holds."""
+
+    source: str
+    deadline: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StopRequested(Fact):
     """The job must stop soon. ``source`` is the signal's or notice's name."""
 
     cause: StopCause
     source: str
+    deadline: float | None = None  # Unix seconds at which the job is ended, where that is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +340,8 @@ class Decided(Fact):
     action: Action
     reason: str
     delay: float = 0.0
+    rollback: int = 0
+    skip: Skip | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,25 +11,26 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from supervisor import evidence as evidences
 from supervisor import vigil
-from supervisor.about import version
 from supervisor.attempt import Attempt
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.edge import clock, jobdir, processes, threads
+from supervisor.edge import clock, jobdir, memory, processes, threads
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
+from supervisor.engine import Engine
 from supervisor.errors import EverstepError
-from supervisor.launching import Launcher
+from supervisor.launching import Launcher, run_started
 from supervisor.ledger import Ledger
+from supervisor.lookout import Warnings
 from supervisor.model import (
     Action,
     AttemptEnded,
@@ -38,8 +39,6 @@ from supervisor.model import (
     Decided,
     Failure,
     RunEnded,
-    RunStarted,
-    StopCause,
     StopRequested,
     Verdict,
 )
@@ -48,9 +47,8 @@ from supervisor.pulse import Pulse
 from supervisor.reception import Reception
 from supervisor.savepoints import SavePoints
 from supervisor.standby import Standby, Waiting
+from supervisor.stopping import SIGNALS, Stopping
 from supervisor.stores import Stores
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class Node:
@@ -64,6 +62,7 @@ class Node:
         file: jobdir.JobFile,
         ledger: Ledger,
         console: Console,
+        engine: Engine,
     ) -> None:
         self._options, self._program, self._job, self._file = options, program, job, file
         self._ledger, self._console = ledger, console
@@ -71,20 +70,26 @@ class Node:
         self._stores = Stores(options, job, file, ledger, console)
         self._snapshots, self._draining = self._stores.snapshots, self._stores.draining
         self._launcher = Launcher(program, job.path, file.run_id, self._runtime)
-        self._welcome: Message = {"save_every_steps": list(options.save_every)}
+        guard = asdict(options.guard_policy) if options.guard_policy.is_on else None
+        self._welcome: Message = {"save_every_steps": list(options.save_every), "guard": guard}
         self._standby = Standby(
-            enabled=options.standby == "on",
+            enabled=options.standby != "off",
+            ahead=options.standby == "init",
+            keep_free=memory.total() // 20 if options.standby_memory is None else options.standby_memory,
             launcher=self._launcher,
             folder_of=job.attempt,
             welcome=self._welcome,
             ledger=ledger,
             console=console,
         )
+        self._warnings = Warnings(options, ledger, console)
         self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
-        self._stop: StopRequested | None = None
-        self._stop_seen = asyncio.Event()
+        self._engine = engine
+        self._stopping = Stopping(
+            engine, ledger, console, self._draining, options.grace,
+            begun=self._on_stop, end=self._end_attempt,
+        )  # fmt: skip
         self._unsaved: str | None = None  # why the newest state is not durable
-        self._cut_short: str | None = None  # why a stop was not waited for
         self._launched = False
         self._chores: list[Callable[[], None]] = []  # what need not be done before the next attempt begins
         self._tasks: set[asyncio.Task[None]] = set()
@@ -97,19 +102,8 @@ class Node:
         """From taking charge to leaving; returns the exit code."""
         processes.become_subreaper()
         swept = await self._stores.sweep()
-        record, limits = self._ledger.record, self._options
-        self._ledger.add(
-            RunStarted(
-                time=clock.now(),
-                epoch=self._file.epoch,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                command=self._program.command,
-                version=version(),
-                max_failures=limits.max_failures,
-                max_preemptions=limits.max_preemptions,
-            )
-        )
+        record = self._ledger.record
+        self._ledger.add(run_started(self._options, self._program, self._file.epoch))
         if not jobdir.is_in_memory(self._runtime):
             self._console.say(f"/dev/shm is too small: snapshots go to {self._runtime}")
         for notice in (*self._program.notices, vigil.describe(self._options)):
@@ -118,11 +112,7 @@ class Node:
             f"{'job resumed' if record.attempt is not None else 'job started'} in {self._job.path} "
             f"(pid {os.getpid()}, logs in {self._job.attempts})"
         )
-        loop = asyncio.get_running_loop()
-        for signum in STOP_SIGNALS:  # blocked so far
-            if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
-                loop.add_signal_handler(signum, self._on_signal, signum)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        self._stopping.listen()
         channel = Channel(self._runtime / "socket", self._on_message, self._console.say)
         await channel.open()
         if swept:
@@ -137,10 +127,13 @@ class Node:
             await channel.close()
         if not self._unsaved:
             jobdir.remove_runtime(self._runtime)
-        code = restart.exit_code(verdict.action, self._stop)
+        code = restart.exit_code(verdict.action, self._stopping.requested)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
-        if self._cut_short == "user" or threads.are_busy():
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if said := self._engine.leave(code):
+            self._console.say(said)
+        if self._stopping.cut_short == "user" or threads.are_busy():
             self._leave_at_once(code)
         return code
 
@@ -153,29 +146,30 @@ class Node:
     async def _supervise(self) -> Verdict:
         while True:
             verdict = await self._run_attempt()
-            if verdict.action is not Action.RESTART:
+            if not verdict.action.goes_on:
                 return verdict
             if verdict.delay:
                 await self._standby.drop()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop_seen.wait(), verdict.delay or 0.0001)
-                assert self._stop is not None
-                return await self._final_stop(self._stop)
+                await asyncio.wait_for(self._stopping.seen.wait(), verdict.delay or 0.0001)
+                assert self._stopping.requested is not None
+                return await self._final_stop(self._stopping.requested)
 
     async def _run_attempt(self) -> Verdict:
         record = self._ledger.record
         number = 0 if record.attempt is None else record.attempt + 1
-        standby = self._standby.take(number, record.world_size)
+        standby = await self._standby.take(number, record.world_size)
         if standby is None:
             await self._standby.drop()
         attempt = standby.attempt if standby else self._new_attempt(number)
         self._ledger.add(AttemptStarted(time=clock.now(), attempt=number, standby=standby is not None))
         resume = asyncio.create_task(self._stores.choose())
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
-        savepoints = SavePoints(attempt)
+        self._warnings.begin()
+        savepoints = SavePoints(attempt, record.skips)
         self._pulse = Pulse(
             attempt, self._options, self._ledger, self._snapshots, self._draining, savepoints, self._console, self._drive_stop,
-            on_first_step=lambda: self._standby.arm(attempt),
+            on_first_step=lambda: self._standby.arm(attempt), warnings=self._warnings,
         )  # fmt: skip
         self._reception = Reception(
             attempt,
@@ -222,7 +216,7 @@ class Node:
             standby.gate.set()
         try:
             self._background(self._catch_up())
-            if self._stop is not None:
+            if self._stopping.requested is not None:
                 self._drive_stop()
             await attempt.ended.wait()
             if attempt.finished:
@@ -250,8 +244,10 @@ class Node:
                 self._stores.drop(path)
         evidence = attempt.evidence()
         completed = attempt.finished and all(seat.completed is not False for seat in attempt.seats.values())
-        stopped = self._stop is not None and not (completed and attempt.has_session)
-        failure = classify.classify(evidence, clock.now()) if not (stopped and self._cut_short) else None
+        stopped = self._stopping.requested is not None and not (completed and attempt.has_session)
+        failure = (
+            classify.classify(evidence, clock.now()) if not (stopped and self._stopping.cut_short) else None
+        )
         last_step = None  # of a training that was completed: its state must not be lost
         if failure is None and attempt.has_session and all(seat.completed for seat in attempt.seats.values()):
             last_step = attempt.total_steps
@@ -268,12 +264,13 @@ class Node:
         attempt.close()
         self._ledger.add(ended)
         if failure is not None:
+            await self._stores.condemn(failure)
             self._chores.append(partial(self._write_evidence, attempt.folder, failure, evidence))
-        if stopped and self._stop is not None:
-            return await self._final_stop(self._stop, failure)
+        if stopped and self._stopping.requested is not None:
+            return await self._final_stop(self._stopping.requested, failure)
         if failure is not None:
             verdict = restart.decide(self._ledger.record, failure)
-            if verdict.action is Action.RESTART:
+            if verdict.action.goes_on:
                 return self._decided(verdict)
             return await self._final(lambda: verdict)
         return await self._final(lambda: restart.decide_finished(self._ledger.record), last_step)
@@ -288,7 +285,7 @@ class Node:
         """The last verdict, given once the newest state is durable, or it is known why it cannot be."""
         await self._standby.end()
         await self._catch_up()
-        self._unsaved = await self._draining.secure(last_step, may_drain=self._cut_short != "user")
+        self._unsaved = await self._draining.secure(last_step, may_drain=self._stopping.cut_short != "user")
         verdict = decide()
         if self._unsaved:
             action = Action.GIVE_UP if verdict.action is Action.COMPLETE else verdict.action
@@ -304,9 +301,11 @@ class Node:
                 action=verdict.action,
                 reason=verdict.reason,
                 delay=verdict.delay,
+                rollback=verdict.rollback,
+                skip=verdict.skip,
             )
         )
-        if verdict.action is Action.RESTART:
+        if verdict.action.goes_on:
             self._console.say(f"attempt {number}: {verdict.reason}")
         return verdict
 
@@ -340,33 +339,15 @@ class Node:
             raise ValueError("no attempt is running")
         return await self._reception.handle(peer, message)
 
-    def _on_signal(self, signum: signal.Signals) -> None:
-        if self._stop is not None:
-            if signum is signal.SIGINT:
-                self._console.say("stopping at once")
-                self._end_now("user")
-            return
-        cause = StopCause.USER if signum is signal.SIGINT else StopCause.PREEMPTION
-        self._stop = StopRequested(time=clock.now(), cause=cause, source=signum.name)
-        self._ledger.add(self._stop)
-        again = "; Ctrl-C again stops at once" if cause is StopCause.USER else ""
-        self._console.say(
-            f"{signum.name}: all ranks save the same step and stop; they have {self._options.grace:g} s{again}"
-        )
-        self._stop_seen.set()
+    def _on_stop(self) -> None:
         self._background(self._standby.end())
-        self._draining.deadline = clock.monotonic() + self._options.grace
-        asyncio.get_running_loop().call_later(self._options.grace, self._end_now, "grace")
         self._drive_stop()
 
     def _drive_stop(self) -> None:
-        if self._stop is not None and self._pulse is not None:
+        if self._stopping.requested is not None and self._pulse is not None:
             self._pulse.drive_stop()
 
-    def _end_now(self, why: str) -> None:
-        self._cut_short = self._cut_short or why
-        if why == "user":
-            self._draining.cancel()
+    def _end_attempt(self) -> None:
         if self._pulse is not None:
             self._pulse.end_attempt()
 

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Callable
 
+from supervisor import guarding
 from supervisor.attempt import Attempt
 from supervisor.config import Options
 from supervisor.decide import interval
@@ -14,6 +15,7 @@ from supervisor.edge import clock, processes
 from supervisor.edge.console import Console
 from supervisor.edge.control import Word
 from supervisor.ledger import Ledger
+from supervisor.lookout import Warnings
 from supervisor.model import FirstStep, Progress, ProposalFlag
 from supervisor.savepoints import SavePoints
 from supervisor.snapshots import Snapshots
@@ -22,10 +24,6 @@ from supervisor.vigil import Vigil
 PERIOD = 0.1  # seconds
 PROGRESS_PERIOD = 10.0  # seconds between two journal entries
 RATE_SPAN = 5.0  # seconds over which the shown rate is measured
-MTBF_PRIOR = 6 * 3600.0  # seconds; replaced by the job's own failures as they come
-COST_PRIOR = 1.0  # seconds to write a checkpoint, before one was written
-SHORTEST_AUTO = 10.0  # seconds between checkpoints at least
-LONGEST_AUTO = 3600.0
 
 
 class Pulse:
@@ -42,10 +40,11 @@ class Pulse:
         console: Console,
         drive_stop: Callable[[], None],
         on_first_step: Callable[[], None],
+        warnings: Warnings,
     ) -> None:
         self._attempt, self._options, self._ledger = attempt, options, ledger
         self._snapshots, self._savepoints, self._console = snapshots, savepoints, console
-        self._draining = draining
+        self._draining, self._warnings = draining, warnings
         self._wants_stop, self._on_first_step = drive_stop, on_first_step
         self._stop_proposed = self._stop_forwarded = False
         now = clock.monotonic()
@@ -67,6 +66,10 @@ class Pulse:
             self._attempt.offer_slot(self._snapshots.offer())
             self._wants_stop()
             self._vigil.look()
+            if self._first_step_said:
+                self._warnings.look(self._attempt)
+            if (proven := guarding.proven(self._attempt)) is not None:
+                self._draining.proven = proven
             self._console.progress(self._line())
 
     # ------------------------------------------------------------------ saves
@@ -101,16 +104,10 @@ class Pulse:
         every = self._options.checkpoint_every
         if every.steps is not None:
             return step is not None and step % every.steps == 0
-        seconds = self._auto_seconds() if every.is_auto else every.seconds
+        if every.is_auto:
+            return now - self._checkpoint_at >= interval.auto(self._ledger.record, self._draining.seconds)
+        seconds = every.seconds
         return seconds is not None and now - self._checkpoint_at >= seconds
-
-    def _auto_seconds(self) -> float:
-        record = self._ledger.record
-        mtbf = interval.estimate_mtbf(
-            failures=record.restarts + record.preemptions, seconds=record.spent.supervised, prior=MTBF_PRIOR
-        )
-        cost = self._draining.seconds or COST_PRIOR
-        return interval.young_daly(cost, mtbf, shortest=SHORTEST_AUTO, longest=LONGEST_AUTO)
 
     # ------------------------------------------------------------------ signs of life
 

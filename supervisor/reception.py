@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from supervisor.edge import clock
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
 from supervisor.errors import EverstepError
+from supervisor.guarding import Guarding
 from supervisor.ledger import Ledger
 from supervisor.model import ProposalFlag, Raised, Resumed, WorkersReady
 from supervisor.resume import Resume
@@ -53,6 +55,7 @@ class Reception:
         #: states that a rank could not load although their digests were right
         self.unloadable: set[Path] = set()
         self._resume_said = False
+        self._guarding = Guarding(attempt)
 
     async def handle(self, peer: Peer, message: Message) -> Message | None:
         """Answer one message; ValueError, KeyError and TypeError refuse it."""
@@ -116,6 +119,7 @@ class Reception:
             "path": str(resume.path) if resume.path else None,
             "step": resume.step,
             "tier": resume.tier.value if resume.tier else None,
+            "skips": [asdict(skip) for skip in self._ledger.record.skips],
         }
 
     def _on_resumed(self, seat: Seat, message: Message) -> None:
@@ -176,6 +180,9 @@ class Reception:
     def _on_metrics(self, seat: Seat, message: Message) -> None:
         self._attempt.metrics |= _numbers(message["values"])
 
+    def _on_trouble(self, seat: Seat, message: Message) -> None:
+        self._guarding.hear(seat, message)
+
     def _on_imported(self, seat: Seat, message: Message) -> None:
         self._imported([str(name) for name in message["names"]])
 
@@ -192,7 +199,10 @@ class Reception:
         self._attempt.raised(seat, raised)
 
     def _on_exiting(self, seat: Seat, message: Message) -> None:
-        seat.told_code = int(message["code"])
+        seat.told_code, seat.told_at = int(message["code"]), clock.monotonic()
+
+    def _on_left(self, seat: Seat, message: Message) -> None:
+        self._attempt.left(seat)
 
 
 def _numbers(values: Any) -> dict[str, float]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from supervisor.model import Failure, Limits, State, StopRequested
+from supervisor.model import (
+    Condemned,
+    DeadlineSet,
+    Failure,
+    Limits,
+    Skip,
+    State,
+    StopRequested,
+    WarningRaised,
+)
 from supervisor.timesheet import Activity, Timesheet
 
 
@@ -43,13 +52,24 @@ class JobRecord:
     committed_step: int = -1  # newest step ever held whole (snapshot or checkpoint)
     failure_committed_step: int = -1  # committed_step at the time of the last failure
     last_failure: Failure | None = None
-    previous_fingerprint: str | None = None  # of the failure before, if nothing was committed since
+    fingerprint: str | None = None  # of the last failure, until a step beyond it is held
+    previous_fingerprint: str | None = None  # of the failure before that one, likewise
     snapshot: Point | None = None
     checkpoint: Point | None = None
     drain_failure: str | None = None  # why no newer checkpoint could be written; None: the last one was
     drain_failure_time: float | None = None
     stop: StopRequested | None = None
+    deadline: DeadlineSet | None = None  # of the run: when it is ended from outside
     metrics: dict[str, float] = field(default_factory=dict)
+    # numbers that went wrong, and what follows (decide/rollback.py)
+    durable: tuple[int, ...] = ()  # steps of the checkpoints, the newest last; of the last few dozen
+    condemned: tuple[Condemned, ...] = ()
+    skips: tuple[Skip, ...] = ()  # in order, none touches another
+    rollbacks: int = 0  # over the job's life
+    rollbacks_in_a_row: int = 0  # without getting past the trouble
+    trouble_step: int | None = None  # of the newest rollback
+    rolled_from: int | None = None  # … and where the attempt had resumed that met it; None: resumed since
+    warnings: tuple[WarningRaised, ...] = ()
     resumed_step: int | None = None  # where the newest attempt resumed; None: not yet, or it has no Session
     rate: float | None = None  # steps a second, smoothed over about a minute
     # goodput, kept by decide/goodput.py

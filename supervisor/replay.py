@@ -25,7 +25,7 @@ from typing import Final
 from supervisor import failing, model, record, timesheet
 from supervisor.about import version
 from supervisor.checkpoint.location import Location, located
-from supervisor.decide import goodput, lifecycle
+from supervisor.decide import goodput, lifecycle, rollback
 from supervisor.edge import journal, plain
 from supervisor.edge.journal import OutOfOrderError, Place, Reader
 from supervisor.errors import ProtocolError
@@ -160,7 +160,7 @@ def _load(path: Path) -> _Fold | None:
 @functools.cache
 def _rules() -> int:
     """Differs wherever the same journal might be folded into something else."""
-    parts = (failing, model, record, timesheet, lifecycle, goodput, plain, journal)
+    parts = (failing, model, record, timesheet, lifecycle, goodput, rollback, plain, journal)
     sources = [module.__file__ for module in parts]
     try:
         return zlib.crc32(b"".join(Path(source or "").read_bytes() for source in (*sources, __file__)))

@@ -52,6 +52,7 @@ class Sources:
     key: Key | None
     staging: Staging
     newest: Age | None = None
+    is_bad: Callable[[int, int], bool] = lambda *_: False  # by attempt and step (decide/rollback.py)
 
 
 def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> Resume:
@@ -66,6 +67,8 @@ def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> R
     if ram is not None and sources.newest is not None and age >= sources.newest:
         return ram
     listed = [(place, record) for place in sources.places for record in place.records()]
+    condemned = [record for _, record in listed if sources.is_bad(*_age(record))]
+    listed = [(place, record) for place, record in listed if record not in condemned]
     whole = [_age(record) for _, record in listed if record.problem is None]
     if ram is not None and age >= max(whole, default=(-1, -1)):
         return ram

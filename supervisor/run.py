@@ -10,27 +10,35 @@ from pathlib import Path
 from supervisor.config import Options
 from supervisor.edge import jobdir, journal
 from supervisor.edge.console import Console
+from supervisor.engine import Alone, Engine
 from supervisor.errors import UsageError
 from supervisor.ledger import Ledger
 from supervisor.model import State
-from supervisor.node import STOP_SIGNALS, Node
+from supervisor.node import Node
 from supervisor.program import Program
 from supervisor.replay import Replay
+from supervisor.stopping import SIGNALS
 
 
-def run(options: Options, program: Program) -> int:
-    """Run the job to its end; returns the exit code of ``everstep run``. Raises EverstepError before it starts."""
+def run(options: Options, program: Program, engine: Engine | None = None) -> int:
+    """Run the job to its end; returns the exit code of ``everstep run``. Raises EverstepError before it starts.
+
+    ``engine``: who may end it beside signals; None: nobody.
+    """
     if options.dir is None:
         raise UsageError("the job needs a directory: --dir D")
     job = jobdir.JobDirectory(options.dir)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the node can do something about them
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the node can do something about them
     try:
-        return _claim(options, program, job)
+        code = _claim(options, program, job, engine or Alone())
+        for signum in SIGNALS:  # a requeue that was asked for ends us, too: the exit code stands
+            signal.signal(signum, signal.SIG_IGN)
+        return code
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _claim(options: Options, program: Program, job: jobdir.JobDirectory) -> int:
+def _claim(options: Options, program: Program, job: jobdir.JobDirectory, engine: Engine) -> int:
     with job.claim():
         console = Console(quiet=options.quiet)
         try:
@@ -42,24 +50,29 @@ def _claim(options: Options, program: Program, job: jobdir.JobDirectory) -> int:
             if folded.record.state is State.COMPLETED and not options.continue_:
                 console.say(f"{job.path} is finished (step {folded.record.step}); --continue runs it on")
                 return 0
-            return _own(options, program, job, folded, console)
+            return _own(options, program, job, folded, console, engine)
         finally:
             console.close()
 
 
 def _own(
-    options: Options, program: Program, job: jobdir.JobDirectory, folded: Replay, console: Console
+    options: Options,
+    program: Program,
+    job: jobdir.JobDirectory,
+    folded: Replay,
+    console: Console,
+    engine: Engine,
 ) -> int:
     file = job.open_epoch(program.identity, list(program.command))
     if folded.record.command and folded.record.command != program.command:
         console.say(f"the command line has changed; it was: {' '.join(folded.record.command)}")
     runtime = Path(file.runtime)
-    jobdir.lay_out_runtime(runtime, job.path)
+    jobdir.lay_out_runtime(runtime, job.path, file.epoch, engine.name)
     jobdir.sweep_runtimes(runtime)
     written = journal.Journal(job.journal / f"{socket.gethostname()}.jsonl", console.say)
     folded.advance()  # a torn last line has its newline now
     ledger = Ledger(written, folded)
     try:
-        return asyncio.run(Node(options, program, job, file, ledger, console).run())
+        return asyncio.run(Node(options, program, job, file, ledger, console, engine).run())
     finally:
         ledger.close()

@@ -7,10 +7,10 @@ served, so a stop asked for during a periodic save follows right behind it.
 from __future__ import annotations
 
 from supervisor.attempt import Attempt
-from supervisor.decide import savepoint
+from supervisor.decide import rollback, savepoint
 from supervisor.edge import clock
 from supervisor.edge.control import Word
-from supervisor.model import ProposalFlag, ProposalState
+from supervisor.model import ProposalFlag, ProposalState, Skip
 
 OVERDUE = 64  # steps that all ranks are past a proposal without its snapshot: it was skipped, propose anew
 ATTEMPTS = 4  # proposals in a row before the loop gets on with other things
@@ -19,8 +19,9 @@ ATTEMPTS = 4  # proposals in a row before the loop gets on with other things
 class SavePoints:
     """The proposals to one attempt's ranks."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, skips: tuple[Skip, ...] = ()) -> None:
         self._attempt = attempt
+        self._skips = skips  # ranks jump over these
         self._serial = 0
         self._state = ProposalState.NONE
         self._step = 0  # of the newest proposal
@@ -89,6 +90,7 @@ class SavePoints:
             step = savepoint.propose(self._attempt.steps, lead)
         else:
             step = savepoint.propose_request(request, self._attempt.steps, lead)
+        step = rollback.past(step, self._skips)
         if not savepoint.in_reach(step, self._attempt.total_steps):
             return False  # the last step is a save point by itself
         self._serial, self._step = self._serial + 1, step

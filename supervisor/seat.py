@@ -22,6 +22,8 @@ class Seat:
     raised: Raised | None = None
     raised_at: float = 0.0
     told_code: int | None = None
+    told_at: float = 0.0
+    left: bool = False  # it fails, and everything of the script's is done
     end: RankEnd | None = None
 
     @property

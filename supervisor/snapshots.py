@@ -119,6 +119,12 @@ class Snapshots:
         for folder in self._slots:
             self.drop(folder)
 
+    def condemn(self, is_bad: Callable[[int, int], bool]) -> None:
+        """Forget the snapshots that are bad, by attempt and step."""
+        for index, record in list(self._complete.items()):
+            if is_bad(record.attempt, record.step):
+                self.drop(self._slots[index])
+
     def reset(self) -> None:
         """The attempt is over: its half-written saves are void."""
         self._saves.clear()

@@ -2,7 +2,8 @@
 
 While attempt *k* trains, attempt *k+1* is started as it would be after a failure: a fresh torchrun with a port of its own.
 Its workers boot, import what the script imported before (``launch/warmup.py``), and wait at a *gate* before the script's
-first line. What makes that safe:
+first line; or, with ``--standby init``, runs the script ahead and waits in front of the first thing that would be noticed outside (``launch/ahead.py``).
+What makes that safe:
 
 - It is no attempt yet. It has the next attempt's number, because that is part of its environment, but nothing is
   journaled as that attempt before the gate opens; until then its end is not a failure and its messages count for nothing.
@@ -14,19 +15,23 @@ first line. What makes that safe:
   answered by a cold start: should the standby have a part in it, that ends it.
 - It yields: SCHED_BATCH until the gate opens. No CPU affinity, because libraries choose their numbers of threads by it
   while they are imported, and no niceness, because an unprivileged user could not take that back.
-- It is started only after the first step, when the imports are known and start-up is over, and only with memory to spare.
+- It is started only after the first step, when the imports are known and start-up is over, and only with memory to spare. When that
+  gets short it is dropped, and made again when there is enough. Should the kernel have to kill something, it takes the standby first.
+- One that has run ahead is used only if no file that it has read, or looked for in vain, has changed since. Those that
+  have, the next one does not read ahead. One that ends before it gets to its gate is followed by ones that do not run ahead.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor.attempt import Attempt
-from supervisor.edge import clock, memory
+from supervisor.edge import clock, marks, memory
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
 from supervisor.edge.ports import ReservedPort
@@ -38,6 +43,9 @@ from supervisor.seat import Seat
 
 DELAY = 2.0  # seconds after the first step
 PATIENCE = 300.0  # seconds that its workers may take to the gate
+LOOK = 1.0  # seconds between two looks at the memory that is left
+AGAIN = 30.0  # seconds until memory that was short is looked at again
+CHECK = 0.5  # seconds to look at the files that it has read
 TRIES = 3  # for each attempt beside which it waits
 ROOM = 2  # times what the workers hold now must be available
 
@@ -50,6 +58,8 @@ class Waiting:
     port: ReservedPort
     launched: float
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    ahead: bool = False  # it runs the script ahead
+    read: dict[str, marks.Mark] = field(default_factory=dict)  # what the script has read meanwhile
     standing: set[int] = field(default_factory=set)  # ranks at the gate
     dropped: bool = False
 
@@ -72,6 +82,8 @@ class Standby:
         self,
         *,
         enabled: bool,
+        ahead: bool,
+        keep_free: int,
         launcher: Launcher,
         folder_of: Callable[[int], Path],
         welcome: Message,
@@ -80,6 +92,9 @@ class Standby:
     ) -> None:
         self._enabled, self._launcher, self._folder_of = enabled, launcher, folder_of
         self._welcome, self._ledger, self._console = welcome, ledger, console
+        self._ahead, self._keep_free = ahead, keep_free
+        self._hold: set[str] = set()  # what changes between one attempt and the next
+        self._where = ""
         self._imports: list[str] = []
         self._waiting: Waiting | None = None
         self._beside: Attempt | None = None
@@ -104,16 +119,35 @@ class Standby:
             self._beside, self._tries, self._failed = beside, TRIES, False
             self._launch_soon()
 
-    def take(self, number: int, world_size: int | None) -> Waiting | None:
+    async def take(self, number: int, world_size: int | None) -> Waiting | None:
         """Hand over a standby that can begin as attempt ``number``, or None."""
         waiting = self._waiting
         if waiting is None or not waiting.is_ready:
             return None
         if (waiting.attempt.number, waiting.attempt.world_size) != (number, world_size):
             return None
+        if waiting.read and not await self._is_up_to_date(waiting.read):
+            return None
+        if self._waiting is not waiting or not waiting.is_ready:
+            return None
         self._waiting = None
         self._forget()
         return waiting
+
+    async def _is_up_to_date(self, read: Mapping[str, marks.Mark]) -> bool:
+        """Whether all that it has read is as it was. Storage that does not answer is not waited for."""
+        try:
+            changed = await asyncio.wait_for(asyncio.to_thread(marks.changed, read), CHECK)
+        except TimeoutError:
+            self._console.say(
+                "the standby is not used: the files that it has read could not be looked at in time"
+            )
+            return False
+        if changed:
+            self._hold |= {name for name in changed if not name.endswith((".py", ".pyc"))}
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            self._console.say(f"the standby is not used: it has read {changed[0]}{more}, which changed since")
+        return not changed
 
     async def drop(self) -> None:
         """Kill and forget what there is; whether anything was launched is no matter."""
@@ -135,13 +169,16 @@ class Standby:
             self._watch.cancel()
             self._watch = None
 
-    def _launch_soon(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(DELAY, self._launch)
+    def _launch_soon(self, delay: float = DELAY) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay, self._launch)
 
     def _launch(self) -> None:
         self._timer = None
         beside = self._beside
-        if not self._enabled or beside is None or beside.ended.is_set() or not self._has_room(beside):
+        if not self._enabled or beside is None or beside.ended.is_set():
+            return
+        if not self._has_room(beside):
+            self._launch_soon(AGAIN)
             return
         self._serial += 1
         self._tries -= 1
@@ -157,11 +194,11 @@ class Standby:
         ) as error:  # the program has gone since it was started; a cold start will say so too
             self._console.say(f"no standby: {error}")
             return
-        self._waiting = Waiting(attempt, port, clock.monotonic())
+        self._waiting = Waiting(attempt, port, clock.monotonic(), ahead=self._ahead)
         self._watch = asyncio.get_running_loop().create_task(self._watch_over(self._waiting))
 
     def _has_room(self, beside: Attempt) -> bool:
-        needed = ROOM * memory.resident(seat.pid for seat in beside.seats.values())
+        needed = self._keep_free + ROOM * memory.resident(seat.pid for seat in beside.seats.values())
         there = memory.available()
         if there is None or there >= needed:
             return True
@@ -174,23 +211,37 @@ class Standby:
 
     async def _watch_over(self, waiting: Waiting) -> None:
         """Until it is taken or dropped (cancelled): a standby that ends, or never gets ready, is replaced."""
-        ended = waiting.attempt.ended
-        late = asyncio.get_running_loop().call_later(
-            PATIENCE, lambda: None if waiting.is_ready else ended.set()
-        )
-        try:
-            await ended.wait()
-        finally:
-            late.cancel()
-        if not self._failed:
+        ended, late = waiting.attempt.ended, clock.monotonic() + PATIENCE
+        short = False
+        while not ended.is_set() and not short and (waiting.is_ready or clock.monotonic() < late):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), LOOK)
+            short = self._is_short_of_memory()
+        if short:
+            self._tries += 1  # no fault of its own
+        elif not self._failed:
             self._failed = True
             self._console.say(f"the standby has ended ({waiting.attempt.logs}); training goes on")
+            if waiting.ahead and not waiting.is_ready:
+                self._ahead = False
+                self._console.say(
+                    "it had not come to init_process_group: the next ones wait before the script begins"
+                )
         async with self._dropping:
             if self._waiting is waiting:
                 await self._discard(waiting)
         self._watch = None
         if self._tries > 0 and self._enabled:
-            self._launch_soon()
+            self._launch_soon(AGAIN if short else DELAY)
+
+    def _is_short_of_memory(self) -> bool:
+        there = memory.available()
+        if there is None or there >= self._keep_free:
+            return False
+        self._console.say(
+            f"the standby makes way: {there / 1e9:.1f} GB of memory are available, {self._keep_free / 1e9:.1f} GB are to stay free"
+        )
+        return True
 
     async def _discard(self, waiting: Waiting) -> None:
         waiting.dropped = True
@@ -223,7 +274,12 @@ class Standby:
         assert waiting is not None
         if message["kind"] == "hello":
             peer.seat = waiting.attempt.welcome(peer.pid, message)
-            return {**self._welcome, "preimport": self._imports}
+            return {
+                **self._welcome,
+                "preimport": self._imports,
+                "ahead": waiting.ahead,
+                "hold": sorted(self._hold),
+            }
         if message["kind"] != "gate":
             return None
         if message["cuda"]:
@@ -231,9 +287,16 @@ class Standby:
             self._enabled, self._failed = False, True
             waiting.attempt.ended.set()
         waiting.standing.add(peer.seat.rank)
+        waiting.read |= {str(name): mark for name, mark in dict(message.get("read", {})).items()}
+        self._say_where(peer.seat.rank, str(message.get("where", "")))
         if waiting.is_ready:
             now = clock.now()
             seconds = clock.monotonic() - waiting.launched
             self._ledger.add(StandbyReady(time=now, attempt=waiting.attempt.number, seconds=seconds))
         await waiting.gate.wait()
         return {"refused": "this standby is not needed"} if waiting.dropped else {}
+
+    def _say_where(self, rank: int, where: str) -> None:
+        if where and where != self._where and rank == 0:
+            self._where = where
+            self._console.say(f"the standby has run ahead and waits in front of {where}")

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from supervisor import numbers
 from supervisor.decide import goodput, lifecycle, straggler
 from supervisor.edge import arenas
 from supervisor.edge.arenas import Arenas
@@ -160,6 +161,8 @@ def to_json(status: Status) -> dict[str, Any]:
         "metrics": {name: _number(value) for name, value in status.metrics.items()},
         "own_shares": [round(share, 3) for _, share in sorted(status.own_shares.items())],
         "slow_rank": straggler.slowest(status.own_shares),
+        "warnings": numbers.warnings(record, alive=status.alive),
+        "guard": numbers.guard(record),
         "restarts": record.restarts,
         "preemptions": record.preemptions,
         "last_failure": None
@@ -174,6 +177,12 @@ def to_json(status: Status) -> dict[str, Any]:
         "snapshot": _held(status.snapshot, status.now),
         "checkpoint": _held(status.checkpoint, status.now),
         "checkpoint_failure": record.drain_failure,
+        "deadline": None
+        if record.deadline is None or not status.alive
+        else {
+            "source": record.deadline.source,
+            "seconds": round(record.deadline.deadline - status.now, 3),
+        },
         "memory": None
         if status.arenas is None
         else {**asdict(status.arenas), "needed": status.arenas.needed},
@@ -198,7 +207,9 @@ def to_text(status: Status) -> str:
         ("job", str(status.path)),
         ("state", status.state.value + (f": {status.reason}" if status.reason else "")),
         ("progress", _progress(status)),
+        *_deadline(status),
         *_slow_rank(status),
+        *numbers.rows(record, alive=status.alive),
         ("snapshot", _held_text(status.snapshot, status.now)),
         ("checkpoint", _held_text(status.checkpoint, status.now)),
         *(
@@ -287,6 +298,13 @@ def _progress(status: Status) -> str:
             parts.append(f"{duration((status.total_steps - status.step) / status.rate)} to go")
     parts += [f"{name} {value:.4g}" for name, value in status.metrics.items()]
     return ", ".join(parts)
+
+
+def _deadline(status: Status) -> list[tuple[str, str]]:
+    known = status.record.deadline
+    if known is None or not status.alive:
+        return []
+    return [("deadline", f"{known.source} in {duration(known.deadline - status.now)}")]
 
 
 def _slow_rank(status: Status) -> list[tuple[str, str]]:

@@ -11,12 +11,14 @@ from supervisor.checkpoint.location import Location
 from supervisor.checkpoint.manifest import Key
 from supervisor.checkpoint.storage import LocalStorage, Owner, open_storage
 from supervisor.config import Options
+from supervisor.decide import rollback
 from supervisor.draining import Draining, Stamp
 from supervisor.edge import clock, jobdir
 from supervisor.edge.console import Console
 from supervisor.edge.threads import in_thread
+from supervisor.errors import CheckpointError
 from supervisor.ledger import Ledger
-from supervisor.model import CheckpointRejected, Tier
+from supervisor.model import CheckpointRejected, Failure, StatesCondemned, Tier
 from supervisor.resume import Resume, Sources, choose
 from supervisor.snapshots import Snapshots
 from supervisor.staging import Staging
@@ -49,6 +51,7 @@ class Stores:
         self.snapshots = Snapshots(
             runtime, run_id=file.run_id, key=self._key, fact=ledger.add, report=console.say
         )
+        self.snapshots.condemn(self._is_bad)
         #: how it becomes durable
         self.draining = Draining(
             self.snapshots,
@@ -63,6 +66,7 @@ class Stores:
             fence=lambda: job.fence(file.epoch),
             fact=ledger.add,
             report=console.say,
+            is_bad=self._is_bad,
         )
         #: what was fetched for the ranks to read
         self.staging = Staging(runtime, job.path)
@@ -80,7 +84,7 @@ class Stores:
         newest = None
         if self._looked and self._refuge is not None:
             newest = self.draining.newest_committed or (-1, -1)
-        sources = Sources(self.snapshots.newest(), places, self._key, self.staging, newest)
+        sources = Sources(self.snapshots.newest(), places, self._key, self.staging, newest, self._is_bad)
         over = threading.Event()
         try:
             resume = await in_thread(lambda: choose(sources, over.is_set))
@@ -91,10 +95,34 @@ class Stores:
         for path, reason in resume.rejected:
             self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
             self._console.say(f"{path} is damaged: {reason}; skipping it")
+        if resume.tier is None and self._ledger.record.rolled_from:
+            raise CheckpointError(
+                f"no state from before the trouble is left in {self._storage.where}: start anew in another --dir"
+            )
         if resume.tier is not Tier.RAM:
             self.snapshots.drop_all()
             self.draining.known_good(resume.step if resume.tier is Tier.CHECKPOINT else None)
         return resume
+
+    async def condemn(self, failure: Failure) -> None:
+        """Where numbers have gone wrong, what was saved since is not used again, whatever the verdict.
+
+        Snapshots are forgotten, checkpoints in a directory taken out of the way; the journal passes over all others.
+        """
+        planned = rollback.plan(self._ledger.record, failure)
+        if planned is None:
+            return
+        now = clock.now()
+        self._ledger.add(
+            StatesCondemned(time=now, attempt=failure.attempt, step=planned.bad_from, reason=failure.reason)
+        )
+        self.snapshots.condemn(self._is_bad)
+        self.draining.condemn()
+        self._looked = False
+        await self.draining.set_aside()
+
+    def _is_bad(self, attempt: int, step: int) -> bool:
+        return rollback.is_condemned(self._ledger.record, attempt, step)
 
     def drop(self, path: Path) -> None:
         """Forget a snapshot that the ranks could not load, however whole it is."""

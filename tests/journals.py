@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from hypothesis import strategies as st
 
-from supervisor.decide import lifecycle, restart
+from supervisor.decide import lifecycle, restart, rollback
 from supervisor.model import (
-    Action,
     AttemptEnded,
     AttemptStarted,
     CheckpointCommitted,
+    DeadlineSet,
     Decided,
     Fact,
     Failure,
@@ -22,6 +22,7 @@ from supervisor.model import (
     RunEnded,
     RunStarted,
     SnapshotCompleted,
+    StatesCondemned,
     StopCause,
     StopRequested,
     Tier,
@@ -77,6 +78,9 @@ class _Author:
                 version="0.1",
                 max_failures=self.number(0, 3),
                 max_preemptions=self.number(0, 3),
+                guard="nan" if self.chance(2) else "off",
+                guard_times=self.number(0, 2),
+                guard_skip=self.number(0, 20),
             )
         )
         while True:
@@ -88,9 +92,11 @@ class _Author:
                     action=verdict.action,
                     reason=verdict.reason,
                     delay=verdict.delay,
+                    rollback=verdict.rollback,
+                    skip=verdict.skip,
                 )
             )
-            if verdict.action is not Action.RESTART:
+            if not verdict.action.goes_on:
                 code = restart.exit_code(verdict.action, self.record.stop)
                 self.write(RunEnded(time=self.tick(), exit_code=code, reason=verdict.reason))
                 return
@@ -159,10 +165,17 @@ class _Author:
             exception=exception,
         )
         self.write(AttemptEnded(time=time, attempt=number, step=step, failure=failure))
+        if (planned := rollback.plan(self.record, failure)) is not None:
+            bad = planned.bad_from
+            self.write(StatesCondemned(time=time, attempt=number, step=bad, reason=failure.reason))
+            self.in_ram = None if self.in_ram is not None and self.in_ram >= bad else self.in_ram
+            self.durable = None if self.durable is not None and self.durable >= bad else self.durable
         return restart.decide(self.record, failure)
 
     def stop(self, number: int, step: int) -> Verdict:
         cause = StopCause.USER if self.chance(2) else StopCause.PREEMPTION
+        if self.chance(2):
+            self.write(DeadlineSet(time=self.tick(), source="a limit", deadline=1e6))
         stop = StopRequested(time=self.tick(), cause=cause, source="SIGTERM")
         self.write(stop)
         self.save(number, step)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from pathlib import Path
 
 import pytest
 
-from supervisor.attempt import Attempt
+from supervisor.attempt import ECHO_GRACE, Attempt
+from supervisor.decide import classify
 from supervisor.edge.control import ControlPage, Phase, SessionFlag, Word
+from supervisor.model import FailureKind, Raised
 from supervisor.seat import Seat
 
 
@@ -18,7 +22,7 @@ def attempt(tmp_path: Path) -> Attempt:
     one.world_size = 2
     for rank in range(2):
         page = ControlPage(tmp_path / f"rank-{rank}", create=True)
-        one.seats[rank] = Seat(rank, rank, 1, None, page)
+        one.seats[rank] = Seat(rank, rank, os.getpid(), None, page)
     return one
 
 
@@ -36,3 +40,67 @@ def test_no_save_is_agreed_while_a_rank_restores(attempt: Attempt) -> None:
     assert attempt.in_session
     pages[1][Word.SESSION] |= SessionFlag.CLOSED
     assert not attempt.in_session
+
+
+SHAPE = Raised(type="ValueError", message="shape", traceback="")
+LOST = Raised(
+    type="RuntimeError", message="gloo: Connection closed by peer", traceback="", bases=("RuntimeError",)
+)
+WRAPPED = Raised(
+    type="train.StepFailed", message="in step 3", traceback=f"{LOST.message}\n\nDuring handling of"
+)
+
+
+@pytest.mark.parametrize(
+    ("raised", "grace"), [(SHAPE, 0), (LOST, ECHO_GRACE), (WRAPPED, ECHO_GRACE), (None, ECHO_GRACE)]
+)
+def test_what_may_be_the_echo_of_another_failure_waits_for_it(
+    attempt: Attempt, raised: Raised | None, grace: float
+) -> None:
+    """Once everything of the script's is done; the process itself may take its time to end."""
+
+    async def fail() -> float:
+        seat = attempt.seats[1]
+        if raised is not None:
+            attempt.raised(seat, raised)
+        seat.told_code, seat.told_at = 1, 1.0
+        attempt.left(seat)
+        await attempt.ended.wait()
+        return attempt._grace_after(seat)
+
+    assert asyncio.run(fail()) == grace
+    (end,) = attempt.evidence().ends
+    assert (end.rank, end.exit_code, end.raised) == (1, 1, raised)
+
+
+def test_an_exception_beside_a_rank_that_is_on_its_way_out_waits_for_that(attempt: Attempt) -> None:
+    async def fail() -> bool:
+        attempt.seats[0].pid = 1 << 22  # no such process: it has just gone
+        attempt.raised(attempt.seats[1], SHAPE)
+        attempt.seats[1].told_code = 1
+        attempt.left(attempt.seats[1])
+        await asyncio.sleep(0)
+        return attempt.ended.is_set()
+
+    assert not asyncio.run(fail())
+
+
+def test_a_rank_that_leaves_its_loop_early_is_known_for_it_before_its_process_has_ended(
+    attempt: Attempt,
+) -> None:
+    """The other one's exception is an echo: the connection was closed."""
+
+    async def fail() -> None:
+        early, other = attempt.seats.values()
+        for seat in (early, other):
+            seat.session = True
+        early.told_code, early.told_at = 0, 1.0
+        attempt.raised(other, LOST)
+        other.told_code, other.told_at = 1, 2.0
+        attempt.left(other)
+        await attempt.ended.wait()
+
+    asyncio.run(fail())
+    failure = classify.classify(attempt.evidence(), 3.0)
+    assert failure is not None
+    assert (failure.kind, failure.rank) == (FailureKind.EARLY_EXIT, 0)

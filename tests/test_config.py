@@ -75,6 +75,28 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
     assert options.retention.keep_last == 9
 
 
+def test_standby(tmp_path: Path) -> None:
+    assert (load({}, tmp_path).standby, load({}, tmp_path).standby_memory) == ("on", None)
+    options = load({"standby": "Init", "standby_memory": "1.5GB"}, tmp_path)
+    assert (options.standby, options.standby_memory) == ("init", 1_500_000_000)
+    (tmp_path / "everstep.yaml").write_text("standby: off\nstandby-memory: 0B\n")
+    assert (load({}, tmp_path).standby, load({}, tmp_path).standby_memory) == ("off", 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"standby": "deep"}, "--standby: 'deep'; allowed: on, off, init"),
+        ({"standby_memory": "2"}, "--standby-memory: '2' is no amount of memory; allowed: 500MB, 2GB, 0B"),
+        ({"standby_memory": "2GB/s"}, "--standby-memory: '2GB/s' is no amount of memory"),
+        ({"standby_memory": "much"}, "--standby-memory: 'much' is no amount of memory"),
+    ],
+)
+def test_no_standby(tmp_path: Path, flags: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(flags, tmp_path)
+
+
 def test_limits_of_hangs(tmp_path: Path) -> None:
     options = load({}, tmp_path)
     assert (options.hang, options.hang_floor, options.hang_silence) == ("auto", None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,9 @@ class Scripted:
 
     def remove(self, record: CheckpointRecord) -> None:
         self.steps.remove(record.step)
+
+    def set_aside(self, records: Sequence[CheckpointRecord]) -> Location | None:
+        raise AssertionError
 
     def sweep(self, owner: Owner) -> list[Location]:
         return []

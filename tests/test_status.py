@@ -25,6 +25,7 @@ from supervisor.model import (
     AttemptEnded,
     AttemptStarted,
     CheckpointCommitted,
+    DeadlineSet,
     Decided,
     Fact,
     Failure,
@@ -305,6 +306,17 @@ def test_text(job: Job) -> None:
         f"supervisor    pid 4711 on {socket.gethostname()}, gone",
     ]
     assert text.splitlines()[5].endswith("%, 10 steps done again, 1 restart, 0 preemptions")
+
+
+def test_the_deadline_of_a_live_job_is_shown_and_that_of_an_earlier_run_is_not(held: Job) -> None:
+    facts = running()
+    known = DeadlineSet(time=1121.0, source="SLURM's time limit", deadline=5000.0)
+    held.journal([*facts, known])
+    shown = status.read_status(held.path, 1400.0)
+    assert status.to_json(shown)["deadline"] == {"source": "SLURM's time limit", "seconds": 3600.0}
+    assert "deadline      SLURM's time limit in 60 min" in status.to_text(shown).splitlines()
+    again = lifecycle.fold([*facts, known, replace(facts[0], time=1300.0, epoch=2)])
+    assert again.deadline is None
 
 
 def test_text_of_a_live_job_says_how_long_it_will_take(held: Job) -> None:

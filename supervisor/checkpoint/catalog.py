@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, overload
 
-from supervisor.checkpoint.directory import discard, is_leftover, translated
+from supervisor.checkpoint.directory import discard, is_leftover, sync_directory, translated
 from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import Key, Manifest, read_manifest
 from supervisor.checkpoint.verify import problems_of, size_problems
@@ -17,6 +17,7 @@ from supervisor.edge.files import LOCAL, Files
 from supervisor.errors import CheckpointError, StorageError
 
 _PREFIX: Final = "step-"
+_ASIDE: Final = "bad-"
 _NAME: Final = re.compile(r"step-([0-9]{9,18})")
 
 
@@ -150,6 +151,28 @@ def remove(record: CheckpointRecord, *, files: Files = LOCAL) -> None:
         discard(path, files=files)
     except OSError as error:
         raise translated(error, "removing", path) from error
+
+
+def set_aside(records: Sequence[CheckpointRecord], *, files: Files = LOCAL) -> Path | None:
+    """Take bad checkpoints of one directory out of the way: the first gets the name ``bad-step-…``, the others are removed.
+
+    What had such a name before is removed, so one of them is kept at most, for people to look at. Raises StorageError.
+    """
+    if not records:
+        return None
+    first = local(records[0])
+    aside = first.with_name(f"{_ASIDE}{first.name}")
+    try:
+        for name in sorted(os.listdir(first.parent)):
+            if name.startswith(_ASIDE) and step_of(name.removeprefix(_ASIDE)) >= 0:
+                discard(first.parent / name, files=files)
+        files.rename(first, aside)
+        sync_directory(first.parent, files=files)
+    except OSError as error:
+        raise translated(error, "setting aside", first) from error
+    for record in records[1:]:
+        remove(record, files=files)
+    return aside
 
 
 def sweep(checkpoints: Path, *, owned: Collection[Path] = (), files: Files = LOCAL) -> list[Path]:

@@ -19,7 +19,7 @@ match, so that checkpoint is found damaged and skipped for the one before; no wr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -109,6 +109,11 @@ class ObjectStorage:
         origin = record.manifest.origin if record.manifest else None
         owner = Owner(origin.run_id, origin.epoch) if origin else Owner("", 0)
         bucket.run(self._writer.discard(record.path.name, owner))
+
+    def set_aside(self, records: Sequence[CheckpointRecord]) -> Location | None:
+        for record in records:  # there is no rename
+            self.remove(record)
+        return None
 
     def sweep(self, owner: Owner) -> list[Location]:
         return bucket.run(self._writer.sweep(owner))

@@ -16,7 +16,7 @@ One supervisor writes at a time. How far a rival is kept out differs: ``commit``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -81,6 +81,13 @@ class CheckpointStorage(Protocol):
         """Delete a checkpoint, manifest first; gone already is fine. Raises StorageError."""
         ...
 
+    def set_aside(self, records: Sequence[CheckpointRecord]) -> Location | None:
+        """Remove checkpoints that are bad, though whole; the first is kept under another name where that can be: its place.
+
+        One that was kept before is removed then. Raises StorageError.
+        """
+        ...
+
     def sweep(self, owner: Owner) -> list[Location]:
         """Find out that ``owner`` can read and write, and remove what its unfinished drains and removals have left.
 
@@ -131,6 +138,9 @@ class LocalStorage:
 
     def remove(self, record: CheckpointRecord) -> None:
         catalog.remove(record)
+
+    def set_aside(self, records: Sequence[CheckpointRecord]) -> Location | None:
+        return catalog.set_aside(records)
 
     def sweep(self, owner: Owner) -> list[Location]:
         return list(catalog.sweep(self.where))

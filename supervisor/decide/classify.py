@@ -22,8 +22,8 @@ import signal as signals
 from collections.abc import Sequence
 from dataclasses import replace
 
-from supervisor.decide import health, symptoms
-from supervisor.model import AttemptEvidence, Failure, FailureKind, Hang, Raised, RankEnd
+from supervisor.decide import guard, health, symptoms
+from supervisor.model import AttemptEvidence, Failure, FailureKind, Hang, Raised, RankEnd, Trouble
 
 
 def classify(evidence: AttemptEvidence, time: float) -> Failure | None:
@@ -31,6 +31,9 @@ def classify(evidence: AttemptEvidence, time: float) -> Failure | None:
     evidence = _as_meant(evidence)
     if evidence.hang is not None and all(end.monotonic >= evidence.hang.monotonic for end in evidence.ends):
         return _hang(evidence, evidence.hang, time)
+    trouble = evidence.trouble
+    if trouble is not None and all(end.monotonic >= trouble.monotonic for end in evidence.ends):
+        return _trouble(evidence, trouble, time)
     if _finished(evidence):
         return None
     if _launcher_died_first(evidence):
@@ -162,6 +165,19 @@ def _hang(evidence: AttemptEvidence, hang: Hang, time: float) -> Failure:
         time=time,
         rank=only.rank if only is not None else None,
         step=step or None,
+    )
+
+
+def _trouble(evidence: AttemptEvidence, trouble: Trouble, time: float) -> Failure:
+    return Failure(
+        kind=FailureKind.NUMERIC,
+        reason=guard.reason(trouble),
+        attempt=evidence.attempt,
+        time=time,
+        rank=trouble.rank,
+        step=trouble.step,
+        good=trouble.good,
+        batches=trouble.batches,
     )
 
 

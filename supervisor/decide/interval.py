@@ -15,6 +15,23 @@ Both give the time of work between two saves, the save itself not included.
 from __future__ import annotations
 
 import math
+from typing import Final
+
+from supervisor.record import JobRecord
+
+MTBF_PRIOR: Final = 6 * 3600.0  # seconds; replaced by the job's own failures as they come
+COST_PRIOR: Final = 1.0  # seconds to write a checkpoint, before one was written
+SHORTEST_AUTO: Final = 10.0  # seconds between checkpoints at least
+LONGEST_AUTO: Final = 3600.0
+
+
+def auto(record: JobRecord, cost: float | None) -> float:
+    """Seconds between checkpoints for ``--checkpoint-every auto``; ``cost``: of the last one, None before the first."""
+    mtbf = estimate_mtbf(
+        failures=record.restarts + record.preemptions, seconds=record.spent.supervised, prior=MTBF_PRIOR
+    )
+    cost = COST_PRIOR if cost is None else cost
+    return young_daly(cost, mtbf, shortest=SHORTEST_AUTO, longest=LONGEST_AUTO)
 
 
 def young(cost: float, mtbf: float) -> float:

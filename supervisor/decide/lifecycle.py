@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from supervisor.decide import goodput
+from supervisor.decide import goodput, rollback
 from supervisor.errors import ProtocolError
 from supervisor.model import (
     Action,
@@ -32,6 +32,7 @@ from supervisor.model import (
     CheckpointFailed,
     CheckpointRejected,
     CheckpointsPruned,
+    DeadlineSet,
     Decided,
     Fact,
     FirstStep,
@@ -43,9 +44,12 @@ from supervisor.model import (
     SnapshotCompleted,
     StandbyReady,
     State,
+    StatesCondemned,
     StopCause,
     StopRequested,
     Tier,
+    WarningCleared,
+    WarningRaised,
     WorkersReady,
 )
 from supervisor.record import JobRecord, Point
@@ -68,9 +72,20 @@ _STORED: tuple[Event, ...] = (
     CheckpointFailed,
     CheckpointRejected,
     CheckpointsPruned,
+    StatesCondemned,
 )
 #: what changes no state as long as there is work
-_COURSE: tuple[Event, ...] = (StandbyReady, WorkersReady, Resumed, AttemptEnded, RunEnded, *_STORED)
+_COURSE: tuple[Event, ...] = (
+    StandbyReady,
+    WorkersReady,
+    Resumed,
+    WarningRaised,
+    WarningCleared,
+    AttemptEnded,
+    RunEnded,
+    DeadlineSet,
+    *_STORED,
+)
 
 _ENDS: dict[Event, State] = {
     Action.COMPLETE: State.COMPLETED,
@@ -82,6 +97,7 @@ _LAUNCHING: dict[Event, State] = {
     FirstStep: State.RUNNING,
     StopRequested: State.STOPPING,
     Action.RESTART: State.RESTARTING,
+    Action.ROLL_BACK: State.RESTARTING,
     **_ENDS,
 }
 
@@ -102,6 +118,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         RunStarted: State.STARTING,
         StopRequested: State.STOPPING,
         Action.RESTART: State.RESTARTING,
+        Action.ROLL_BACK: State.RESTARTING,
         **_ENDS,
         **_stay(State.RUNNING, Progress, *_COURSE),
     },
@@ -111,7 +128,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         **_stay(State.STOPPING, StopRequested, AttemptStarted, FirstStep, Progress, *_COURSE),
     },
     **{
-        end: {RunStarted: State.STARTING, **_stay(end, StopRequested, RunEnded, *_STORED)}
+        end: {RunStarted: State.STARTING, **_stay(end, StopRequested, DeadlineSet, RunEnded, *_STORED)}
         for end in (State.COMPLETED, State.PREEMPTED, State.FAILED)
     },
 }
@@ -192,7 +209,7 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
             return _run_started(record, fact)
         case AttemptStarted():
             record = _between(record).with_(attempt_time=record.last_time, activity=Activity.STARTUP)
-            return record.with_(attempt=fact.attempt, world_size=None, resumed_step=None)
+            return record.with_(attempt=fact.attempt, world_size=None, resumed_step=None, warnings=())
         case WorkersReady():
             return record.with_(world_size=fact.world_size)
         case Resumed():
@@ -203,12 +220,12 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
             return _snapshot_completed(record, fact)
         case CheckpointCommitted():
             return _checkpointed(record, fact)
-        case CheckpointFailed():
-            return record.with_(drain_failure=fact.reason, drain_failure_time=fact.time)
-        case CheckpointRejected() | CheckpointsPruned():
-            return record.with_(checkpoint=None) if _is_gone(record.checkpoint, fact) else record
-        case StopRequested():
-            return record.with_(stop=fact)
+        case CheckpointFailed() | CheckpointRejected() | CheckpointsPruned() | StatesCondemned():
+            return _not_stored(record, fact)
+        case WarningRaised() | WarningCleared():
+            return _warned(record, fact)
+        case StopRequested() | DeadlineSet():
+            return _noticed(record, fact)
         case AttemptEnded():
             return _attempt_ended(record, fact)
         case Decided():
@@ -222,17 +239,27 @@ def _absorb(record: JobRecord, fact: Fact) -> JobRecord:
 
 def _run_started(record: JobRecord, fact: RunStarted) -> JobRecord:
     if record.state is State.FAILED:
-        record = record.with_(failures_since_progress=0, previous_fingerprint=None)
+        record = record.with_(failures_since_progress=0, fingerprint=None, previous_fingerprint=None)
         record = record.with_(preemptions_since_progress=0)
+        record = record.with_(rollbacks_in_a_row=0, trouble_step=None)
     return _between(record).with_(
         supervised=True,
+        warnings=(),
         activity=Activity.STARTUP,
         epoch=max(record.epoch, fact.epoch),
         host=fact.host,
         pid=fact.pid,
         command=fact.command,
-        limits=Limits(max_failures=fact.max_failures, max_preemptions=fact.max_preemptions),
+        limits=Limits(
+            max_failures=fact.max_failures,
+            max_preemptions=fact.max_preemptions,
+            guard=fact.guard,
+            guard_times=fact.guard_times,
+            guard_back=fact.guard_back,
+            guard_skip=fact.guard_skip,
+        ),
         stop=None,
+        deadline=None,
         exit_code=None,
         reason=None,
     )
@@ -244,13 +271,13 @@ def _between(record: JobRecord) -> JobRecord:
 
 
 def _resumed(record: JobRecord, fact: Resumed) -> JobRecord:
-    record = goodput.resumed(record, fact.step)
+    record = goodput.resumed(record, fact.step).with_(rolled_from=None)
     if fact.tier is not Tier.RAM:  # a snapshot that could have been used would have been
         record = record.with_(snapshot=None)
     if fact.tier is Tier.CHECKPOINT and (record.checkpoint is None or record.checkpoint.step != fact.step):
         record = record.with_(checkpoint=Point(step=fact.step, time=fact.time, path=fact.path))
     if fact.tier is None:  # nor is there a checkpoint, whatever was once committed
-        record = record.with_(checkpoint=None)
+        record = record.with_(checkpoint=None, durable=())
     return record
 
 
@@ -273,10 +300,32 @@ def _snapshot_completed(record: JobRecord, fact: SnapshotCompleted) -> JobRecord
 
 
 def _checkpointed(record: JobRecord, fact: CheckpointCommitted) -> JobRecord:
-    record = record.with_(checkpoint=_newest(record.checkpoint, fact))
+    durable = sorted({*record.durable, fact.step})[-rollback.MOST_DURABLE :]
+    record = record.with_(checkpoint=_newest(record.checkpoint, fact), durable=tuple(durable))
     if not fact.emergency:
         record = record.with_(drain_failure=None, drain_failure_time=None)
     return _progressed(record, fact.step)
+
+
+def _not_stored(
+    record: JobRecord, fact: CheckpointFailed | CheckpointRejected | CheckpointsPruned | StatesCondemned
+) -> JobRecord:
+    if isinstance(fact, CheckpointFailed):
+        return record.with_(drain_failure=fact.reason, drain_failure_time=fact.time)
+    if isinstance(fact, StatesCondemned):
+        return rollback.condemn(record, fact.attempt, fact.step)
+    if _is_gone(record.checkpoint, fact):
+        record = record.with_(checkpoint=None)
+    if isinstance(fact, CheckpointsPruned):
+        return record.with_(durable=tuple(step for step in record.durable if step not in fact.steps))
+    name = fact.path.rpartition("step-")[2]
+    return record.with_(durable=tuple(step for step in record.durable if f"{step:09d}" != name))
+
+
+def _warned(record: JobRecord, fact: WarningRaised | WarningCleared) -> JobRecord:
+    about = fact.kind, fact.rank
+    others = tuple(warning for warning in record.warnings if (warning.kind, warning.rank) != about)
+    return record.with_(warnings=(*others, fact) if isinstance(fact, WarningRaised) else others)
 
 
 def _is_gone(known: Point | None, fact: CheckpointRejected | CheckpointsPruned) -> bool:
@@ -302,10 +351,17 @@ def _progressed(record: JobRecord, step: int) -> JobRecord:
     """``step`` is held whole: refill the budgets if that is further than at the last failure."""
     record = record.with_(committed_step=max(record.committed_step, step))
     if step > record.failure_committed_step:
-        record = record.with_(failures_since_progress=0, previous_fingerprint=None)
+        record = record.with_(failures_since_progress=0)
+        if record.last_failure is None or step > (record.last_failure.step or 0):
+            # up to there it only makes good what was lost, and the same error may wait at the same step
+            record = record.with_(fingerprint=None, previous_fingerprint=None)
     if step > record.preemption_committed_step:
         record = record.with_(preemptions_since_progress=0)
     return record
+
+
+def _noticed(record: JobRecord, fact: StopRequested | DeadlineSet) -> JobRecord:
+    return record.with_(stop=fact) if isinstance(fact, StopRequested) else record.with_(deadline=fact)
 
 
 def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
@@ -314,9 +370,9 @@ def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
         record = record.with_(total_steps=fact.total_steps)
     if fact.failure is None:
         return record
-    repeated = record.failures_since_progress > 0 and record.last_failure is not None
     return record.with_(
-        previous_fingerprint=record.last_failure.fingerprint if repeated and record.last_failure else None,
+        previous_fingerprint=record.fingerprint,
+        fingerprint=fact.failure.fingerprint,
         last_failure=fact.failure,
         failures_since_progress=record.failures_since_progress + 1,
         failure_committed_step=record.committed_step,
@@ -328,6 +384,9 @@ def _decided(record: JobRecord, fact: Decided) -> JobRecord:
     if fact.action is Action.RESTART:
         activity = Activity.STOPPED if fact.delay else Activity.STARTUP
         return record.with_(restarts=record.restarts + 1, activity=activity)
+    if fact.action is Action.ROLL_BACK:
+        record = record.with_(restarts=record.restarts + 1, activity=Activity.STARTUP)
+        return rollback.carry_out(record, fact.rollback, fact.skip)
     if fact.action is Action.STOP and record.stop is not None and record.stop.cause is StopCause.PREEMPTION:
         return record.with_(
             preemptions=record.preemptions + 1,

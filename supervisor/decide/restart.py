@@ -7,17 +7,23 @@ The first failure since progress is answered at once: most are one-off, and each
 repeated failures without progress pause before the next try, doubling from one second to a minute. A network that fails
 before the first step (names, downloads, the rendezvous) takes its time to come back: those pauses begin at the first
 failure, with five seconds.
+
+Numbers that have gone wrong have rules and a budget of their own where the guard is on: ``rollback``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from supervisor.decide import rollback
 from supervisor.model import Action, Failure, FailureKind, StopCause, StopRequested, Verdict
 from supervisor.record import JobRecord
 
 #: why another attempt would be pointless; None: it might work
 Rule = Callable[[JobRecord, Failure], str | None]
+
+#: EX_TEMPFAIL: the state is saved, and the same command carries on
+EXIT_AGAIN = 75
 
 _LONGEST_DELAY = 60.0
 _NETWORK_DELAY = 5.0
@@ -66,6 +72,8 @@ def decide(record: JobRecord, failure: Failure) -> Verdict:
     """The verdict on an attempt that failed. A stop that was asked for is carried out whatever else happened."""
     if record.stop is not None:
         return decide_stop(record, record.stop)
+    if (rolled_back := rollback.decide(record, failure)) is not None:
+        return rolled_back
     pointless = RULES[failure.kind](record, failure)
     if pointless is not None:
         return Verdict(action=Action.GIVE_UP, reason=f"giving up: {failure.reason}; {pointless}")
@@ -123,15 +131,15 @@ def decide_finished(record: JobRecord) -> Verdict:
 
 
 def exit_code(action: Action, stop: StopRequested | None = None) -> int:
-    """What ``everstep run`` exits with after a final verdict. RESTART has no exit code and raises ValueError."""
+    """What ``everstep run`` exits with after a final verdict. One after which it goes on has no exit code: ValueError."""
     match action:
         case Action.COMPLETE:
             return 0
         case Action.GIVE_UP:
             return 1
         case Action.STOP:
-            return 130 if stop is not None and stop.cause is StopCause.USER else 75
-        case Action.RESTART:
+            return 130 if stop is not None and stop.cause is StopCause.USER else EXIT_AGAIN
+        case Action.RESTART | Action.ROLL_BACK:
             raise ValueError("a restart does not end the run")
 
 

@@ -164,6 +164,20 @@ def kind_of_exception(raised: Raised, *, before_first_step: bool) -> FailureKind
     return next(fitting, FailureKind.EXCEPTION)
 
 
+#: exceptions that another rank's death may have caused, and an exit that an exception like that may be behind
+_ECHOES = (FailureKind.COMMUNICATION, FailureKind.DEVICE)
+
+
+def may_be_echo(raised: Raised | None) -> bool:
+    """Whether a rank that fails like this (None: with a code alone) may do so because another one has died.
+
+    The traceback is looked through as well: scripts catch what a broken link raises and raise something of their own.
+    """
+    if raised is None or kind_of_exception(raised, before_first_step=False) in _ECHOES:
+        return True
+    return re.search(COMMUNICATION, raised.traceback, re.IGNORECASE) is not None
+
+
 def lost_a_process(raised: Raised | None) -> bool:
     """Whether it raised because a data loader's process was killed by SIGKILL."""
     pattern = r"DataLoader worker \(pid.*\) is killed by signal: Killed"

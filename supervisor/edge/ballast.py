@@ -1,13 +1,16 @@
 """A file system made full, and never for longer than this process lives: the file that fills it has no name.
 
-So it goes with its descriptor, whatever ends us.
+So it goes with its descriptor, whatever ends us. Others go on writing and removing there: what they give back (the
+checkpoint before the newest one, say) is taken too, a moment later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,19 +18,48 @@ from supervisor.edge import memory
 from supervisor.edge.files import free_bytes
 
 _IN_MEMORY = ("tmpfs", "ramfs")
+_LOOK = 0.02  # seconds between two looks at what is free
+_LEAST = 4096  # bytes that are worth taking
 
 
 @contextlib.contextmanager
-def filled(folder: Path, leave: int) -> Iterator[int]:
-    """Leave only ``leave`` bytes free on the file system of ``folder``; yields the bytes taken. Raises OSError."""
+def filled(folder: Path, leave: int) -> Iterator[None]:
+    """Leave only ``leave`` bytes free on the file system of ``folder``, and keep it so. Raises OSError."""
     fd = _nameless(folder)
+    over = threading.Event()
     try:
-        taken = max(0, free_bytes(folder) - leave)
-        if taken:
-            os.posix_fallocate(fd, 0, taken)
-        yield taken
+        taken = _take(fd, 0, folder, leave)
+        keeper = threading.Thread(target=_keep, args=(fd, taken, folder, leave, over), daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            over.set()
+            keeper.join()
     finally:
         os.close(fd)
+
+
+def _keep(fd: int, taken: int, folder: Path, leave: int, over: threading.Event) -> None:
+    while not over.wait(_LOOK):
+        try:
+            taken = _take(fd, taken, folder, leave)
+        except OSError:
+            return  # gone, or read-only by now: nothing can be written there anyway
+
+
+def _take(fd: int, taken: int, folder: Path, leave: int) -> int:
+    """Make the file longer until only ``leave`` bytes are free; returns its new length, ``taken`` being the present one."""
+    most = free_bytes(folder)
+    while (more := min(free_bytes(folder) - leave, most)) >= _LEAST:
+        try:
+            os.posix_fallocate(fd, taken, more)
+            taken += more
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            most = more // 2  # somebody was faster, or not all that is free is for us
+    return taken
 
 
 def _nameless(folder: Path) -> int:

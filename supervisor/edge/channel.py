@@ -10,17 +10,20 @@ Kinds and fields, worker → supervisor (``?``: answered):
 ====================  ==================================================================================
 hello?                rank, local_rank, world_size, attempt, standby, pid → the save points every rank knows by
                       itself; to a standby also what to import ahead
-gate?                 cuda: a standby's worker has imported and waits → when its attempt begins
+gate?                 cuda, where, read: a standby waits (in front of what, having read which files) → when it begins
 imported              names: what the script has imported so far and a standby may import ahead
 session               total_steps: a Session was opened
-resume?               → path, step, tier: where to resume, the same answer to all ranks of an attempt
+resume?               → path, step, tier: where to resume, the same answer to all ranks of an attempt; skips: steps that
+                      are left out
 resumed               step, seconds
 rejected              path, reason, damaged: the rank could not load what it was told to
 saved, save_failed    step, slot, seconds, bytes, metrics; step, slot, reason
 request, waiting      step: save() was called; the rank stands at the proposed step
 metrics               step, values
+trouble               finding, metric, step, value, usual, good, batches: numbers have gone wrong (``decide/guard.py``)
 closed                step, completed: the Session's loop was left
 raised, exiting       type, message, traceback, bases, step; code
+left                  a worker that fails has run all of the script's exit handlers
 ====================  ==================================================================================
 """
 

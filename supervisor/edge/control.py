@@ -59,6 +59,7 @@ class Word(enum.IntEnum):
     )
     DEBUGGED = 19  # 1: a debugger inside of the process is connected
     STACKS = 20  # number of the signal that has all stacks written; 0: none does
+    PROVEN = 22  # by the guard: steps after which the state is known to be in order, plus one; 0: not known
     STRUCK_NS = 21  # CLOCK_MONOTONIC when it did what FAULT asked for; written just before
 
     PROPOSAL = 64  # serial << 2 | ProposalState

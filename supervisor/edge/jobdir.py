@@ -41,6 +41,7 @@ class JobFile:
     command: list[str]
     created: float
     format: int = FORMAT
+    host: str = ""  # whose supervisor opened this epoch
 
 
 class JobDirectory:
@@ -127,7 +128,8 @@ class JobDirectory:
         old = self.read()
         if old is None:
             run_id = secrets.token_hex(8)
-            new = JobFile(run_id, str(make_runtime(run_id)), 1, identity, command, clock.now())
+            runtime = make_runtime(run_id)
+            new = JobFile(run_id, str(runtime), 1, identity, command, clock.now(), host=socket.gethostname())
         else:
             run_id, runtime = old.run_id, Path(old.runtime)
             if self._is_a_copy(runtime):
@@ -142,6 +144,7 @@ class JobDirectory:
                 runtime=str(runtime),
                 identity=identity,
                 command=command,
+                host=socket.gethostname(),
             )
         try:
             temporary = self.file.with_suffix(".tmp")
@@ -188,8 +191,11 @@ def is_in_memory(runtime: Path) -> bool:
     return runtime.is_relative_to("/dev/shm")
 
 
-def lay_out_runtime(runtime: Path, job: Path) -> None:
-    """Make the control and slot folders; what an earlier supervisor left there stays (its snapshots are wanted)."""
+def lay_out_runtime(runtime: Path, job: Path, epoch: int = 0, engine: str = "") -> None:
+    """Make the control and slot folders; what an earlier supervisor left there stays (its snapshots are wanted).
+
+    ``epoch``: of the supervisor that uses it. ``engine``: what gave the job its time, for those who clean up after it.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     stamp = runtime / "boot"
     if stamp.exists() and stamp.read_text() != boot:
@@ -202,6 +208,8 @@ def lay_out_runtime(runtime: Path, job: Path) -> None:
         (runtime / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     stamp.write_text(boot)
     (runtime / "job").write_text(str(job))
+    (runtime / "epoch").write_text(str(epoch))
+    (runtime / "engine").write_text(engine)
 
 
 def move_slot_to_disk(slot: Path) -> str | None:
@@ -223,7 +231,7 @@ def remove_runtime(runtime: Path) -> None:
 
 
 def sweep_runtimes(keep: Path) -> None:
-    """Remove runtime directories of jobs whose own directory is gone or has moved on to another one."""
+    """Remove runtime directories of jobs whose own directory is gone, or that have moved on to another one or another host."""
     for runtime in keep.parent.iterdir():
         owner = runtime / "job"
         if runtime == keep or not owner.is_file():
@@ -234,11 +242,20 @@ def sweep_runtimes(keep: Path) -> None:
         except (OSError, JobError):
             continue  # cannot tell: not ours to remove
         if file is not None:
-            gone = file.runtime != str(runtime)
+            gone = file.runtime != str(runtime) or _runs_elsewhere(file, runtime)
         else:  # deleted, or merely not mounted at present?
             gone = not job.path.exists() and job.path.parent.is_dir() and any(job.path.parent.iterdir())
         if gone:
             remove_runtime(runtime)
+
+
+def _runs_elsewhere(file: JobFile, runtime: Path) -> bool:
+    """Whether a later supervisor of the job, on another host, has gone on without what lies here."""
+    try:
+        epoch = int((runtime / "epoch").read_text())
+    except (OSError, ValueError):
+        return False
+    return file.host not in ("", socket.gethostname()) and file.epoch > epoch
 
 
 def _tmpfs_is_fit() -> bool:

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from supervisor.errors import ProtocolError
 
 RUNTIME: Final = "EVERSTEP_RUNTIME"  # the job's runtime directory on this node (tmpfs)
 ATTEMPT: Final = "EVERSTEP_ATTEMPT"
+STEP: Final = "EVERSTEP_STEP"  # the step that a Session went on from, set when it is entered
 STANDBY: Final = "EVERSTEP_STANDBY"  # which standby this process was launched as; absent: none
 WORKER_PID: Final = "EVERSTEP_WORKER_PID"  # the process the link belongs to: not its children
 
@@ -117,6 +118,8 @@ class Link:
 
 
 _current: Link | None = None
+#: called in front of ``current``: a standby that runs its script ahead waits there (``launch/ahead.py``)
+in_front_of_current: Callable[[], None] = lambda: None  # noqa: E731
 
 
 def current(environ: Mapping[str, str] = os.environ) -> Link | None:
@@ -124,6 +127,7 @@ def current(environ: Mapping[str, str] = os.environ) -> Link | None:
     global _current
     if environ.get(WORKER_PID) != str(os.getpid()):
         return None
+    in_front_of_current()
     if _current is None:
         _current = Link(
             Path(environ[RUNTIME]),

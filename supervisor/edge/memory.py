@@ -38,6 +38,12 @@ def available() -> int | None:
     return min(found, default=None)
 
 
+def total() -> int:
+    """Bytes that this process may use at most: the host's memory, or the lowest limit of its cgroups."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(host, limit(os.getpid()) or host)
+
+
 def limit(pid: int) -> int | None:
     """Bytes that a process and those beside it may use by its cgroups; None without a limit, or when nobody says."""
     return min((most for most, _ in _groups(str(pid))), default=None)

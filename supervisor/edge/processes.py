@@ -226,6 +226,19 @@ def compete_again(pids: Iterable[int]) -> None:
                     os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
+def offer_to_oom_killer(pid: int) -> None:
+    """Have the kernel, should it run out of memory, kill ``pid`` and its children to come before anything else."""
+    with contextlib.suppress(OSError):  # gone, or a sandbox without that file
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+
+def take_from_oom_killer(pids: Iterable[int]) -> None:
+    """Undo ``offer_to_oom_killer``: as this process. The kernel lets anybody go back to where they came from."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/oom_score_adj").write_text(Path("/proc/self/oom_score_adj").read_text())
+
+
 def send(pids: Iterable[int], signum: signal.Signals) -> None:
     """Signal each process; those that are gone are no error."""
     for pid in pids:

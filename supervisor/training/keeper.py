@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from supervisor.decide.guard import GuardPolicy
 from supervisor.edge.control import SIZE
-from supervisor.model import ProposalFlag
+from supervisor.model import ProposalFlag, Skip
 
 NEVER: Final = 1 << 62  # a step that does not come
 
@@ -47,6 +48,10 @@ class Keeper(Protocol):
     attempt: int
     due: int
     settled: int
+    #: what to watch the logged numbers for, if that was asked for
+    guard: GuardPolicy | None
+    #: steps that are left out; known once a candidate was asked for
+    skips: tuple[Skip, ...]
 
     def candidate(self) -> Candidate | None:
         """Where to resume, alike on all ranks; asked again after a rejection. Collective."""
@@ -116,6 +121,8 @@ class Unkept:
         self.attempt = 0
         self.due = NEVER
         self.settled = 0
+        self.guard: GuardPolicy | None = None
+        self.skips: tuple[Skip, ...] = ()
 
     def candidate(self) -> Candidate | None:
         """None."""

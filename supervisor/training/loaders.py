@@ -11,6 +11,8 @@ Three things would change bits if nobody took care:
 - A ``generator`` given to the loader serves its sampler and the seeds of its workers; the loader's state has it as it was
   before the epoch, and replays the sampler's draws only. It is kept as it is, and put back after the replay.
 
+Steps that are left out take their batches with them: these are fetched and thrown away, and draw what they would have drawn.
+
 What worker processes draw *inside* a dataset is beyond a loader's state: let randomness there depend on the index.
 """
 
@@ -38,6 +40,50 @@ class LoaderState:
     def __init__(self, name: str, loader: Any) -> None:
         self._name = name
         self._loader = loader
+        self._to_drop = 0  # batches, of the iterator that is made next
+
+    def place(self) -> tuple[object, int]:
+        """The iterator in use, if there is one, and how many batches it has given."""
+        iterator = self._loader._iterator
+        return iterator, getattr(iterator, "_num_yielded", 0)
+
+    def drop(self, count: int) -> None:
+        """Leave out the next ``count`` batches: of the iterator in use, then of the one made next."""
+        loader = self._loader
+        iterator = loader._iterator
+        if iterator is not None:
+            count -= _dropped(iterator, count)
+        if count:
+            self._to_drop += count
+            self._await_iterator()
+
+    def _await_iterator(self) -> None:
+        """Be there when the next iterator comes to be: a new one, or the one that persistent workers serve, reset."""
+        loader = self._loader
+        if "_get_iterator" not in vars(loader):
+            loader._get_iterator = self._make_and_drop
+        if loader._iterator is not None and loader.persistent_workers and loader.num_workers > 0:
+            loader._iterator._reset = self._reset_and_drop
+
+    def _make_and_drop(self) -> Any:
+        loader = self._loader
+        del loader._get_iterator  # once
+        iterator = loader._get_iterator()
+        self._drop_from(iterator)
+        return iterator
+
+    def _reset_and_drop(self, loader: Any, first_iter: bool = False) -> None:
+        iterator = loader._iterator
+        del iterator._reset  # once
+        vars(loader).pop("_get_iterator", None)
+        iterator._reset(loader, first_iter)
+        self._drop_from(iterator)
+
+    def _drop_from(self, iterator: Any) -> None:
+        count, self._to_drop = self._to_drop, 0
+        self._to_drop = count - _dropped(iterator, count)
+        if self._to_drop:  # it is over already: the rest is the next one's
+            self._await_iterator()
 
     def get(self) -> dict[str, Any]:
         """The position (None: nobody iterates it yet) and the generators. Draws nothing."""
@@ -46,10 +92,11 @@ class LoaderState:
             position = loader.state_dict()
         else:
             position = loader.next_iter_state
-        return {
+        state = {
             "position": position,
             "generators": [generator.get_state() for generator in self._generators()],
         }
+        return {**state, "drop": self._to_drop} if self._to_drop else state
 
     def put(self, state: dict[str, Any]) -> None:
         """Have the loader's next iterator go on from there."""
@@ -63,6 +110,9 @@ class LoaderState:
         self._set_generators(generators)
         if position is not None:
             self._keep_still(generators)
+        self._to_drop = state.get("drop", 0)
+        if self._to_drop and position is None:
+            self._await_iterator()
 
     def _keep_still(self, generators: list[torch.Tensor]) -> None:
         """Make the next iterator, which replays the past, leave no trace in any generator."""
@@ -74,6 +124,7 @@ class LoaderState:
             with rng.untouched():
                 iterator = make(loader)
             self._set_generators(generators)
+            self._drop_from(iterator)
             return iterator
 
         loader._get_iterator = replay
@@ -87,3 +138,13 @@ class LoaderState:
     def _set_generators(self, states: list[torch.Tensor]) -> None:
         for generator, state in zip(self._generators(), states, strict=False):
             generator.set_state(state)
+
+
+def _dropped(iterator: Any, count: int) -> int:
+    """Fetch ``count`` batches and throw them away; how many there were."""
+    for done in range(count):
+        try:
+            next(iterator)
+        except StopIteration:
+            return done
+    return count

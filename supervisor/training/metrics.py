@@ -18,10 +18,15 @@ PERIOD: Final = 1.0  # seconds
 
 
 class Metrics:
-    """The last value of each metric. ``publish`` is called with all of them, at most once a PERIOD."""
+    """The last value of each metric. ``publish`` is called with all of them, at most once a PERIOD.
+
+    ``watch`` is called with what is logged, ``settle`` with all of them whenever they have been turned into numbers.
+    """
 
     def __init__(self, publish: Callable[[dict[str, float]], None]) -> None:
         self._publish = publish
+        self.watch: Callable[[Mapping[str, Any]], None] | None = None
+        self.settle: Callable[[dict[str, float]], None] | None = None
         self._values: dict[str, Any] = {}
         self._next = 0.0
 
@@ -41,6 +46,8 @@ class Metrics:
                 raise UsageError(
                     f"log({name}=…) takes a number or a tensor of one element, not {type(value).__name__}"
                 )
+        if self.watch is not None:
+            self.watch({name: self._values[name] for name in values})
         now = time.monotonic()
         if now >= self._next:
             self._next = now + PERIOD
@@ -61,7 +68,10 @@ class Metrics:
                     raise UsageError(
                         f"log({name}=…) takes a number or a tensor of one element: {error}"
                     ) from None
-        return dict(self._values)
+        numbers = dict(self._values)
+        if self.settle is not None:
+            self.settle(numbers)
+        return numbers
 
 
 def loss_bits(loss: float) -> int:

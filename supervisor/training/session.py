@@ -21,7 +21,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -29,13 +30,14 @@ from typing import Any, Final, Self
 from supervisor.checkpoint.location import is_url
 from supervisor.decide.retention import KeepBest, RetentionPolicy
 from supervisor.edge.control import Phase, ProposalFlag, ProposalState, SessionFlag, Word
-from supervisor.edge.link import current
+from supervisor.edge.link import STEP, current
 from supervisor.errors import ConfigError, UsageError
 from supervisor.training.gradients import Gradients
 from supervisor.training.keeper import NEVER, Keeper, Stopped, Unkept
 from supervisor.training.metrics import Metrics, loss_bits
 from supervisor.training.resuming import resume
 from supervisor.training.saving import Saver
+from supervisor.training.sentinel import Sentinel
 from supervisor.training.standalone import Every, Standalone
 from supervisor.training.state import TrainingState, check_objects
 from supervisor.training.supervised import Supervised, set_phase
@@ -201,7 +203,13 @@ class Session:
             self._keeper.tell("resumed", step=step, seconds=time.monotonic() - started)
         self._gradients = Gradients(self._training.optimizers, self._training.modules, self._training.others)
         self._saver = Saver(self._keeper, self._training, self._gradients, world, self._metrics)
+        if self._keeper.guard is not None:
+            sentinel = Sentinel(
+                self._keeper.guard, self._keeper.words, self._keeper.tell, self._training.loaders
+            )
+            self._metrics.watch, self._metrics.settle = partial(self._watch, sentinel), sentinel.settle
         self._keeper.words[Word.STEP] = self._step
+        os.environ[STEP] = str(self._step)  # for what reads where to go on from its environment
         set_phase(self._keeper.words, Phase.SETUP)
         self._open = True
 
@@ -264,6 +272,7 @@ class Session:
         stepped, none_stepped = self._gradients.stepped, self._gradients.none_stepped
         at_step, at_heartbeat, at_proposal = int(Word.STEP), int(Word.HEARTBEAT_NS), int(Word.PROPOSAL)
         completed = self._step
+        skip_at = next((skip.first for skip in keeper.skips if skip.stop > completed), NEVER)
         if (
             completed < total
         ):  # what precedes an epoch's loop has drawn already, also in the run that is resumed
@@ -272,6 +281,9 @@ class Session:
         set_phase(words, Phase.STEP)
         try:
             while completed < total:
+                if completed >= skip_at:
+                    completed, skip_at = self._leave_out(completed, total)
+                    continue
                 stepped[:] = none_stepped
                 self._in_body = True
                 yield completed
@@ -285,6 +297,22 @@ class Session:
         finally:
             self._looping = False
 
+    def _leave_out(self, completed: int, total: int) -> tuple[int, int]:
+        """Pass over the steps that are left out from here on, and their data; the step to run, and where to stop next."""
+        skip, *later = [one for one in self._keeper.skips if one.stop > completed]
+        step = min(skip.stop, total)
+        if self._world.rank == 0:
+            say(f"steps {completed} to {step - 1} are left out, and their data with them")
+        for name, loader in self._training.loaders.items():
+            loader.drop((step - completed) * skip.batches.get(name, 1))
+        words = self._keeper.words
+        self._step = words[Word.STEP] = step
+        words[Word.HEARTBEAT_NS] = time.monotonic_ns()
+        if step == total:
+            self._end_of_step(step, is_last=True)
+        following = skip if skip.stop > step else later[0] if later else None
+        return step, NEVER if following is None else following.first
+
     def _end_of_step(self, completed: int, *, is_last: bool) -> None:
         words = self._keeper.words
         if not words[Word.FIRST_STEP_NS]:
@@ -295,6 +323,10 @@ class Session:
             self._stopping = True
             if not is_last:  # else the script may have no more to do: the next steps() knows
                 raise Stopped
+
+    def _watch(self, sentinel: Sentinel, values: Mapping[str, Any]) -> None:
+        if self._in_body and self._keeper.words[Word.PHASE] == Phase.STEP:
+            sentinel.look(self._step, values)
 
     def _check_open(self, what: str) -> None:
         if not self._open:

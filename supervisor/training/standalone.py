@@ -22,10 +22,11 @@ import torch
 from supervisor.about import version
 from supervisor.checkpoint import catalog
 from supervisor.checkpoint.manifest import Origin
+from supervisor.decide.guard import GuardPolicy
 from supervisor.decide.retention import RetentionPolicy
 from supervisor.edge.control import SIZE
 from supervisor.errors import ConfigError, EverstepError
-from supervisor.model import ProposalFlag
+from supervisor.model import ProposalFlag, Skip
 from supervisor.training.keeper import NEVER, Candidate, Target
 from supervisor.training.shelf import Shelf
 from supervisor.training.world import World, say
@@ -64,6 +65,8 @@ class Standalone:
         self.attempt = 0
         self.due = NEVER
         self.settled = 0
+        self.guard: GuardPolicy | None = None  # this is the supervisor's
+        self.skips: tuple[Skip, ...] = ()
         self._checkpoints = root / "checkpoints"
         self._every = every
         self._world = world

@@ -79,6 +79,7 @@ class TrainingState:
         self._rng: dict[str, Any] | None = None
         self._derive_rng = False
         rank = world.rank
+        self.loaders: dict[str, LoaderState] = {}
         trees: list[Part] = []
         for name, value in objects.items():
             if name in self.modules or name in self.optimizers:
@@ -86,7 +87,7 @@ class TrainingState:
             if isinstance(value, torch.Generator):
                 trees.append(TreePart(name, value.get_state, value.set_state, rank))
             elif is_stateful_loader(value):
-                loader = LoaderState(name, value)
+                loader = self.loaders[name] = LoaderState(name, value)
                 trees.append(TreePart(name, loader.get, loader.put, rank))
             else:
                 trees.append(TreePart(name, value.state_dict, value.load_state_dict, rank))

@@ -10,10 +10,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
+from supervisor.decide.guard import GuardPolicy
 from supervisor.decide.savepoint import Move, judge_word
 from supervisor.edge.control import SLOTS, Phase, ProposalFlag, ProposalState, Word
 from supervisor.edge.link import Link
 from supervisor.errors import ProtocolError
+from supervisor.model import Skip
 from supervisor.training.keeper import NEVER, Candidate, Target
 
 _NAP: Final = 0.0002  # seconds between two looks at the page
@@ -32,6 +34,9 @@ class Supervised:
         self._every = tuple(int(steps) for steps in link.welcome.get("save_every_steps") or ())
         self.due = 0
         self.settled = _UNSETTLED
+        guard = link.welcome.get("guard")
+        self.guard = GuardPolicy(**guard) if guard else None
+        self.skips: tuple[Skip, ...] = ()
         self._served = 0
         self._requested: int | None = None
         self._last_slot = 0  # plus one
@@ -39,6 +44,7 @@ class Supervised:
     def candidate(self) -> Candidate | None:
         """What the supervisor has verified and chosen for all ranks."""
         answer = self._link.ask("resume", deadline=None)
+        self.skips = tuple(Skip(**skip) for skip in answer.get("skips") or ())
         return Candidate(Path(answer["path"]), int(answer["step"])) if answer.get("path") else None
 
     def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:

@@ -160,14 +160,20 @@ class TestBudget:
         stopped = lifecycle.fold([decided(Action.STOP), run_started(epoch=2)], record)
         assert (gave_up.failures_since_progress, stopped.failures_since_progress) == (0, 1)
 
-    def test_the_previous_fingerprint_is_forgotten_with_progress(self) -> None:
+    def test_a_failure_is_the_same_again_until_a_step_beyond_it_is_held(self) -> None:
         record = lifecycle.fold(
             [*running(), failed(0, 3), decided(Action.RESTART), AttemptStarted(time=0, attempt=1)]
         )
-        same = lifecycle.apply(record, failed(1, 3))
-        assert same.last_failure is not None
-        assert same.previous_fingerprint == same.last_failure.fingerprint
-        assert lifecycle.fold([snapshot(3, 1), failed(1, 3)], record).previous_fingerprint is None
+        for held in ([], [snapshot(2, 1)], [snapshot(3, 1)]):
+            same = lifecycle.fold([*held, failed(1, 3)], record)
+            assert same.last_failure is not None
+            assert same.previous_fingerprint == same.last_failure.fingerprint
+        assert lifecycle.fold([snapshot(4, 1), failed(1, 3)], record).previous_fingerprint is None
+
+    def test_whoever_tries_again_after_it_gave_up_gets_a_first_failure(self) -> None:
+        record = lifecycle.fold([*running(), failed(0, 3), decided(Action.GIVE_UP), run_started(epoch=2)])
+        record = lifecycle.fold([AttemptStarted(time=0, attempt=1), failed(1, 3)], record)
+        assert record.previous_fingerprint is None
 
 
 class TestPoints:
@@ -208,7 +214,10 @@ class TestAnyJournal:
             )
             if isinstance(fact, Decided) and fact.action is Action.RESTART:
                 assert record.failures_since_progress <= record.limits.max_failures
-            if isinstance(fact, Decided) and fact.action is Action.STOP:
+            by_user = (
+                record.stop is not None and record.stop.cause is StopCause.USER
+            )  # and limits may have shrunk
+            if isinstance(fact, Decided) and fact.action is Action.STOP and not by_user:
                 assert record.preemptions_since_progress <= record.limits.max_preemptions
 
     @given(journals(), st.data())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -198,3 +200,26 @@ def test_every_verdict_is_one_line_within_the_budget(
     assert 0 <= verdict.delay <= 60
     if verdict.action is Action.RESTART:
         assert failures <= allowed
+
+
+def test_the_same_exception_is_the_same_however_its_process_ended() -> None:
+    """gloo may abort a process in its destructors, after the exception that ends it."""
+    error = failure(exception="RuntimeError: boom at 0x7f01")
+    ends = [
+        error,
+        replace(error, exit_code=1),
+        replace(error, signal=6, exception="RuntimeError: boom at 0x8a"),
+    ]
+    assert len({end.fingerprint for end in ends}) == 1
+    assert (
+        len({failure(exception=None).fingerprint, replace(failure(exception=None), signal=6).fingerprint})
+        == 2
+    )
+
+
+def test_amounts_of_memory_differ_every_time() -> None:
+    words = "OutOfMemoryError: CUDA out of memory. Tried to allocate {} MiB. {} GiB is free"
+    first, second = (words.format(*amounts) for amounts in ((20.5, 1), (19, 2.25)))
+    oom = FailureKind.CUDA_OOM
+    assert failure(oom, exception=first).fingerprint == failure(oom, exception=second).fingerprint
+    assert failure(exception=first).fingerprint != failure(exception=second).fingerprint

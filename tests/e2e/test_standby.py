@@ -172,7 +172,7 @@ def test_a_script_sees_the_same_in_a_promoted_standby(job: Job, tmp_path: Path, 
     assert promoted == seen
     assert seen["threads"] == min(2, os.cpu_count() or 1)
     assert "torch" not in seen["before"]
-    assert seen["child"] == [4, "torch", "__mp_main__"]
+    assert seen["child"] == [4, "torch", "0", "__mp_main__"]
     assert seen["policies"] == [os.SCHED_OTHER]
     (tmp_path / "enough").touch()
     assert job.wait() == 0, job.output
@@ -184,13 +184,30 @@ def is_script(process: psutil.Process) -> bool:
     return any(word.endswith("launch/worker") for word in words) and not any("agent.py" in w for w in words)
 
 
-def test_without_privileges(tmp_path: Path) -> None:
+#: another user, as far as the process can tell: a namespace of users in which nobody has an id
+NOBODY = ["unshare", "--user"]
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        "powerless",
+        pytest.param(
+            "nobody", marks=pytest.mark.may_skip(reason="a container may forbid namespaces of users")
+        ),
+    ],
+)
+def test_without_privileges(tmp_path: Path, user: str) -> None:
     """The scheduling policy that the standby waits under can be left again by whoever may do least.
 
     Root gives up every capability for good (and so CAP_SYS_NICE); another user never had one.
     """
     command = [sys.executable, "-c", WITHOUT_PRIVILEGES, str(tmp_path)]
-    if os.geteuid() == 0:
+    if user == "nobody":
+        if subprocess.run([*NOBODY, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("no namespaces of users here")
+        command = [*NOBODY, *command, "nobody"]
+    elif os.geteuid() == 0:
         command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
     subprocess.run(command, env=harness.environment(), check=True, timeout=harness.DEADLINE, cwd=harness.ROOT)
 
@@ -201,14 +218,18 @@ from pathlib import Path
 from tests.e2e import harness, test_standby as t
 effective = [line.split()[1] for line in open("/proc/self/status") if line.startswith("CapEff")]
 assert int(effective[0], 16) == 0
+assert os.geteuid() or len(sys.argv) == 2
 with harness.job(Path(sys.argv[1]) / "job") as job:
     job.start(t.torchrun("--out", Path(sys.argv[1]) / "out", *t.SLOW), *t.SNAPSHOTS)
     t.ready(job, 1)
     waiting = t.workers(job, 1)
     assert [os.sched_getscheduler(p.pid) for p in waiting] == [os.SCHED_BATCH] * 2
+    score = lambda pid: Path(f"/proc/{pid}/oom_score_adj").read_text()
+    assert [score(p.pid) for p in [*waiting, waiting[0].parent()]] == ["1000\\n"] * 3
     t.workers(job, 0)[1].kill()
     t.recovered(job, 1, standby=True)
     for process in [*waiting, waiting[0].parent()]:
+        assert score(process.pid) == score("self")
         for task in os.listdir(f"/proc/{process.pid}/task"):
             assert os.sched_getscheduler(int(task)) == os.SCHED_OTHER, (process, task)
     job.signal(signal.SIGTERM)

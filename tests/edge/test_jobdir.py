@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,30 @@ def test_runtimes_of_jobs_that_are_gone_are_swept_and_others_kept(tmp_path: Path
     (root / "not ours").mkdir()
     jobdir.sweep_runtimes(root / "mine")
     assert sorted(path.name for path in root.iterdir()) == ["mine", "not ours", "there"]
+
+
+@pytest.mark.parametrize(
+    ("host", "epoch", "kept"),
+    [
+        ("elsewhere", 2, False),  # a later supervisor has gone on without it
+        ("elsewhere", 1, True),  # its own epoch: another node of the same run wrote the job file
+        (socket.gethostname(), 2, True),  # about to be used here
+        ("", 2, True),  # nobody says where
+    ],
+)
+def test_what_a_job_left_on_a_host_before_it_went_to_another_is_swept(
+    tmp_path: Path, host: str, epoch: int, kept: bool
+) -> None:
+    job = JobDirectory(tmp_path / "job")
+    job.path.mkdir()
+    runtime = tmp_path / "everstep" / "left"
+    jobdir.lay_out_runtime(runtime, job.path, epoch=1, engine="slurm 4711")
+    assert (runtime / "engine").read_text() == "slurm 4711"
+    job.file.write_text(json.dumps(dict(
+        run_id="a", runtime=str(runtime), epoch=epoch, identity="x", command=[], created=0.0, format=1, host=host
+    )))  # fmt: skip
+    jobdir.sweep_runtimes(tmp_path / "everstep" / "mine")
+    assert runtime.exists() is kept
 
 
 def test_a_slot_on_disk_that_somebody_removed_is_made_again(tmp_path: Path) -> None:

@@ -76,13 +76,14 @@ def test_a_subreaper_finds_and_ends_what_was_forked_twice(tmp_path: Path) -> Non
         processes.become_subreaper()
         escape = (
             "import os, time\\nif os.fork(): os._exit(0)\\nos.setsid()\\nif os.fork(): os._exit(0)\\n"
+            "while os.getppid() != int(os.environ['REAPER']): time.sleep(0.001)\\n"  # its parent lives on for a moment
             "open('up', 'w').close()\\ntime.sleep(60)"
         )
         stranger = os.fork()  # as a container's side program, started before us by the same shell
         if stranger == 0:
             time.sleep(60)
             os._exit(0)
-        environment = {**os.environ, "EVERSTEP_RUN_ID": "r1"}
+        environment = {**os.environ, "EVERSTEP_RUN_ID": "r1", "REAPER": str(os.getpid())}
         launcher = processes.spawn([sys.executable, "-c", escape], environment, Path("log"))
         deadline = time.monotonic() + 20
         while not os.path.exists("up") and time.monotonic() < deadline:

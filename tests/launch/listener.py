@@ -1,4 +1,4 @@
-"""A stand-in for the node supervisor's socket: answers ``hello`` and keeps every message, for tests of the boot."""
+"""A stand-in for the node supervisor's socket: answers those who ask and keeps every message, for tests of the boot."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Listener:
 
     def __init__(self, folder: Path, attempt: int = 7) -> None:
         self.attempt = attempt
+        #: what a greeting is answered with
+        self.welcome: dict[str, Any] = {}
+        #: whoever asks at the gate is answered once this is set
+        self.gate = threading.Event()
         self.runtime = folder / "runtime"
         self.job = folder / "job"
         self.logs = self.job / "attempts" / f"{attempt:06d}" / "logs"
@@ -111,9 +115,13 @@ class Listener:
             for line in lines:
                 message = json.loads(line)
                 rank = message.get("rank", rank)
-                if message["kind"] == "hello":
-                    connection.sendall(json.dumps({}).encode() + b"\n")
                 self.messages.put({**message, "from": rank})
+                if message["kind"] == "gate":
+                    self.gate.wait(DEADLINE)
+                if message.get("ask"):
+                    answer = self.welcome if message["kind"] == "hello" else {}
+                    with contextlib.suppress(OSError):
+                        connection.sendall(json.dumps(answer).encode() + b"\n")
         self.messages.put({"kind": CLOSED, "from": rank})
 
 

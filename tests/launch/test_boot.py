@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -89,6 +90,67 @@ def test_it_ends_as_without_us_and_says_why(listener: Listener, case: str) -> No
         assert message["bases"][0] == kind
         assert message["bases"][-1] == "BaseException"
         assert message["step"] is None
+
+
+#: the interpreter never gets past this when it takes the script's module apart
+NEVER_GONE = """
+    import signal
+    class Stuck:
+        def __del__(self): signal.pause()
+    stuck = Stuck()
+"""
+
+
+def test_what_a_failing_script_has_written_is_there_before_its_interpreter_is_taken_apart(
+    listener: Listener,
+) -> None:
+    """Its handler and its hook have run, threads too; buffers are written and files with an end of their own are closed."""
+    name = script(
+        NEVER_GONE
+        + """
+    import atexit, gzip, sys, threading, time
+    def said(*words): print(*words, end="")
+    plain, packed, binary = open("plain", "w"), gzip.open("packed", "wt"), open("binary", "wb")
+    plain.write("plain"), packed.write("packed"), binary.write(b"binary")
+    atexit.register(said, "handler")
+    sys.excepthook = lambda *a: said("hook ")
+    threading.Thread(target=lambda: (time.sleep(0.1), said("thread "))).start()
+    raise ValueError
+    """
+    )
+    pid = listener.start([PYTHON, name])
+    listener.expect("left")
+    assert [message["kind"] for message in listener.seen] == ["hello", "raised", "exiting", "left"]
+    assert listener.log() == "hook thread handler"
+    assert Path("plain").read_text() == "plain"
+    assert Path("binary").read_text() == "binary"
+    assert gzip.decompress(Path("packed").read_bytes()) == b"packed"
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("text", "told"), [("raise SystemExit(3)", True), ("raise SystemExit(0)", False)])
+def test_only_who_fails_is_not_waited_for(listener: Listener, text: str, told: bool) -> None:
+    wait(listener.start([PYTHON, script(text)]))
+    listener.expect(CLOSED)
+    assert [message["kind"] for message in listener.seen].count("left") == told
+
+
+def test_exit_handlers_from_before_the_script_are_waited_for(listener: Listener) -> None:
+    """They come after ours, so we cannot say that all have run."""
+    script("import atexit\natexit.register(print, 'site')", "sitecustomize.py")
+    path = f"{Path.cwd()}{os.pathsep}{ROOT}"
+    assert wait(listener.start([PYTHON, script("raise ValueError")], PYTHONPATH=path)) == 1
+    listener.expect(CLOSED)
+    assert [message["kind"] for message in listener.seen] == ["hello", "raised", "exiting", CLOSED]
+    assert listener.log().endswith("site\n")
+
+
+def test_a_fork_that_comes_to_its_end_says_nothing(listener: Listener) -> None:
+    name = script("import os, sys\nif os.fork() == 0: raise ValueError\nos.wait()")
+    assert wait(listener.start([PYTHON, name])) == 0
+    listener.expect(CLOSED)
+    assert [message["kind"] for message in listener.seen] == ["hello", "exiting", CLOSED]
+    assert "ValueError" in listener.log()
 
 
 def test_a_hook_that_fails_is_told_by_the_interpreter(listener: Listener) -> None:

@@ -76,7 +76,7 @@ def listed(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, An
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ("", 64, "no command given: run, status, checkpoints or rehearse"),
+        ("", 64, "no command given: run, status, checkpoints, rehearse, submit, doctor or simulate"),
         ("stauts", 64, "invalid choice: 'stauts'"),
         ("--brief", 64, "unknown option --brief"),
         ("run", 64, "no program given"),

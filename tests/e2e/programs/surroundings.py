@@ -13,6 +13,7 @@ import time
 before = [name for name in ("torch", "keras_like", "multiprocessing") if name in sys.modules]
 os.environ["OMP_NUM_THREADS"] = "2"  # the harness sets 1
 os.environ["KERAS_BACKEND"] = "torch"
+os.environ["CUDA_VISIBLE_DEVICES"] = "0"
 
 import torch  # noqa: E402
 
@@ -22,7 +23,14 @@ class Point:
 
 
 def in_child(point: Point, queue: "multiprocessing.Queue[object]") -> None:
-    queue.put([point.x, os.environ["KERAS_BACKEND"], sys.modules["__main__"].__name__])
+    queue.put(
+        [
+            point.x,
+            os.environ["KERAS_BACKEND"],
+            os.environ["CUDA_VISIBLE_DEVICES"],
+            sys.modules["__main__"].__name__,
+        ]
+    )
 
 
 if __name__ == "__main__":

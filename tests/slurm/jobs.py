@@ -1,0 +1,222 @@
+"""What happens to jobs on a real cluster, one function each: submit, let SLURM do something to it, see how it ends.
+
+They mostly wait (for a grace, for a time limit), so they are run side by side, and the tests look at what came of each.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from supervisor.model import FirstStep
+from tests.e2e import harness
+from tests.slurm.lab import Lab
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "deploy" / "slurm" / "everstep.sbatch"
+DEADLINE = 240.0
+LOADER = str(harness.PROGRAMS / "loader.py")
+
+
+@dataclass
+class Story:
+    """One job on the cluster: its directory of its own to be submitted from, and what SLURM says of it."""
+
+    lab: Lab
+    folder: Path
+    number: str = ""
+    shown: dict[str, str] = field(default_factory=dict)
+    code: int | None = None
+
+    @property
+    def go(self) -> Path:
+        """When this file is there, the training hurries."""
+        return self.folder / "go"
+
+    @property
+    def out(self) -> Path:
+        """Where the digests of the weights come."""
+        return self.folder / "out"
+
+    @property
+    def log(self) -> str:
+        """What the batch scripts have printed."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("slurm-*.out")))
+
+    @property
+    def job(self) -> harness.Job:
+        """The job directory."""
+        found = list((self.folder / "everstep-runs").glob("*/job.json"))
+        assert len(found) == 1, f"{found}\n{self.log}"
+        return harness.Job(found[0].parent)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        outer = {k: v for k, v in harness.environment().items() if not k.startswith(("SLURM", "SBATCH"))}
+        return {**outer, "SLURM_CONF": self.lab.environment["SLURM_CONF"], **more}
+
+    def submit(self, sbatch: Sequence[object], command: Sequence[object]) -> None:
+        """By ``everstep submit slurm``."""
+        words = [sys.executable, "-m", "launch.cli", "submit", "slurm", *sbatch, "--", *command]
+        result = subprocess.run(
+            [str(word) for word in words], env=self.environment(), cwd=self.folder, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        self.number = result.stdout.strip()
+        assert self.number.isdecimal(), result.stdout
+
+    def train(self, *more: object, pause: float = 0.5) -> list[object]:
+        """Arguments of the training script: it is slow until ``go``."""
+        return ["--out", self.out, "--pause", pause, "--pause-until", self.go, *more]
+
+    def until(self, *states: str, restarts: int = 0) -> None:
+        """Wait for one of the states."""
+        self.shown = self.lab.until(self.number, *states, restarts=restarts, deadline=DEADLINE)
+
+    def until_it_steps(self) -> None:
+        """Wait for the first step of the first attempt."""
+        limit = time.monotonic() + DEADLINE
+        while not self._has_stepped():
+            assert time.monotonic() < limit, self.log
+            state = self.lab.state(self.number)
+            assert state in ("PENDING", "RUNNING", "CONFIGURING"), f"{state}: {self.log}"
+            time.sleep(0.1)
+
+    def _has_stepped(self) -> bool:
+        if not list((self.folder / "everstep-runs").glob("*/job.json")):
+            return False
+        return bool(self.job.facts(FirstStep))
+
+    def finish(self, restarts: int = 0) -> None:
+        """Hurry, and wait for the job's end after so many restarts at least."""
+        self.go.touch()
+        self.until("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", restarts=restarts)
+
+
+def requeue(story: Story) -> None:
+    """An operator requeues it: SIGTERM to every process of the job, data loader workers included."""
+    story.submit(
+        ["--nodelist=n1", "--time=10"],
+        ["--snapshot-every", "never", "--standby", "off", *harness.torchrun("--out", story.out, "--method", "fork", "--pause", 0.2, script=LOADER)],
+    )  # fmt: skip
+    story.until_it_steps()
+    story.lab.call("scontrol", "requeue", story.number)
+    story.finish(restarts=1)
+
+
+def preemption(story: Story) -> None:
+    """A job of a higher partition takes its node: SIGTERM to the tasks at once, an end within the grace."""
+    story.submit(
+        ["--nodelist=n2", "--exclusive", "--time=10"],
+        ["--snapshot-every", "never", *harness.torchrun(*story.train())],
+    )
+    story.until_it_steps()
+    story.lab.call(
+        "sbatch",
+        "--partition=high",
+        "--nodelist=n2",
+        "--exclusive",
+        "--time=1",
+        "--output=/dev/null",
+        "--wrap=true",
+    )
+    story.finish(restarts=1)
+
+
+def limit(story: Story) -> None:
+    """Its time is up before it is done: it has to stop early enough, and go on in the next allocation."""
+    story.submit(
+        ["--nodelist=n1", "--time=1"],
+        ["--checkpoint-every", "5s", "--standby", "off", *harness.torchrun(*story.train(pause=3))],
+    )  # fmt: skip
+    while True:  # on a machine that is too busy an allocation may end before the first step
+        restarts = int(story.shown.get("Restarts", "0")) + 1
+        story.until("PENDING", restarts=restarts)
+        if story.job.record.checkpoint is not None:
+            break
+    story.finish(restarts)
+
+
+def cancel(story: Story) -> None:
+    """Its user cancels it."""
+    story.submit(
+        ["--nodelist=n1", "--time=10"],
+        ["--snapshot-every", "never", "--standby", "off", sys.executable, harness.TRAIN, *story.train()],
+    )
+    story.until_it_steps()
+    story.lab.call("scancel", story.number)
+    story.until("CANCELLED")
+
+
+def killed(story: Story) -> None:
+    """Its supervisor is killed, and all with it: what it had in memory is the epilog's to remove."""
+    story.submit(
+        ["--nodelist=n1", "--time=10"],
+        ["--snapshot-every", "1step", "--standby", "off", sys.executable, harness.TRAIN, *story.train()],
+    )
+    story.until_it_steps()
+    assert story.job.runtime.exists()
+    assert story.job.record.pid is not None
+    os.kill(story.job.record.pid, signal.SIGKILL)
+    story.until("FAILED")
+
+
+def container(story: Story) -> None:
+    """The template, with an everstep that has no scontrol, told by a signal to the batch script alone."""
+    tools, hidden = story.folder / "tools", story.folder / "hidden"
+    for folder in (tools, hidden):
+        folder.mkdir()
+    for name in ("env", "sh"):
+        (hidden / name).symlink_to(shutil.which(name) or "")
+    wrapper = tools / "everstep"
+    wrapper.write_text(f'#!/bin/sh\nPATH={harness.BIN}:{hidden} exec {harness.BIN}/everstep "$@"\n')
+    wrapper.chmod(0o755)
+    arguments = [harness.TRAIN, *map(str, story.train())]
+    (story.folder / "train.py").write_text(
+        f"import runpy, sys\nsys.argv = {arguments!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    (story.folder / "everstep.yaml").write_text("standby: off\nsnapshot-every: never\n")
+    path = f"{tools}:{os.environ['PATH']}"
+    output = story.lab.call(
+        "sbatch", "--parsable", "--time=10", "--nodelist=n3", TEMPLATE, cwd=story.folder,
+        environment=story.environment(PATH=path),
+    )  # fmt: skip
+    story.number = output.strip()
+    story.until_it_steps()
+    story.lab.call("scancel", "--batch", "--signal=USR1", story.number)
+    story.finish(restarts=1)
+
+
+def chain(story: Story) -> None:
+    """Where requeueing is forbidden: it submits its successor, in which the training ends."""
+    story.submit(
+        ["--chain", "--nodelist=n1", "--time=10"],
+        ["--snapshot-every", "never", "--standby", "off", sys.executable, harness.TRAIN, *story.train()],
+    )
+    story.until_it_steps()
+    story.lab.call("scancel", "--signal=USR2", story.number)
+    story.until("FAILED")
+    first, story.number = story.number, _successor(story)
+    assert story.number != first
+    story.finish()
+
+
+def _successor(story: Story) -> str:
+    limit = time.monotonic() + DEADLINE
+    while time.monotonic() < limit:
+        for line in story.lab.call("squeue", "--noheader", "--states=all", "--format=%i %Z").splitlines():
+            number, _, folder = line.strip().partition(" ")
+            if folder == str(story.folder) and number != story.number:
+                return number
+        time.sleep(0.1)
+    raise AssertionError(f"no successor: {story.log}")
+
+
+STORIES: tuple[Callable[[Story], None], ...] = (limit, preemption, requeue, cancel, killed, chain, container)
