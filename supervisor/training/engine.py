@@ -118,6 +118,7 @@ class ArenaWriter:
     def ask(self, gather: Gather, *, behind: bool = False) -> int:
         """As the protocol says."""
         started = time.monotonic()
+        self.flush()  # what it holds must not change under the copying thread
         self._prepared = None
         if not (behind and self._is_hasty and self._rack.is_complete):
             return ASK
