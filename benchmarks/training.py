@@ -16,6 +16,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from supervisor.training.engine import ArenaWriter
+from supervisor.training.gradients import Gradients
+from supervisor.training.items import Items
 from supervisor.training.moves import local_of
 from supervisor.training.reader import Stored
 from supervisor.training.state import TrainingState
@@ -86,7 +88,12 @@ def ours(
 ) -> tuple[dict[str, Stalls], Stalls]:
     """Stalls, times of whole steps and CPU seconds of each; and the stall of the first snapshot."""
     state = _state_of(training, world)
+    gradients = Gradients(state.optimizers, state.modules)
     completed = 0
+
+    def gather() -> Items:
+        return state.gather_hastily(completed)
+
     writer = ArenaWriter(
         world,
         cleans=world.rank == 0,
@@ -95,13 +102,13 @@ def ours(
         slots=[root / str(slot) for slot in range(3)],
     )
     fence = [0.0]
-    waiting = writer._at_fence
+    waiting = writer._behind._at_fence
 
     def at_fence() -> None:
         fence[0] += timed(waiting)
 
-    if writer._fence is not None:
-        writer._fence._wait = at_fence
+    if writer._behind._fence is not None:
+        writer._behind._fence._wait = at_fence
     found: dict[str, Stalls] = {"stall": [], "step": [], "cpu": []}
     first: Stalls = []
     good = 0
@@ -115,7 +122,14 @@ def ours(
         writer.poll()
         outcomes.clear()
         slot = root / str(number % 3)
-        call = timed(lambda: writer.write(slot, lambda: state.gather(1), outcomes.append, behind=behind))  # noqa: B023
+
+        def save_point(slot: Path = slot) -> None:  # as a Session's
+            pending = gradients.pending()
+            asked = writer.ask(gather, behind=behind)
+            *_, asked = world.agreed(completed, [bool(pending), 1, 0, asked])  # noqa: B023
+            writer.write(slot, gather, outcomes.append, behind=behind, agreed=asked)
+
+        call = timed(save_point)
         if any(isinstance(outcome, Exception) for outcome in outcomes):
             raise RuntimeError(str(outcomes))
         if not first:
@@ -131,6 +145,7 @@ def ours(
         if good > 6:
             found["stall"][-2] += fence[0]  # of the snapshot before
     writer.close()
+    gradients.close()
     return {figure: values[:-1] for figure, values in found.items()}, first
 
 

@@ -36,7 +36,7 @@ class Arena:
                 os.ftruncate(fd, size)
             missing = size - min(present.st_size, present.st_blocks * 512)
             if missing > 0:
-                _check_room(path, missing)
+                _check_room(path, size, missing)
                 _allocate(fd, path, size)
             self._identity = _identity(os.fstat(fd))
             populate = getattr(mmap, "MAP_POPULATE", 0)
@@ -69,17 +69,29 @@ class Arena:
         return self.memory[offset : offset + size].view(dtype).view(shape)
 
 
-def _check_room(path: Path, missing: int) -> None:
-    """Raises OSError when memory for that many more bytes, on each rank of this node, is not to be had."""
+def _check_room(path: Path, size: int, missing: int) -> None:
+    """Raises OSError when memory for ``missing`` more bytes, and for as large a file of every other rank here, is not to be had.
+
+    What the others have allocated already is not asked for again.
+    """
     room = memory.available()
     if room is None or not path.resolve().is_relative_to("/dev/shm"):
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if missing * ranks > room * (1 - MARGIN):
+    others = (ranks - 1) * size - _held_beside(path)
+    if missing + max(0, others) > room * (1 - MARGIN):
         raise OSError(
             errno.ENOMEM,
             f"{missing / 1e9:.2f} GB for each of {ranks} ranks are needed, {room / 1e9:.2f} GB of memory are available",
         )
+
+
+def _held_beside(path: Path) -> int:
+    """Bytes that the files of this kind hold which other ranks have in this slot."""
+    kind = path.name.rpartition("_")[2]
+    with os.scandir(path.parent) as entries:
+        files = [entry for entry in entries if entry.name.endswith(f"_{kind}") and entry.name != path.name]
+        return sum(file.stat(follow_symlinks=False).st_blocks * 512 for file in files)
 
 
 def _allocate(fd: int, path: Path, size: int) -> None:

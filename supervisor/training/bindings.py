@@ -7,15 +7,17 @@ each time, so that those of all others need not be.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from supervisor.training.items import Items
+from supervisor.training.items import Deferred, Items
 from supervisor.training.layout import PlainBlobs, blob, is_plain, pickled
 from supervisor.training.memory import Places
 from supervisor.training.moves import Source, local_of
@@ -24,6 +26,7 @@ from supervisor.training.planning import BlobPlace, Layout, TensorPlace, signatu
 _RESTLESS: Final = 3  # moves
 
 Placed = list[tuple[TensorPlace, Source]]
+Maker = Callable[[], bytes]  # of an archive
 
 
 class _Bound:
@@ -130,18 +133,21 @@ class Bindings:
                     self._restless.append(one)
         return True
 
-    def archives(self, items: Items) -> list[bytes]:
-        """The archive of each blob. One whose value is as before is the same object. Raises OutgrownError."""
-        archives = []
+    def archives(self, items: Items) -> Callable[[], list[bytes]]:
+        """What makes the archive of each blob, of the values of now; any thread may call it.
+
+        One whose value is as before is the same object. Both raise OutgrownError.
+        """
+        makers = []
         for one in self._blobs:
             place = one.place
             if place.item is not None:
-                archives.append(one.of_tensor(_resolved(items, place.item)))
+                makers.append(one.of_tensor(_resolved(items, place.item)))
             elif place.key in self._constant:
-                archives.append(one.of_constant(self._constant[place.key]))
+                makers.append(one.of_constant(self._constant[place.key]))
             else:
-                archives.append(one.of(items.values[place.key]))
-        return archives
+                makers.append(one.of(items.values[place.key]))
+        return lambda: [make() for make in makers]
 
 
 class _Blob:
@@ -149,41 +155,55 @@ class _Blob:
 
     def __init__(self, place: BlobPlace) -> None:
         self.place = place
-        self._constant: object = None
+        self._constant: object = None  # the value of ``_archive``, if that is known to be constant
         self._pickled: bytes | None = None  # of a plain value
         self._archive = b""
         self._plain: PlainBlobs | None = None
 
-    def of_constant(self, value: object) -> bytes:
+    def of_constant(self, value: object) -> Maker:
         """Of a value that is as it was as long as it is the same object."""
         if value is not self._constant or not self._archive:
-            self._archive = self.of(value)
+            self.of(value)()
             self._constant = value
-        return self._archive
+        return self._made
 
-    def of_tensor(self, value: object) -> bytes:
+    def of_tensor(self, value: object) -> Maker:
         """Of one that only DCP's planner knows how to write."""
-        return blob(value, self.place.room)
+        self._archive, self._pickled = blob(value, self.place.room), None
+        return self._made
 
-    def of(self, value: object) -> bytes:
+    def of(self, value: object) -> Maker:
         """Of any value."""
+        if isinstance(value, Deferred):
+            return functools.partial(self._of_deferred, value)
         if not is_plain(value):
-            self._pickled = None
-            return blob(value, self.place.room)
+            return self.of_tensor(value)
         data = pickled(value)
-        if data != self._pickled:
-            self._archive = self._of_plain(value, data)
-            self._pickled = data
+        if data == self._pickled:
+            return self._made
+        if self._plain is None:
+            self._archive, self._pickled = self._first_of_plain(value, data), data
+            return self._made
+        plain = self._plain
+        plain.check(data)
+
+        def make() -> bytes:
+            self._archive, self._pickled = plain.archive(data), data
+            return self._archive
+
+        return make
+
+    def _of_deferred(self, value: Deferred) -> bytes:
+        return self.of(value.value())()
+
+    def _made(self) -> bytes:
         return self._archive
 
-    def _of_plain(self, value: object, data: bytes) -> bytes:
-        if self._plain is not None:
-            return self._plain.archive(data)
+    def _first_of_plain(self, value: object, data: bytes) -> bytes:
         archive = blob(value, self.place.room)
-        try:
+        # where this torch lays archives out in another way, it is as slow as ever
+        with contextlib.suppress(ValueError):
             self._plain = PlainBlobs(self.place.room, archive, data)
-        except ValueError:
-            self._plain = None  # as slow as ever
         return archive
 
 

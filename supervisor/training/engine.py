@@ -7,23 +7,28 @@ snapshot copies tensors into their places (``moves``) and writes the few blobs a
 A snapshot is laid out anew when the items are not those of the layout any more: other keys, shapes, dtypes, placements, or
 a blob that outgrew its room. Every rank looks at its own items, and one small collective settles it for all: *copy*, *wait*,
 *lay out*, or *fail*. Everything that can fail (collecting the state, pickling, room in memory) comes before that collective;
-behind it there are only copies between mapped pages. So the ranks agree on the outcome without a second one.
+behind it there are only copies between mapped pages. So the ranks agree on the outcome without a second one. Once all slots
+are laid out, nothing depends on which of them is written: the ranks then tell each other that they are ready to *copy*
+in the collective in which they agree on the slot (``ask``), and need no other.
 
-Fresh pages cost ten times what a copy does. So the files of a large layout are made by a thread, and a snapshot that nobody
-is in a hurry for is put off (*wait*) until its file is there.
+Planning takes long where there are thousands of tensors, and fresh pages cost ten times what a copy does. So a large layout
+is drafted, and its files are made, by threads, and a snapshot that nobody is in a hurry for is put off (*wait*) until its file is
+there.
 
-The one outcome that a rank has for itself is a *torn* copy behind a step (``overlap``). It says so, and the supervisor
-drops that snapshot.
+While the training stands, a copy behind a step looks only at what the next forward may change. That the rest still is what
+was laid out, and where it was, is looked at by the thread that copies, when it has copied. If it is not, the snapshot is
+*stale*: dropped, and from then on this rank takes all looks at once.
+
+The outcomes that a rank has for itself are a stale copy behind a step and a *torn* one (``overlap``). It says so, and the
+supervisor drops that snapshot.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import itertools
+import functools
 import operator
-import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,27 +38,33 @@ from typing import Final
 import torch
 from torch.optim import Optimizer
 
-from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.errors import StorageError
+from supervisor.training.behind import STALE, Behind
 from supervisor.training.bindings import Bindings, Placed
-from supervisor.training.items import Items
+from supervisor.training.collecting import without_collection
+from supervisor.training.drafting import Draft, Drafting, draft
+from supervisor.training.items import Items, settled
 from supervisor.training.layout import OutgrownError
-from supervisor.training.moves import TINY, Moves, Spot, local_of
-from supervisor.training.overlap import TORN, Fence, Flight, Helper, owned_by
-from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, make_place, spots
-from supervisor.training.slots import Ahead, Slot, new_arenas
-from supervisor.training.world import World, say
+from supervisor.training.moves import TINY, Spot, local_of
+from supervisor.training.overlap import Helper, owned_by
+from supervisor.training.planning import Layout, file_names
+from supervisor.training.rack import Rack
+from supervisor.training.slots import Slot
+from supervisor.training.world import World
 from supervisor.training.writer import (
+    ASK,
+    READY,
     Finished,
     Gather,
-    TornError,
     UnsavableError,
     Written,
     failure_of,
-    save_with_dcp,
 )
 
-_LARGE: Final = 64 << 20  # bytes; the files of what is smaller are made while the training stands
+_LARGE: Final = 64 << 20  # bytes; what is smaller is laid out while the training stands
+_EACH: Final = 16 << 10  # bytes; what the planning of a tensor weighs
+
+Archives = Callable[[], list[bytes]]
 
 
 class Way(enum.IntEnum):
@@ -66,10 +77,12 @@ class Way(enum.IntEnum):
 
 
 @dataclass
-class _Pending:
-    flight: Flight
-    finished: Finished
-    stall: float  # seconds that the training stood
+class _Prepared:
+    """What was gathered for a copy, and since when the training stands."""
+
+    items: Items
+    archives: Archives
+    started: float
 
 
 class ArenaWriter:
@@ -93,41 +106,63 @@ class ArenaWriter:
         self._layout: Layout | None = None
         self._bindings: Bindings | None = None
         self._spots: dict[str, Spot] = {}  # by key
-        self._slots: dict[Path, Slot] = {}
-        self._ahead: dict[Path, Ahead] = {}
-        self._spare = tuple(slots)
-        self._used: set[Path] = set()
-        self._copying = Helper("everstep-snapshot")
-        self._making = Helper("everstep-arenas")
-        self._home = threading.get_ident()
-        self._process = os.getpid()
-        self._pending: _Pending | None = None
-        self._flights = itertools.count()
-        self._fence = Fence(self._at_fence, completed) if self._optimizers else None
-        self._proof: tuple[Path, Moves] | None = None
-        self._proven = False
-        self._trusted = True
+        self._rack = Rack(slots, ranks=world.size, cleans=cleans)
+        self._drafting: Drafting | None = None
+        self._is_drafted = False  # whether the layout was: its files are waited for likewise
+        self._making = Helper("everstep-layout")
+        self._behind = Behind(self._optimizers, completed, world.rank)
+        self._prepared: _Prepared | None = None
 
     # ------------------------------------------------------------------ writing
 
-    def write(self, directory: Path, gather: Gather, finished: Finished, *, behind: bool = False) -> None:
+    def ask(self, gather: Gather, *, behind: bool = False) -> int:
+        """As the protocol says."""
+        started = time.monotonic()
+        self.flush()  # what it holds must not change under the copying thread
+        self._prepared = None
+        if not (behind and self._is_hasty and self._rack.is_complete):
+            return ASK
+        assert self._bindings is not None
+        try:
+            items = gather()
+            if not self._bindings.fit(items):
+                self._bindings = None  # half bound anew
+                return ASK
+            self._prepared = _Prepared(items, self._bindings.archives(items), started)
+        except Exception:  # noqa: BLE001 (it comes again in ``write``, which tells the other ranks)
+            return ASK
+        return READY
+
+    def write(
+        self,
+        directory: Path,
+        gather: Gather,
+        finished: Finished,
+        *,
+        behind: bool = False,
+        agreed: int = ASK,
+    ) -> None:
         """As the protocol says."""
         self.flush()
-        if self._proof is not None and self._proof[0] == directory:
-            self._proof = None  # what it compares with is about to be written over
-        self._used.add(directory)
+        self._behind.is_written_over(directory)
+        self._rack.use(directory)
+        prepared, self._prepared = self._prepared, None
+        if agreed == READY:
+            assert prepared is not None
+            self._take_off(directory, prepared, finished)
+            return
         started = time.monotonic()
         way, items, archives, problem = self._prepare(directory, gather, behind=behind)
-        size = _size_of(items) if way is Way.LAY_OUT and items is not None else 0
-        agreed, size = self._world.largest([way, size])
+        weight = _weight_of(items) if way is Way.LAY_OUT and items is not None else 0
+        agreed, weight = self._world.largest([way, weight])
         if agreed == Way.FAIL:
-            self._drop(directory)
+            self._rack.forget(directory)  # it may be moved elsewhere
             finished(self._worst(problem))
         elif agreed == Way.WAIT:
             finished(None)
         elif agreed == Way.LAY_OUT:
             assert items is not None
-            self._lay_out(directory, items, finished, started, ahead=behind and size > _LARGE)
+            self._lay_out(directory, items, finished, started, ahead=behind and weight > _LARGE)
         else:
             assert items is not None
             self._copy(directory, archives, finished, started, behind=behind)
@@ -137,15 +172,20 @@ class ArenaWriter:
     ) -> tuple[Way, Items | None, list[bytes], StorageError | None]:
         """Everything that can fail."""
         try:
-            items = gather()
+            with contextlib.nullcontext() if self._layout is not None else without_collection():
+                items = settled(gather)
+            if self._drafting is not None:
+                if behind and not self._drafting.is_over:
+                    return Way.WAIT, items, [], None
+                if (problem := self._adopt(directory)) is not None:
+                    return Way.FAIL, None, [], problem
             if self._layout is None or self._bindings is None or not self._bindings.fit(items):
                 self._bindings = None  # half bound anew
                 return Way.LAY_OUT, items, [], None
-            archives = self._bindings.archives(items)
-            ahead = self._ahead.get(directory)
-            if behind and ahead is not None and not ahead.is_over and self._layout.size > _LARGE:
+            archives = self._bindings.archives(items)()
+            if behind and self._is_drafted and self._rack.is_being_made(directory):
                 return Way.WAIT, items, [], None
-            self._open(directory)
+            self._rack.open(directory, self._layout)
         except OutgrownError:
             return Way.LAY_OUT, items, [], None
         except Exception as error:  # noqa: BLE001 (a failure of the snapshot, on all ranks; the training goes on)
@@ -161,22 +201,38 @@ class ArenaWriter:
     def _copy(
         self, directory: Path, archives: list[bytes], finished: Finished, started: float, *, behind: bool
     ) -> None:
-        assert self._layout is not None and self._bindings is not None
-        slot = self._slots[directory]
+        """What the training has to wait for, and, unless that may be done ``behind`` the next step, the rest."""
+        assert self._layout is not None
+        slot = self._rack.get(directory)
         slot.fill(self._layout, archives)
+        self._copy_now(slot)
+        if behind and slot.behind.tensors and self._behind.may_fly:
+            self._behind.fly(slot, lambda: None, self._written, finished, started)
+            return
+        slot.behind.run()
+        self._behind.offer_proof(directory, slot.behind)
+        finished(self._written(time.monotonic() - started))
+
+    def _take_off(self, directory: Path, prepared: _Prepared, finished: Finished) -> None:
+        """As ``_copy`` behind the next step, with every look and all writing that can be put off done there, too."""
+        slot = self._rack.get(directory)
+        self._copy_now(slot)
+        rest = functools.partial(self._rest, slot, prepared)
+        self._behind.fly(slot, rest, self._written, finished, prepared.started)
+
+    def _rest(self, slot: Slot, prepared: _Prepared) -> str | None:
+        """What was put off; on the copying thread."""
+        assert self._layout is not None
+        if not (prepared.items.hold() and slot.is_in_place):
+            return STALE
+        slot.fill(self._layout, prepared.archives())
+        return None
+
+    def _copy_now(self, slot: Slot) -> None:
+        assert self._bindings is not None
         self._prepare_moves(slot)
         slot.now.run()
         slot.moves_of(self._bindings.restless, self._spots).run()
-        ready = self._is_ready()
-        if ready and self._proven and behind and slot.behind.sources:
-            flight = Flight(slot.behind, next(self._flights))
-            self._copying.start(flight.run)
-            self._pending = _Pending(flight, finished, time.monotonic() - started)
-            return
-        slot.behind.run()
-        if ready and not self._proven:
-            self._proof = directory, slot.behind
-        finished(self._written(time.monotonic() - started))
 
     def _written(self, seconds: float) -> Written:
         assert self._layout is not None
@@ -198,156 +254,95 @@ class ArenaWriter:
             (mine if waits else others).append(placed)
         slot.behind, slot.now = slot.moves_of(mine, self._spots), slot.moves_of(others, self._spots)
 
-    # ------------------------------------------------------------------ slots
-
-    def _open(self, directory: Path) -> None:
-        """Lay out this slot, if it is not. Raises OSError."""
-        slot = self._slots.get(directory)
-        if slot is not None and slot.is_in_place:
-            return
-        layout = self._layout
-        assert layout is not None
-        self._slots.pop(directory, None)
-        if self._cleans:
-            make_place(directory, self._world.size)
-        self._slots[directory] = self._new_slot(directory, layout)
-        if layout.index is not None:
-            temporary = directory / ".metadata.tmp"
-            temporary.write_bytes(layout.index)
-            temporary.rename(directory / ".metadata")
-
-    def _new_slot(self, directory: Path, layout: Layout) -> Slot:
-        ahead = self._ahead.pop(directory, None)
-        arenas = ahead.result() if ahead is not None else None
-        slot = Slot(arenas or [], [None] * len(layout.blobs))
-        if not arenas or not slot.is_in_place:
-            slot.arenas = new_arenas(directory, layout)
-        return slot
-
     # ------------------------------------------------------------------ laying out
 
     def _lay_out(
         self, directory: Path, items: Items, finished: Finished, started: float, *, ahead: bool
     ) -> None:
-        """Plan, and write at once; or, ``ahead``, have the files made and put the snapshot off."""
-        self._layout, self._bindings, self._proof, self._proven = None, None, None, False
-        self._drop_slots()
-        planner = ArenaPlanner(items, directory, cleans=self._cleans, ranks=self._world.size)
+        """Plan, and write at once; or, ``ahead``, have it planned and the files made, and put the snapshot off."""
+        if self._drafting is not None:  # of what does not fit any more
+            self._drafting.outcome()
+            self._drafting = None
+        self._layout, self._bindings = None, None
+        self._behind.start_anew()
+        self._rack.clear()
+        owned = owned_by(self._optimizers)
+        plan = functools.partial(draft, self._world, cleans=self._cleans, owned=owned)
+        if ahead:
+            group = self._world.apart()
+            self._drafting = Drafting(functools.partial(plan, group, directory, items))
+            self._making.start(self._drafting.run)
+            finished(None)
+            return
 
-        def fill(layout: Layout) -> None:
-            self._layout, self._spots = layout, spots(layout)
-            self._bindings = Bindings(layout, items)
-            if ahead:
-                return
-            self._slots[directory] = slot = self._new_slot(directory, layout)
-            slot.fill(layout, self._bindings.archives(items))
+        def written(made: Draft) -> None:
+            self._take_over(made)
+            slot = self._rack.make(directory, made.layout)
+            slot.fill(made.layout, made.bindings.archives(items)())
             self._prepare_moves(slot)
             slot.now.run()
             slot.behind.run()
 
-        owned = owned_by(self._optimizers)
-
-        def waits(tensor: torch.Tensor) -> bool:
-            return tensor.nbytes > TINY and (tensor.data_ptr(), tensor.nbytes) in owned
-
-        storage = ArenaStorage(directory, self._world.rank, items, waits, fill)
-        error = save_with_dcp(self._world, storage, planner)
-        if error is not None:
+        outcome = plan(self._world.group, directory, items, written=written)
+        if isinstance(outcome, StorageError):
             self._layout, self._bindings = None, None
-            self._drop_slots()
-            with contextlib.suppress(OSError):
-                self._remove(directory, storage.layout.names)
-            finished(error)
+            self._rack.clear()
+            self._rack.remove(directory, file_names(self._world.rank), index=self._world.rank == 0)
+            finished(outcome)
             return
-        # one that was written may be about to be declared a snapshot
-        spare = [path for path in self._spare if path not in self._used and not (path / SLOT_NAME).exists()]
-        for path in [directory, *spare] if ahead else spare:
-            self._ahead[path] = Ahead(path, storage.layout)
-            self._making.start(self._ahead[path].run)
-        finished(None if ahead else self._written(time.monotonic() - started))
+        self._rack.make_ahead(outcome.layout, None)
+        finished(self._written(time.monotonic() - started))
 
-    def _drop(self, directory: Path) -> None:
-        """Let go of a slot that may be moved elsewhere: nothing of it is at work or mapped when all ranks were told."""
-        if (ahead := self._ahead.pop(directory, None)) is not None:
-            ahead.result()
-        self._slots.pop(directory, None)
+    def _take_over(self, made: Draft) -> None:
+        self._layout, self._bindings, self._spots = made.layout, made.bindings, made.spots
+        self._is_drafted = False
 
-    def _drop_slots(self) -> None:
-        for ahead in self._ahead.values():
-            ahead.result()
-        self._ahead.clear()
-        self._slots.clear()
-
-    def _remove(self, directory: Path, names: Sequence[str]) -> None:
-        for name in names:
-            (directory / name).unlink(missing_ok=True)
-        if self._world.rank == 0:
-            (directory / ".metadata").unlink(missing_ok=True)
-            (directory / ".metadata.tmp").unlink(missing_ok=True)
+    def _adopt(self, directory: Path) -> StorageError | None:
+        """Take over what was drafted, and have the files made; the error, alike on all ranks, if that failed."""
+        assert self._drafting is not None
+        outcome = self._drafting.outcome()
+        self._drafting = None
+        if isinstance(outcome, StorageError):
+            return outcome
+        self._take_over(outcome)
+        self._is_drafted = True
+        self._rack.make_ahead(outcome.layout, directory)
+        return None
 
     # ------------------------------------------------------------------ behind the step
 
-    def _is_ready(self) -> bool:
-        """Whether every optimizer stepped in this step and came through the fence."""
-        passed = self._fence is not None and self._fence.all_passed(self._optimizers)
-        return passed and self._trusted
-
-    def _at_fence(self) -> None:
-        """An optimizer is about to step."""
-        if os.getpid() != self._process:
-            return  # a forked child has its own memory, and no copying thread
-        if self._pending is not None:
-            self._pending.flight.close()
-            if threading.get_ident() == self._home:
-                self._report()
-        if self._proof is not None:
-            (_, copied), self._proof = self._proof, None
-            if copied.differs():
-                self._distrust()
-            else:
-                self._proven = True
-
-    def _distrust(self) -> None:
-        self._trusted = False
-        say(f"rank {self._world.rank}: {TORN}: snapshots are copied while the training waits from here on")
+    @property
+    def _is_hasty(self) -> bool:
+        """Whether a copy behind the next step may put off looks."""
+        return self._layout is not None and self._bindings is not None and self._behind.may_be_hasty
 
     def poll(self) -> None:
         """As the protocol says."""
-        if self._pending is not None and self._pending.flight.is_over:
-            self._report()
+        self._behind.poll()
 
     @property
     def is_busy(self) -> bool:
         """Whether ``poll`` has something to wait for."""
-        return self._pending is not None
+        return self._behind.is_busy
 
     def flush(self) -> None:
         """As the protocol says."""
-        if self._pending is not None:
-            self._report()
+        self._behind.flush()
 
     def close(self) -> None:
         """Wait for what is under way, and let go of everything."""
-        self.flush()
-        self._drop_slots()
-        self._copying.close()
+        if self._drafting is not None:
+            self._drafting.abandon()
+            if not self._drafting.is_over:
+                self._making.leave()
+            self._drafting = None
         self._making.close()
-        if self._fence is not None:
-            self._fence.close()
+        self._behind.close()
+        self._rack.close()
         self._layout, self._bindings = None, None
 
-    def _report(self) -> None:
-        pending, self._pending = self._pending, None
-        assert pending is not None
-        flight = pending.flight
-        flight.close()
-        if flight.problem is None:
-            pending.finished(self._written(pending.stall + flight.waited))
-            return
-        self._distrust()
-        pending.finished(TornError(flight.problem))
 
-
-def _size_of(items: Items) -> int:
-    """Bytes of this rank's tensors, whoever stores them."""
-    return sum(local_of(v).nbytes for v in items.whole().values.values() if isinstance(v, torch.Tensor))
+def _weight_of(items: Items) -> int:
+    """Bytes of this rank's tensors, whoever stores them, and what each weighs beside them."""
+    tensors = [v for v in items.whole().values.values() if isinstance(v, torch.Tensor)]
+    return sum(local_of(tensor).nbytes + _EACH for tensor in tensors)

@@ -13,6 +13,7 @@ items keep the plain key, so that stock tools find them, and those of rank r are
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -35,18 +36,48 @@ class Owner:
     everyone: bool = False
 
 
+class Deferred:
+    """A value that was captured, and is put into its form when it is asked for, by any thread; nobody else changes it."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make: Callable[[], Any] | None = make
+        self._value: Any = None
+
+    def value(self) -> Any:
+        """The value."""
+        if self._make is not None:
+            self._value, self._make = self._make(), None
+        return self._value
+
+
+def resolved(value: Any) -> Any:
+    """The value itself."""
+    return value.value() if isinstance(value, Deferred) else value
+
+
+def settled(gather: Callable[[], Items]) -> Items:
+    """What is gathered, with no look put off."""
+    while not (items := gather()).hold():
+        pass  # what did not hold is gathered anew
+    items.later.clear()
+    return items
+
+
 @dataclass
 class Items:
     """What one rank contributes to a snapshot: values by flat key, and each key's path in the nested state dict.
 
     ``kept`` are items gathered before that hold still: the same object, the same values in the same place. Whoever has
     seen one need not look into it again, which is what makes thousands of tensors cheap.
+
+    ``later`` are looks that were put off: the items are those of now if all of them say yes, before any optimizer steps.
     """
 
     rank: int
     values: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     kept: list[Items] = field(default_factory=list)
+    later: list[Callable[[], bool]] = field(default_factory=list)
     constant: set[str] = field(
         default_factory=set
     )  # keys of tensors that nothing has changed so far: frozen weights
@@ -69,15 +100,20 @@ class Items:
         """Contribute all of another's, which will not be changed any more."""
         self.kept.append(other)
 
+    def hold(self) -> bool:
+        """Take the looks that were put off; all of them, so that each part knows how it stands."""
+        looks = [look() for look in self.later]
+        return all(looks)
+
     def whole(self) -> Items:
-        """All of it, in one."""
-        if not self.kept:
+        """All of it, in one, with nothing deferred."""
+        if not self.kept and not any(isinstance(value, Deferred) for value in self.values.values()):
             return self
         whole = Items(self.rank)
         for part in (*self.kept, Items(self.rank, self.values, self.paths, constant=self.constant)):
             if twice := whole.values.keys() & part.values.keys():
                 raise ValueError(f"two items are called {min(twice)!r}")
-            whole.values.update(part.values)
+            whole.values.update((key, resolved(value)) for key, value in part.values.items())
             whole.paths.update(part.paths)
             whole.constant |= part.constant
         return whole

@@ -88,10 +88,14 @@ class PlainBlobs:
             raise ValueError("this version of torch lays archives out in another way")
         self._template = data
 
-    def archive(self, pickled: bytes) -> bytes:
-        """The archive. Raises OutgrownError when it does not fit."""
+    def check(self, pickled: bytes) -> None:
+        """Raises OutgrownError when it does not fit."""
         if len(pickled) > self._room.pickle:
             raise OutgrownError
+
+    def archive(self, pickled: bytes) -> bytes:
+        """The archive. Raises OutgrownError when it does not fit."""
+        self.check(pickled)
         data = bytearray(self._template)
         data[self._begin : self._end] = padded = pickled.ljust(self._room.pickle, b"\0")
         checksum = _checksum(padded)

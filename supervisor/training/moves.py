@@ -95,11 +95,11 @@ class _Row:
 class Moves:
     """What to copy into arenas, to be given in the order of the files. Holds on to the tensors it copies from."""
 
-    sources: list[Source] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    flat: list[tuple[int, int, int]] = field(default_factory=list)  # to, from, bytes; of those on the CPU
     _arenas: set[Arena] = field(
         default_factory=set
     )  # which stay mapped as long as there are addresses in them
-    _flat: list[tuple[int, int, int]] = field(default_factory=list)  # to, from, bytes
     _large: list[tuple[int, int, int]] = field(default_factory=list)
     _small: list[tuple[Arena, Spot, Source]] = field(default_factory=list)
     _rows: list[_Row] | None = None
@@ -110,7 +110,8 @@ class Moves:
 
     def add(self, arena: Arena, spot: Spot, source: Source) -> None:
         """Copy ``source`` to its spot."""
-        self.sources.append(source)
+        self.tensors.append(source.tensor)
+        self._kept.append(source.view)  # the memory, wherever the tensor goes
         self._arenas.add(arena)
         if not source.bytes:
             return
@@ -119,7 +120,7 @@ class Moves:
             self._views.append(source.view)
             return
         move = arena.address + spot.offset, source.address, source.bytes
-        self._flat.append(move)
+        self.flat.append(move)
         if source.bytes < SMALL:
             self._small.append((arena, spot, source))
         else:
@@ -140,7 +141,7 @@ class Moves:
                 torch._foreach_copy_(self._places, self._views)
 
     def _move_small(self) -> None:
-        for move in self._flat:
+        for move in self.flat:
             if move[2] < SMALL:
                 ctypes.memmove(*move)
 
@@ -160,15 +161,20 @@ class Moves:
             else:
                 spans.append((arena.fd, len(self._vectors) // 2, 1, spot.offset, source.bytes))
             self._vectors.extend((source.address, source.bytes))
-        self._kept = list(fillings.values())
+        self._kept += fillings.values()
         base = self._vectors.buffer_info()[0]
         return [_Row(fd, base + 16 * first, count, offset, size) for fd, first, count, offset, size in spans]
 
     def differs(self) -> bool:
         """Whether any source is not what was copied any more."""
-        if any(_memcmp(*move) for move in self._flat):
+        if any(_memcmp(*move) for move in self.flat):
             return True
         return any(not torch.equal(old, new) for old, new in zip(self._places, self._views, strict=True))
+
+
+def write_vectors(fd: int, vectors: array[int], offset: int) -> int:
+    """One ``pwritev`` of pairs of address and bytes; the bytes written, or -1."""
+    return int(_pwritev(fd, vectors.buffer_info()[0], len(vectors) // 2, offset))
 
 
 def _between(before: tuple[Arena, Spot, Source] | None, arena: Arena, spot: Spot) -> bytes | None:

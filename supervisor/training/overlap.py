@@ -14,11 +14,11 @@ through ``.data`` between the save point and the fence, forwards that renormalis
   compared, bit for bit, with what was copied. If they differ, something changes them outside the fence, and this rank
   copies at once for good.
 - *Samples.* A few bytes of each tensor (of 64 of them in turn, where there are more) are noted at the save point, and must
-  be the same at the fence. That finds what writes whole tensors around the counters, though it be seldom.
+  be the same in what was copied. That finds what writes whole tensors around the counters, though it be seldom.
 - *Versions.* Every in-place operation on a tensor counts up ``tensor._version`` (but neither fused optimizers nor writes
-  through ``.data`` do: hence the fence). The versions at the start of a copy are compared when it is over, before any
-  optimizer has stepped. If they differ the snapshot is torn: it is discarded, that is said, and this rank copies at once
-  for good. What it wrote has no ``slot.json`` and is never taken for a snapshot.
+  through ``.data`` do: hence the fence). The versions at the save point are compared when the copy is over (``flight``). If
+  they differ the snapshot is torn: it is discarded, that is said, and this rank copies at once for good. What it wrote has no
+  ``slot.json`` and is never taken for a snapshot.
 - *Asked.* ``session.phase(…)`` waits for the copy, as an evaluation with other weights may follow.
 
 None of this needs another rank: who copies when is each rank's own affair.
@@ -27,88 +27,18 @@ None of this needs another rank: who copies when is each rank's own affair.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
-import operator
 import os
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from supervisor.training.moves import Moves, Source, local_of
-
-_SAMPLES: Final = 64  # tensors
-_WINDOW: Final = 64  # bytes of each
-_tensor: Final = operator.attrgetter("tensor")
-_version: Final = operator.attrgetter("_version")
-
-TORN = "parameters or optimizer state changed while they were copied, outside of optimizer.step()"
-
-
-class Flight:
-    """One copy that runs behind the training. ``number`` tells it apart from others: which samples are taken."""
-
-    def __init__(self, moves: Moves, number: int) -> None:
-        self._moves = moves
-        self._versions = versions(moves.sources)
-        self._samples = _sampled(moves.sources, number)
-        self._over = threading.Event()
-        self._closed = False
-        self.problem: str | None = None
-        self.waited = 0.0  # seconds that ``close`` stood still
-
-    def run(self) -> None:
-        """Copy; on the copying thread."""
-        try:
-            self._moves.run()
-        except BaseException as error:  # noqa: BLE001 (it is told where the outcome is asked for)
-            self.problem = f"{type(error).__name__}: {error}"
-        self._over.set()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing is copied any more."""
-        return self._over.is_set()
-
-    def close(self) -> None:
-        """Wait for the copy and judge it: to be called before anything may legitimately change what it copied."""
-        started = time.monotonic()
-        self._over.wait()
-        self.waited += time.monotonic() - started
-        if not self._closed:
-            self._closed = True
-            if self.problem is None and self._has_changed():
-                self.problem = TORN
-
-    def _has_changed(self) -> bool:
-        if versions(self._moves.sources) != self._versions:
-            return True
-        return any(ctypes.string_at(at, len(sample)) != sample for at, sample in self._samples)
-
-
-def versions(sources: Iterable[Source]) -> list[int]:
-    """How often each tensor was written in place."""
-    return list(map(_version, map(_tensor, sources)))
-
-
-def _sampled(sources: Sequence[Source], number: int) -> list[tuple[int, bytes]]:
-    """Addresses and what lies there."""
-    samples = []
-    for turn in range(min(_SAMPLES, len(sources))):
-        source = sources[(number * _SAMPLES + turn) % len(sources)]
-        if source.flat and source.bytes:
-            size = min(_WINDOW, source.bytes)
-            at = source.address + (number * 2654435761 + turn) % (
-                source.bytes - size + 1
-            )  # somewhere else each time
-            samples.append((at, ctypes.string_at(at, size)))
-    return samples
+from supervisor.training.moves import local_of
 
 
 class Fence:
@@ -159,6 +89,10 @@ class Helper:
             self._works.put(None)
             self._thread.join()
             self._thread = None
+
+    def leave(self) -> None:
+        """Let the thread be: what it is at will not end."""
+        self._thread = None
 
     def _work(self) -> None:
         with contextlib.suppress(OSError):  # of this thread: do not take the core of the one that wakes it

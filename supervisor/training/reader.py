@@ -13,9 +13,7 @@ training. An object that cannot be unpickled counts as damage, and its item is n
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import gc
 import io
 import pickle
 import warnings
@@ -38,6 +36,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from supervisor.errors import CheckpointError, StateMismatchError, StorageError
+from supervisor.training.collecting import without_collection
 from supervisor.training.direct import DirectReader
 from supervisor.training.items import STATE, Path, owner_of
 
@@ -66,18 +65,6 @@ _ALLOWED: Final = {
 }  # fmt: skip
 
 
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Making 100,000 objects would have the garbage collector look through all of torch's, time and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
@@ -91,7 +78,7 @@ def read_metadata(directory: FilePath) -> Metadata:
     """The ``.metadata`` of a checkpoint, checked. Raises CheckpointError and StorageError."""
     data = _patiently(directory / ".metadata", (directory / ".metadata").read_bytes)
     try:
-        with _without_collection():
+        with without_collection():
             metadata = _Unpickler(io.BytesIO(data)).load()
     except MemoryError as error:
         raise StorageError(f"{directory / '.metadata'} cannot be read: out of memory") from error

@@ -10,7 +10,7 @@ import hashlib
 import random
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,19 +18,30 @@ import torch
 
 def capture(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
     """The state of the CPU's generators and of those of ``devices``. Draws nothing."""
+    return captured(devices)()
+
+
+def captured(devices: Iterable[torch.device] = ()) -> Callable[[], dict[str, Any]]:
+    """As ``capture``, of now; but put into its form only when it is asked for."""
     version, words, spare = random.getstate()
-    # as bytes: 625 numbers would be pickled one by one
-    state: dict[str, Any] = {
-        "python": (version, array("Q", words).tobytes(), spare),
-        "torch": _bytes(torch.get_rng_state()),
-    }
-    if (numpy := sys.modules.get("numpy")) is not None:
-        state["numpy"] = _plain(numpy.random.get_state())
-    for device in devices:
-        state.setdefault("devices", {})[str(device)] = _bytes(
-            torch.get_device_module(device).get_rng_state(device)
-        )
-    return state
+    of_torch = torch.get_rng_state()
+    numpy = sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state()
+    of_devices = {str(d): torch.get_device_module(d).get_rng_state(d) for d in devices}
+
+    def form() -> dict[str, Any]:
+        # as bytes: 625 numbers would be pickled one by one
+        state: dict[str, Any] = {
+            "python": (version, array("Q", words).tobytes(), spare),
+            "torch": _bytes(of_torch),
+        }
+        if of_numpy is not None:
+            state["numpy"] = _plain(of_numpy)
+        if of_devices:
+            state["devices"] = {name: _bytes(of_device) for name, of_device in of_devices.items()}
+        return state
+
+    return form
 
 
 def _bytes(state: torch.Tensor) -> bytes:

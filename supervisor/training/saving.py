@@ -25,7 +25,15 @@ from supervisor.training.metrics import Metrics
 from supervisor.training.state import TrainingState
 from supervisor.training.supervised import Supervised, set_phase
 from supervisor.training.world import World, say
-from supervisor.training.writer import DcpWriter, SnapshotWriter, TornError, UnsavableError, Written
+from supervisor.training.writer import (
+    ASK,
+    DcpWriter,
+    Gather,
+    SnapshotWriter,
+    TornError,
+    UnsavableError,
+    Written,
+)
 
 PATIENCE: Final = (
     256  # steps that a save is put off for pending gradients; rather a save without them than none
@@ -127,9 +135,16 @@ class Saver:
 
     def _save_point(self, completed: int, flags: ProposalFlag, *, forced: bool) -> bool:
         self._writer.flush()  # before rank 0 looks for a free slot
-        unclean = self._is_unclean() and not forced
+        pending = self._gradients.pending()
+        # both are asked: each keeps count of what it has put off
+        unclean = (not self._training.buckets.is_settled() or bool(pending)) and not forced
         code, due = self._keeper.offer(completed, flags) if self._world.rank == 0 else (0, 0)
-        agreed_unclean, code, due = self._world.agreed(completed, [int(unclean), code, due])
+
+        def gather() -> Items:
+            return self._training.gather_hastily(completed, pending)
+
+        asked = ASK if unclean else self._writer.ask(gather, behind=not flags)
+        agreed_unclean, code, due, asked = self._world.agreed(completed, [int(unclean), code, due, asked])
         self._failed = False
         if agreed_unclean and self._put_off < PATIENCE:
             self._carried = flags
@@ -137,30 +152,25 @@ class Saver:
             self.due = completed + 1
             return False
         if agreed_unclean and self._world.rank == 0:
-            names = ", ".join(self._gradients.pending()) or "another rank's optimizers"
+            names = ", ".join(pending) or "another rank's optimizers"
             say(
                 f"gradients of {names} were pending at the end of {PATIENCE} steps: step {completed} is saved without them, "
                 "and a run that resumes there differs by them"
             )
         self._carried = None
         self._put_off = 0
-        saved = code != 0 and self._save(self._keeper.target(code, completed), completed, behind=not flags)
+        target = self._keeper.target(code, completed) if code else None
+        saved = target is not None and self._save(target, completed, gather, behind=not flags, agreed=asked)
         self._keeper.agreed(completed, due)
         self.due = self._keeper.due
         return saved and bool(flags & ProposalFlag.STOP)
 
-    def _is_unclean(self) -> bool:
-        # both are asked: each keeps count of what it has put off
-        settled = self._training.buckets.is_settled()
-        return bool(self._gradients.pending()) or not settled
-
-    def _save(self, target: Target, completed: int, *, behind: bool) -> bool:
+    def _save(self, target: Target, completed: int, gather: Gather, *, behind: bool, agreed: int) -> bool:
         metrics = {name: value for name, value in self._metrics.numbers().items() if math.isfinite(value)}
-        pending = self._gradients.pending()
 
-        def gather() -> Items:
+        def prepared() -> Items:
             self._keeper.prepare(target)
-            return self._training.gather(completed, pending)
+            return gather()
 
         def finished(outcome: Written | StorageError | None) -> None:
             problem: str | None
@@ -181,6 +191,6 @@ class Saver:
             if isinstance(outcome, UnsavableError):
                 raise UsageError(f"the state cannot be saved, now or later: {outcome}")
 
-        self._writer.write(target.directory, gather, finished, behind=behind)
+        self._writer.write(target.directory, prepared, finished, behind=behind, agreed=agreed)
         self._keeper.words[Word.HEARTBEAT_NS] = time.monotonic_ns()
         return not self._failed

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from supervisor.training.arena import Arena
 from supervisor.training.bindings import Placed
+from supervisor.training.flight import Samples
 from supervisor.training.moves import Moves, Spot
 from supervisor.training.planning import Layout
 
@@ -53,6 +54,7 @@ class Slot:
     generation: object = None
     now: Moves = field(default_factory=Moves)
     behind: Moves = field(default_factory=Moves)
+    samples: Samples | None = None  # for the next copy of ``behind``, if they were chosen already
 
     @property
     def is_in_place(self) -> bool:

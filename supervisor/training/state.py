@@ -16,7 +16,7 @@ from supervisor.errors import CheckpointError, UsageError
 from supervisor.training import rng
 from supervisor.training.ddp import Buckets
 from supervisor.training.gradients import hidden_in
-from supervisor.training.items import OWN, STATE, Items, Owner
+from supervisor.training.items import OWN, STATE, Deferred, Items, Owner, settled
 from supervisor.training.loaders import LoaderState, is_stateful_loader
 from supervisor.training.modules import ModulePart
 from supervisor.training.optimizers import OptimizerPart
@@ -107,18 +107,21 @@ class TrainingState:
 
         Tensors are those in use, not copies.
         """
+        return settled(lambda: self.gather_hastily(step, pending))
+
+    def gather_hastily(self, step: int, pending: Sequence[str] = ()) -> Items:
+        """As ``gather``, with looks that are still to be taken (``Items.later``)."""
         items = Items(self._world.rank)
         for part in self._parts:
             part.gather(items)
         devices = rng.devices_of(p for module in self.modules.values() for p in module.parameters())
-        own = {
-            "step": step,
-            "world_size": self._world.size,
-            "rng": rng.capture(devices),
-            "buckets": self.buckets.capture(),
-            "pending": list(pending),
-        }
-        items.add((OWN,), own, Owner(self._world.rank))
+        random, buckets, lost = rng.captured(devices), self.buckets.capture(), list(pending)
+
+        def own() -> dict[str, Any]:
+            size = self._world.size
+            return {"step": step, "world_size": size, "rng": random(), "buckets": buckets, "pending": lost}
+
+        items.add((OWN,), Deferred(own), Owner(self._world.rank))
         return items
 
     def load(self, directory: Path) -> int:

@@ -38,6 +38,7 @@ class World:
         self.size = 1
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.group: dist.ProcessGroup | None = None
+        self._apart: dist.ProcessGroup | None = None
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank()
             self.size = dist.get_world_size()
@@ -50,6 +51,12 @@ class World:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised: "
                 "call init_process_group before entering the Session"
             )
+
+    def apart(self) -> dist.ProcessGroup | None:
+        """A group of all ranks that nothing else uses, for a thread; None for one rank. Collective."""
+        if self.group is not None and self._apart is None:
+            self._apart = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        return self._apart
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """The element-wise maximum over all ranks, on every rank; each gives as many values. Collective."""

@@ -11,13 +11,15 @@ import copyreg
 import io
 import os
 import pickle
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemWriter
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.errors import StorageError, UsageError
-from supervisor.training.items import Items
+from supervisor.training.items import Items, settled
 from supervisor.training.world import World
 
 #: errors of the objects in the state, not of the place where it goes
@@ -39,6 +41,10 @@ _UNSAVABLE: Final = (
     ValueError,
     UsageError,
 )
+
+#: what the ranks agree on (``SnapshotWriter.ask``): each is ready to copy, or there is more to be agreed on
+READY: Final = 0
+ASK: Final = 1
 
 Gather = Callable[[], Items]
 Finished = Callable[["Written | StorageError | None"], None]
@@ -64,14 +70,26 @@ class TornError(StorageError):
     """This rank's copy changed under way: the snapshot is no good, though the other ranks may not know that."""
 
 
+class StaleError(TornError):
+    """This rank's state is not laid out as it was any more, and that was noticed too late for this snapshot."""
+
+
 class SnapshotWriter(Protocol):
     """Writes snapshots, all ranks together.
 
-    ``write`` is called by every rank at the same step. It reports the outcome through ``finished``: at once, or with
+    ``write`` is called by every rank at the same step. What the ranks have to agree on before it may be small, and be agreed
+    on together with other things: ``ask`` says what this rank wants, and ``write`` is told the maximum over all ranks. It reports the outcome through ``finished``: at once, or with
     ``behind`` perhaps later (an engine that copies behind the next step), but always on the thread of the training and
     before the next ``write`` returns. An outcome is alike on all ranks, StorageError everywhere if any rank failed, but for
     TornError, which a rank has for itself. None: not now, ask again after another step (never without ``behind``).
     """
+
+    def ask(self, gather: Gather, *, behind: bool = False) -> int:
+        """What to agree on before the next ``write``. Not collective, and raises nothing.
+
+        What ``gather`` returns may leave looks for later (``Items.later``).
+        """
+        ...
 
     def write(
         self,
@@ -80,8 +98,12 @@ class SnapshotWriter(Protocol):
         finished: Finished,
         *,
         behind: bool = False,
+        agreed: int = ASK,
     ) -> None:
-        """Write what ``gather`` returns into ``directory``, instead of its former contents."""
+        """Write what ``gather`` returns into ``directory``, instead of its former contents.
+
+        ``agreed`` is the maximum of what the ranks said to ``ask`` just before; without it, they agree here.
+        """
         ...
 
     @property
@@ -112,6 +134,10 @@ class DcpWriter:
 
     is_busy = False
 
+    def ask(self, gather: Gather, *, behind: bool = False) -> int:
+        """DCP does it."""
+        return ASK
+
     def write(
         self,
         directory: Path,
@@ -119,12 +145,13 @@ class DcpWriter:
         finished: Finished,
         *,
         behind: bool = False,
+        agreed: int = ASK,
     ) -> None:
         """As the protocol says; the outcome is there when it returns."""
         started = time.monotonic()
         planner = PlannerOfItems(gather, directory, cleans=self._cleans)
         storage = Storage(directory)
-        error = save_with_dcp(self._world, storage, planner)
+        error = save_with_dcp(storage, planner, self._world.group)
         if error is not None:
             with contextlib.suppress(OSError):
                 for name in _files_of(directory, self._world.rank):
@@ -148,23 +175,25 @@ class DcpWriter:
 
 
 def save_with_dcp(
-    world: World, storage: FileSystemWriter, planner: DefaultSavePlanner
+    storage: FileSystemWriter, planner: DefaultSavePlanner, group: dist.ProcessGroup | None
 ) -> StorageError | None:
-    """Plan and write, all ranks together; the error, alike on all, if any of them failed."""
+    """Plan and write, all ranks of ``group`` together; the error, alike on all, if any of them failed."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
-            dcp_save(
-                {},
-                storage_writer=storage,
-                planner=planner,
-                process_group=world.group,
-                no_dist=world.group is None,
-            )
+        with _no_warnings():
+            dcp_save({}, storage_writer=storage, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         return failure_of({rank: cause for rank, (cause, _) in error.failures.items()})
     return None
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Of DCP's. (What a thread would put back might be what another has set meanwhile: there, they are left in place.)"""
+    keeping = threading.current_thread() is threading.main_thread()
+    with warnings.catch_warnings() if keeping else contextlib.nullcontext():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
+        yield
 
 
 def failure_of(causes: Mapping[int, BaseException]) -> StorageError:
@@ -200,7 +229,7 @@ class PlannerOfItems(DefaultSavePlanner):
         is_coordinator: bool = False,
     ) -> None:
         """Gather; then clear."""
-        items = self._gather().whole()
+        items = settled(self._gather).whole()
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._cleans:
             self.clear()

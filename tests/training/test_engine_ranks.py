@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.training.harness import RankError, collect, launch, start
-from tests.training.programs.engine import tear
+from tests.training.programs.engine import drafted, tear
 from tests.training.programs.trainings import Plan, train
 from tests.training.station import Station
 
@@ -46,6 +46,21 @@ def test_every_snapshot_resumes_to_the_same_bits(plan: Plan, world: int, tmp_pat
         results = launch(train, world, plan, environ=again.environ)
         assert {result["start"] for result in results} == {step}
         assert digests(results) == expected, f"resumed at {step}"
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_layouts_drafted_behind_the_training(kind: str, tmp_path: Path) -> None:
+    plan = replace(WIDE, kind=kind, steps=40)
+    expected = digests(launch(train, 2, replace(plan, session=False)))
+    station = Station(tmp_path / "r", 2, every=(1,), keep=tmp_path / "kept")
+    assert digests(launch(drafted, 2, plan, environ=station.environ)) == expected
+    kept = sorted(int(path.name) for path in (tmp_path / "kept").iterdir())
+    assert kept[-1] == plan.steps
+    assert 1 not in kept, "put off until it was planned"
+    assert not station.of_kind("save_failed")
+    resume = tmp_path / "kept" / str(kept[0]), kept[0]
+    again = Station(tmp_path / "s", 2, every=(1,), resume=resume)
+    assert digests(launch(drafted, 2, plan, environ=again.environ)) == expected
 
 
 def test_killed_while_copying(tmp_path: Path) -> None:

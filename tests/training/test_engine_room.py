@@ -15,6 +15,7 @@ import torch
 
 from supervisor.edge import memory
 from supervisor.errors import StorageError
+from supervisor.training.arena import Arena
 from tests.training.test_engine import Engine, engine
 
 __all__ = ["engine"]
@@ -48,3 +49,16 @@ def test_memory_that_is_not_there_is_not_asked_for(
     engine.write(shared_memory / "0", values)
     monkeypatch.setattr(memory, "available", lambda: 0)
     engine.write(shared_memory / "0", values)  # it has its pages
+
+
+def test_what_other_ranks_have_already_is_not_asked_for_again(
+    shared_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 2_000_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name in ("__1_1.distcp", ".metadata"):  # another kind of file
+        (shared_memory / name).write_bytes(bytes(1 << 20))
+    with pytest.raises(OSError, match="for each of 2 ranks are needed"):
+        Arena(shared_memory / "__0_0.distcp", 1 << 20)
+    (shared_memory / "__1_0.distcp").write_bytes(bytes(1 << 20))
+    assert Arena(shared_memory / "__0_0.distcp", 1 << 20).is_in_place

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from supervisor.edge.control import Word
-from supervisor.training import Session
+from supervisor.training import Session, engine
+from tests.training.programs.trainings import Plan, train
 
 
 def tear(steps: int, earliest: int) -> int:
@@ -34,3 +35,9 @@ def tear(steps: int, earliest: int) -> int:
                     time.sleep(0.001)
             dist.barrier()
     return torn
+
+
+def drafted(plan: Plan) -> dict[str, object]:
+    """Train, with every layout drafted by a thread, as that of a large state is."""
+    engine._LARGE = 0  # type: ignore[misc]
+    return train(plan)
