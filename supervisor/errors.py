@@ -53,3 +53,13 @@ class ProtocolError(EverstepError):
     """Worker and supervisor disagree: a bug of ours."""
 
     exit_code = 70
+
+
+class StoreError(EverstepError):
+    """The store through which the nodes agree does not answer, or refuses us; the training's own state is untouched."""
+
+    exit_code = 75
+
+
+class LeaseLostError(StoreError):
+    """The lease that something was to be put under has run out."""

@@ -1,0 +1,1 @@
+"""What the supervisors of several nodes know in common: a small table with leases. ``protocol`` says what it promises."""

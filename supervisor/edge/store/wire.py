@@ -1,0 +1,139 @@
+"""The connection of ``tcp://``: both ends prove that they know the job's secret, then every frame proves it again.
+
+    server → client   MAGIC, a nonce S
+    client → server   a nonce C, HMAC(secret, "client" S C)
+    server → client   HMAC(secret, "server" S C)
+
+The secret itself is never sent. From it and both nonces each direction gets a key of its own, and every frame bears an HMAC over
+its number and its content. So nothing that was overheard can be said again, in this connection or another, nothing can be changed,
+left out or put in another order, and nothing that one end says can be thrown back at it. What is said is not hidden from who can
+listen on the network: it is no secret (addresses, steps, reasons).
+
+Who does not know the secret gets 40 bytes and a few seconds: nothing of what it sends is parsed, and a length is looked at only
+after the proof.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+import struct
+from typing import Any, Final
+
+MAGIC: Final = b"EVSTORE1"
+NONCE: Final = 32
+PROOF: Final = 32
+HANDSHAKE: Final = 5.0  # seconds
+LIMIT: Final = 64 << 20  # bytes of one frame
+
+Message = dict[str, Any]
+
+
+class WireError(Exception):
+    """The other end is not who it should be, or the connection is broken."""
+
+
+class Wire:
+    """An open connection. Not safe for two senders or two receivers at once, but ``send`` never waits."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        outgoing: bytes,
+        incoming: bytes,
+    ) -> None:
+        self._reader, self._writer = reader, writer
+        self._outgoing, self._incoming = outgoing, incoming
+        self._sent = self._received = 0
+
+    def send(self, message: Message) -> None:
+        """Hand over one message. Raises WireError when the other end does not take what it was sent."""
+        content = json.dumps(message, separators=(",", ":")).encode()
+        if len(content) > LIMIT:
+            raise WireError(f"a message of {len(content)} bytes")
+        if self._writer.is_closing() or self._writer.transport.get_write_buffer_size() > LIMIT:
+            self._writer.transport.abort()
+            raise WireError("the other end does not listen")
+        proof = _proof(self._outgoing, self._sent, content)
+        self._sent += 1
+        self._writer.write(struct.pack(">I", len(content)) + content + proof)
+
+    async def receive(self) -> Message:
+        """The next message. Raises WireError."""
+        try:
+            (length,) = struct.unpack(">I", await self._reader.readexactly(4))
+            if length > LIMIT:
+                raise WireError(f"a frame of {length} bytes")
+            content = await self._reader.readexactly(length)
+            proof = await self._reader.readexactly(PROOF)
+        except (EOFError, OSError) as error:
+            raise WireError(f"the connection broke ({error})") from None
+        if not hmac.compare_digest(proof, _proof(self._incoming, self._received, content)):
+            raise WireError("a frame that does not authenticate")
+        self._received += 1
+        message = json.loads(content)
+        if not isinstance(message, dict):
+            raise WireError("no message")
+        return message
+
+    def close(self) -> None:
+        """Close it."""
+        self._writer.close()
+
+    @property
+    def local_address(self) -> str:
+        """This end's address."""
+        return str(self._writer.get_extra_info("sockname")[0])
+
+
+async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> Wire:
+    """The server's side. Raises WireError for who does not know the secret."""
+    server = os.urandom(NONCE)
+    writer.write(MAGIC + server)
+    try:
+        answer = await reader.readexactly(NONCE + PROOF)
+    except (EOFError, OSError) as error:
+        raise WireError(f"no proof ({error})") from None
+    client, proof = answer[:NONCE], answer[NONCE:]
+    if not hmac.compare_digest(proof, _mac(secret, b"client", server, client)):
+        raise WireError("the proof is wrong")
+    writer.write(_mac(secret, b"server", server, client))
+    return Wire(reader, writer, *_keys(secret, server, client))
+
+
+async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> Wire:
+    """The client's side. Raises WireError for a server that does not know the secret, or does not take ours."""
+    try:
+        hello = await reader.readexactly(len(MAGIC) + NONCE)
+        if not hello.startswith(MAGIC):
+            raise WireError("what answers there is no store of everstep")
+        server, client = hello[len(MAGIC) :], os.urandom(NONCE)
+        writer.write(client + _mac(secret, b"client", server, client))
+        proof = await reader.readexactly(PROOF)
+    except asyncio.IncompleteReadError:
+        raise WireError(
+            "it has closed the connection: another job's store, or another EVERSTEP_KEY"
+        ) from None
+    except OSError as error:
+        raise WireError(f"the connection broke ({error})") from None
+    if not hmac.compare_digest(proof, _mac(secret, b"server", server, client)):
+        raise WireError("it does not know the job's secret: another job's store, or another EVERSTEP_KEY")
+    theirs, ours = _keys(secret, server, client)
+    return Wire(reader, writer, ours, theirs)
+
+
+def _keys(secret: bytes, server: bytes, client: bytes) -> tuple[bytes, bytes]:
+    """Of what the server says, and of what the client says."""
+    return _mac(secret, b"from server", server, client), _mac(secret, b"from client", server, client)
+
+
+def _mac(secret: bytes, label: bytes, server: bytes, client: bytes) -> bytes:
+    return hmac.digest(secret, struct.pack(">I", len(label)) + label + server + client, hashlib.sha256)
+
+
+def _proof(key: bytes, number: int, content: bytes) -> bytes:
+    return hmac.digest(key, struct.pack(">Q", number) + content, "sha256")
