@@ -1,0 +1,228 @@
+"""The vocabulary of a job on several nodes: what each node reports, and what the leader orders.
+
+Both are whole states, not events: a node writes its report anew when something has changed, the leader its order. Whoever missed
+some of them, or sees them late, knows after the next one what it would have known anyway. Only two things need care, and
+``decide/agreement.py`` is about both. Standard library only, nothing mutable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from supervisor.model import Failure, ProposalFlag, ProposalState, StopCause, Tier
+
+NODES = "node/"  # the directory of reports, by the node's name
+JOB = "job/"
+ORDER = "job/order"
+LEADER = "job/leader"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A save that the leader proposes to all ranks of an attempt. Serials grow for ever; 0: none was made yet."""
+
+    serial: int = 0
+    attempt: int = -1
+    step: int = 0
+    flags: int = 0  # ProposalFlag
+    state: ProposalState = ProposalState.NONE
+
+    @property
+    def purpose(self) -> ProposalFlag:
+        """What it is for."""
+        return ProposalFlag(self.flags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a node says to a proposal."""
+
+    serial: int = 0
+    confirmed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A snapshot's part in a node's RAM: the files of its ranks, whole."""
+
+    attempt: int
+    step: int
+    slot: int
+    node_rank: int
+    nodes: int
+    world_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """How the newest save of an attempt went on one node, for all its ranks. ``reason`` None: it is whole there."""
+
+    attempt: int
+    step: int
+    slot: int
+    seconds: float = 0.0
+    bytes: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The end of an attempt on one node; no process of it is left there."""
+
+    step: int | None = None
+    finished: bool = False  # every rank there exited with code 0 by itself
+    completed: bool = False  # … after the last step of a Session
+    failure: Failure | None = None
+    noticed: float | None = None  # Unix seconds
+    unloadable: bool = False  # a rank could not load what it was told to resume from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How an attempt goes on one node."""
+
+    attempt: int
+    world_size: int | None = None  # None until every rank there has greeted
+    in_session: bool = False  # every rank there can take part in an agreed save
+    has_session: bool = False
+    first: int = 0  # completed steps of the rank that is behind
+    last: int = 0  # … and of the furthest
+    total_steps: int | None = None
+    first_step_time: float | None = None  # Unix seconds at which the last rank there made its first step
+    restore_seconds: float = 0.0
+    request: int | None = None  # a rank asks for a checkpoint of this step
+    saved: Saved | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    quiet: bool = False  # all ranks there stand still for longer than they should
+    ended: Ended | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """Word that the job must stop, as it reached a node."""
+
+    cause: StopCause
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A node's part of a checkpoint: durable, or (``reason``) why not."""
+
+    serial: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a node tells. ``life`` differs for each supervisor that ever ran there."""
+
+    name: str
+    life: str
+    host: str
+    pid: int
+    address: str  # where other nodes reach it
+    port: int  # reserved for the next rendezvous that it hosts
+    rank: int | None = None  # what its user asked for
+    seen: int = 0  # serial of the newest order that it has acted on
+    course: Course | None = None  # of the newest attempt that it was part of
+    ready: int = 0  # serial of the standby whose ranks all stand at the gate; 0: none
+    answer: Answer = field(default_factory=Answer)
+    prepared: int = 0  # serial of the newest slot made ready to be written
+    held: tuple[Held, ...] = ()
+    part: Part | None = None
+    notice: Notice | None = None
+    leaving: bool = False  # it has carried out the last order, or was told to leave at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One node of an attempt."""
+
+    name: str
+    life: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """An attempt to launch: its nodes in the order of their ranks, and where they meet. ``standby`` > 0: made ahead."""
+
+    attempt: int
+    members: tuple[Member, ...]
+    address: str
+    port: int
+    standby: int = 0
+
+    def rank_of(self, name: str, life: str) -> int | None:
+        """The node's rank, None where it has no part."""
+        for rank, member in enumerate(self.members):
+            if (member.name, member.life) == (name, life):
+                return rank
+        return None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The nodes' names, by rank."""
+        return tuple(member.name for member in self.members)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the ranks of an attempt resume: ``source`` is the snapshot in RAM, ``path`` a checkpoint; neither: from scratch."""
+
+    attempt: int
+    step: int = 0
+    tier: Tier | None = None
+    path: str | None = None
+    source: int = -1  # the attempt that wrote the snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotOrder:
+    """The slot that is written next: to be made ready by every node; ``offered`` once all have."""
+
+    serial: int
+    index: int
+    offered: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrainOrder:
+    """A snapshot that every node of its attempt makes durable, each its own files."""
+
+    serial: int
+    attempt: int
+    step: int
+    slot: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """The end of the run."""
+
+    exit_code: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the leader wants of every node. ``serial`` grows with each; an older one is ignored."""
+
+    serial: int
+    leader: str
+    epoch: int
+    run_id: str
+    job: str  # the job directory, by its inode: all nodes must see the same
+    save_every: tuple[int, ...] = ()  # numbers of steps whose multiples are save points
+    run: Assignment | None = None
+    standby: Assignment | None = None
+    origin: Origin | None = None
+    over: int = -1  # attempts up to this one are to be ended
+    hung: int = -1  # … and this one, because all of its ranks stand still
+    proposal: Proposal = field(default_factory=Proposal)
+    slot: SlotOrder | None = None
+    drain: DrainOrder | None = None
+    stop: Notice | None = None
+    final: Final | None = None
