@@ -176,6 +176,7 @@ def _reading(seat: Seat, *, known: bool, some_left: bool) -> Reading:
         movement=page[Word.MOVED_NS],
         beat=page[Word.BEAT_NS],
         known=known,
+        longest_save=page[Word.SAVE_NS] / 1e9,
     )
 
 

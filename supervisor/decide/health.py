@@ -85,6 +85,9 @@ class Reading:
     movement: int  # changes while the main thread moves
     beat: int  # changes while the interpreter runs; 0: there is no background thread
     known: bool  # it is known to make steps
+    longest_save: float = (
+        0.0  # seconds, as the rank itself has measured; most are too short to be seen by looking
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +134,12 @@ def start_again(health: Health) -> Health:
 
 def _follow(before: Trace | None, reading: Reading, clock: float) -> Trace:
     if before is None:
-        return Trace(reading=reading, entered=clock, progressed=clock, moved=clock, beaten=clock)
+        return Trace(
+            reading=reading, entered=clock, progressed=clock, moved=clock, beaten=clock,
+            longest_save=reading.longest_save,
+        )  # fmt: skip
     old = before.reading
-    entered, step, save = before.entered, before.longest_step, before.longest_save
+    entered, step, save = before.entered, before.longest_step, max(before.longest_save, reading.longest_save)
     if (reading.stage, reading.step) != (old.stage, old.step):
         steps = reading.step - old.step
         if steps > 0 and old.stage is reading.stage is Stage.STEP:

@@ -51,6 +51,7 @@ class Word(enum.IntEnum):
     SESSION = 8  # SessionFlag
     SAVED_NS = 10  # CLOCK_MONOTONIC when that was; written before SAVED_STEP
     FIRST_STEP_NS = 9  # CLOCK_MONOTONIC when the attempt's first step was completed; 0: not yet
+    SAVE_NS = 23  # how long its longest save point took, once it has completed a snapshot; 0: it has not
     # by the worker's background thread (launch/vital.py)
     BEAT_NS = 16  # CLOCK_MONOTONIC of its last beat; 0: there is none
     MOVED_NS = 17  # CLOCK_MONOTONIC when it last saw the main thread move

@@ -123,7 +123,9 @@ class Saver:
         self._writer.close()
 
     def _in_phase(self, completed: int, flags: ProposalFlag, *, is_last: bool, forced: bool) -> bool:
-        before = set_phase(self._keeper.words, Phase.SAVE)
+        words = self._keeper.words
+        before = set_phase(words, Phase.SAVE)
+        began = words[Word.HEARTBEAT_NS]
         try:
             stop = self._save_point(completed, flags, forced=forced)
             for _ in range(LAST_TRIES if is_last else 0):  # no later save point will make up for this one
@@ -131,7 +133,9 @@ class Saver:
                     stop = self._save_point(completed, flags, forced=forced)
             return stop
         finally:
-            set_phase(self._keeper.words, before)
+            set_phase(words, before)
+            if words[Word.SAVED_STEP]:  # those before the first snapshot may only have put it off
+                words[Word.SAVE_NS] = max(words[Word.SAVE_NS], words[Word.HEARTBEAT_NS] - began)
 
     def _save_point(self, completed: int, flags: ProposalFlag, *, forced: bool) -> bool:
         self._writer.flush()  # before rank 0 looks for a free slot

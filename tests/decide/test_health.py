@@ -52,6 +52,22 @@ def found(health: Health, limits: Limits = LIMITS) -> Hang | None:
 # --------------------------------------------------------------------------- what is a hang
 
 
+def test_a_rank_that_waits_in_a_save_point_has_a_limit_though_no_save_was_ever_seen() -> None:
+    """Saves of milliseconds fall between two looks; the others wait there for one that was stopped in its step."""
+    health = watch(1, reading(0, longest_save=0.002), reading(1, longest_save=0.002))
+    health = watch(
+        9, reading(0, stage=Stage.SAVE, longest_save=0.002), reading(1, longest_save=0.002), health=health
+    )
+    assert found(health) is None
+    health = watch(
+        2, reading(0, stage=Stage.SAVE, longest_save=0.002), reading(1, longest_save=0.002), health=health
+    )
+    assert found(health) is not None
+    slow = watch(20, reading(stage=Stage.SAVE, longest_save=3.0))
+    assert found(slow) is None
+    assert found(watch(11, reading(stage=Stage.SAVE, longest_save=3.0), health=slow)) is not None
+
+
 @pytest.mark.parametrize(
     ("stage", "limit"),
     [

@@ -35,7 +35,7 @@ def environment(faults: Sequence[dict[str, object]] = ()) -> dict[str, str]:
     mine = {
         k: v
         for k, v in os.environ.items()
-        if not k.startswith(("EVERSTEP_", "TORCHELASTIC", "RANK", "WORLD_SIZE"))
+        if not k.startswith(("EVERSTEP_", "TORCHELASTIC", "RANK", "WORLD_SIZE", "KERAS_BACKEND"))
     }
     return {**mine, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAULTS": json.dumps(list(faults))}
 

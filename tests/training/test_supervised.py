@@ -33,6 +33,7 @@ def test_periodic_snapshots_go_round_the_slots(tmp_path: Path) -> None:
         assert page[Word.STEP] == 7
         assert page[Word.TOTAL_STEPS] == 7
         assert page[Word.SAVED_STEP] == 8
+        assert 0 < page[Word.SAVE_NS] < 60e9
         assert page[Word.PHASE] == Phase.CLOSED
         assert page[Word.SESSION] == SessionFlag.OPEN | SessionFlag.CLOSED
         assert page[Word.FIRST_STEP_NS] > 0
