@@ -18,9 +18,9 @@ def test_it_notes_until_the_environment_is_changed(monkeypatch: pytest.MonkeyPat
     recorder.find_spec("json", None)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_me")  # torch's own doing
     recorder.find_spec("wave", None)
-    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    monkeypatch.setenv("SOME_LIBRARYS_BACKEND", "torch")
     recorder.find_spec("csv", None)
-    monkeypatch.delenv("KERAS_BACKEND")
+    monkeypatch.delenv("SOME_LIBRARYS_BACKEND")
     recorder.find_spec("cmd", None)
     assert recorder.names == ["known", "json", "wave"]
 
