@@ -126,23 +126,28 @@ def test_a_slow_link_is_slow_both_ways(lab: Lab) -> None:
     """100 kB at 2 Mbit/s, of which 32 kB may go at once, take a quarter of a second at least."""
     one, other = lab.hosts[:2]
     lab.rate(one, 2)
-    program = """
-import socket, sys, threading, time
-def send(): socket.create_connection((sys.argv[1], 7001)).sendall(bytes(100_000))
-def count():
-    connection = server.accept()[0]
-    began = time.monotonic()
-    while connection.recv(65536): pass
-    print(time.monotonic() - began)
-if sys.argv[1] == "-": server = socket.create_server(("", 7001)); print("ready", flush=True); count()
-else: send()
+    receive = """
+import socket
+server = socket.create_server(("", 7001))
+print("ready", flush=True)
+connection = server.accept()[0]
+while connection.recv(65536): pass
+"""
+    send = """
+import socket, sys, time
+connection = socket.create_connection((sys.argv[1], 7001))
+began = time.monotonic()
+connection.sendall(bytes(100_000))
+connection.shutdown(socket.SHUT_WR)
+connection.recv(1)
+print(time.monotonic() - began)
 """
     for sender, receiver in ((one, other), (other, one)):
-        counting = python(receiver, program, "-")
-        assert counting.stdout is not None
-        counting.stdout.readline()
-        sender.run(sys.executable, "-S", "-c", program, receiver.name)
-        assert float(counting.communicate(timeout=60)[0]) > 0.2
+        receiving = python(receiver, receive)
+        assert receiving.stdout is not None
+        assert receiving.stdout.readline() == b"ready\n"
+        assert float(sender.run(sys.executable, "-S", "-c", send, receiver.name)) > 0.2
+        assert receiving.wait(60) == 0
     lab.rate(one, None)
     assert "tbf" not in one.run("tc", "qdisc", "show", "dev", INTERFACE)
 

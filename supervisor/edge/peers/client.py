@@ -23,10 +23,8 @@ from supervisor.errors import PeerError, SnapshotGoneError
 async def listing(peer: Peer, attempt: int, step: int, *, patience: float = ANSWER) -> Listing:
     """What the node holds of a step. Raises SnapshotGoneError, PeerError."""
     what = f"step {step} of attempt {attempt}"
-    async with _asking(peer, {"op": "listing", "attempt": attempt, "step": step}, patience, what) as (
-        _,
-        answer,
-    ):
+    request = {"op": "listing", "attempt": attempt, "step": step}
+    async with _asking(peer, request, patience, what) as (_, answer):
         files = {str(name): int(size) for name, size in answer["files"].items()}
         if odd := [name for name, size in files.items() if not leads_inside(name) or size < 0]:
             raise PeerError(f"{peer}: {what}: {odd[0]!r} is no file name that can be used")
