@@ -63,3 +63,9 @@ class StoreError(EverstepError):
 
 class LeaseLostError(StoreError):
     """The lease that something was to be put under has run out."""
+
+
+class LeadershipLostError(EverstepError):
+    """Another node leads the job now: this one decides nothing any more."""
+
+    exit_code = 75

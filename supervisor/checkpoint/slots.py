@@ -23,7 +23,7 @@ from supervisor.checkpoint.manifest import (
 )
 from supervisor.errors import CheckpointError
 
-VERSION: Final = 1
+VERSION: Final = 2
 _FORMAT: Final = "everstep-slot"
 
 
@@ -38,6 +38,8 @@ class SlotRecord:
     run_id: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
+    nodes: int = 1  # … on several nodes each has its own part
+    node_rank: int = 0
 
     @property
     def bytes(self) -> int:
