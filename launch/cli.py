@@ -232,6 +232,26 @@ def _run_parser(commands: Any) -> _Parser:
         metavar="auto|off",
         help="in a SLURM job: requeue it when its state is saved for a stop (default: auto)",
     )
+    nodes = parser.add_argument_group("several nodes (everstep run is started on each of them)")
+    nodes.add_argument(
+        "--nnodes", metavar="N|MIN:MAX", help="how many (default: torchrun's or SLURM's, else 1)"
+    )
+    nodes.add_argument(
+        "--node-rank", metavar="N", help="which of them this is (default: torchrun's or SLURM's)"
+    )
+    nodes.add_argument("--node-name", metavar="NAME", help="what this one is called (default: the hostname)")
+    nodes.add_argument(
+        "--store",
+        metavar="URL",
+        help="where they meet: tcp://HOST:PORT, served by the node of that name, or etcd://HOST:PORT, which lets the job "
+        "outlive any node (default: torchrun's --rdzv-endpoint or --master-addr; under SLURM the first node)",
+    )
+    nodes.add_argument(
+        "--lease", metavar="TIME", help="silence after which a node is taken for lost (default: 5s)"
+    )
+    nodes.add_argument(
+        "--node-timeout", metavar="TIME", help="time to wait for nodes when there are too few (default: 600s)"
+    )
     telling.add_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -247,7 +267,10 @@ def _run_parser(commands: Any) -> _Parser:
 
 
 def _run(given: Mapping[str, Any]) -> int:
+    from launch import nodes
+
     options, program = _understood(given)
+    options = nodes.complete(options, program, os.environ)
     return run_job(_with_directory(options, program), program)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from launch import torchrun
 from launch.torchrun import Form, Torchrun
 from supervisor.errors import UsageError
+from supervisor.program import Rendezvous
 
 AGENT = str(Path(__file__).with_name("agent.py").absolute())
 WORKER = str(Path(__file__).with_name("worker").absolute())
@@ -83,10 +84,10 @@ class Program:
             "EVERSTEP_VIRTUAL_LOCAL_RANK": "1" if launcher and launcher.virtual_local_rank else "0",
         }
 
-    def attempt_argv(self, port: int) -> list[str]:
+    def attempt_argv(self, meeting: Rendezvous) -> list[str]:
         """The command line of one attempt, to be started by this very process (the agent checks its parent).
 
-        ``port`` is where a fresh static rendezvous will listen on 127.0.0.1.
+        Its rendezvous is static: on the first node, a fresh store will listen at the port.
         """
         worker = [WORKER, self.form.value, self.target, *self.arguments]
         if self.form is Form.RUN_PATH:  # the first entry of sys.path stays torchrun's
@@ -102,11 +103,11 @@ class Program:
             AGENT,
             str(os.getpid()),
             self.launcher_path or "",
-            "--nnodes=1",
-            "--node-rank=0",
+            f"--nnodes={meeting.nodes}",
+            f"--node-rank={meeting.node_rank}",
             "--rdzv-backend=static",
-            "--master-addr=127.0.0.1",
-            f"--master-port={port}",
+            f"--master-addr={meeting.address}",
+            f"--master-port={meeting.port}",
             "--max-restarts=0",
             *self.launcher.options,
             *worker,

@@ -42,7 +42,17 @@ class Torchrun:
     options: tuple[str, ...]  # handed on, in torchrun's spelling
     redirects: bool  # torchrun itself writes the workers' output to files
     virtual_local_rank: bool  # every worker is told LOCAL_RANK=0
+    nodes: Nodes
     notices: tuple[str, ...]  # what everstep took over, each one line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """What the line says of nodes, as text."""
+
+    count: str | None = None
+    rank: str | None = None
+    endpoint: str | None = None  # host:port
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ _KEPT = (
     _Option("shutdown-timeout"),
     _Option("virtual-local-rank", takes=False),
 )
+DEFAULT_PORT = 29400  # torchrun's for a rendezvous
 _OUTPUT = ("redirects", "tee", "logs-specs")
 
 
@@ -137,7 +148,6 @@ def parse(words: Sequence[str], environ: Mapping[str, str]) -> Torchrun:
         raise UsageError(
             f"torchrun: unknown option {odd[0]}; one of a newer torchrun is handed on when written --name=value"
         )
-    _check_nodes(given, environ)
     arguments: list[str] = known.training_script_args
     return Torchrun(
         form=_form(given, environ),
@@ -146,6 +156,7 @@ def parse(words: Sequence[str], environ: Mapping[str, str]) -> Torchrun:
         options=tuple(_rendered(given)) + tuple(unknown),
         redirects=any(_effective(_by_name(name), given, environ) not in (None, "", "0") for name in _OUTPUT),
         virtual_local_rank=_effective(_by_name("virtual-local-rank"), given, environ) is not None,
+        nodes=_nodes(given, environ),
         notices=tuple(_notices(given, environ)),
     )
 
@@ -176,10 +187,16 @@ def _form(given: Mapping[str, object], environ: Mapping[str, str]) -> Form:
     return Form.COMMAND if no_python else Form.MODULE if module else Form.SCRIPT
 
 
-def _check_nodes(given: Mapping[str, object], environ: Mapping[str, str]) -> None:
-    nodes = _effective(_by_name("nnodes"), given, environ)
-    if nodes is not None and not re.fullmatch(r"\s*1\s*(:\s*1\s*)?", nodes):
-        raise UsageError(f"torchrun: --nnodes {nodes}: only 1 node is supported so far")
+def _nodes(given: Mapping[str, object], environ: Mapping[str, str]) -> Nodes:
+    def said(name: str) -> str | None:
+        return _effective(_by_name(name), given, environ) or None
+
+    endpoint = said("rdzv-endpoint")
+    if endpoint is None and (address := said("master-addr")) is not None:
+        endpoint = f"{address}:{said('master-port') or DEFAULT_PORT}"
+    elif endpoint is not None and not re.search(r":\d+$", endpoint):
+        endpoint = f"{endpoint}:{DEFAULT_PORT}"
+    return Nodes(count=said("nnodes"), rank=said("node-rank"), endpoint=endpoint)
 
 
 def _rendered(given: Mapping[str, object]) -> list[str]:

@@ -15,7 +15,7 @@ import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from supervisor import ends
 from supervisor.decide import symptoms
@@ -25,6 +25,7 @@ from supervisor.edge.link import ATTEMPT, control_folder, page_path, stacks_path
 from supervisor.errors import StorageError
 from supervisor.model import AttemptEvidence, Hang, Raised, Trouble
 from supervisor.seat import Seat
+from supervisor.snapshots import Ranks
 
 ECHO_GRACE = 0.3  # seconds for the root cause of what may be a consequence
 RAISED_GRACE = 10.0  # seconds for a worker that raised to run its exit handlers
@@ -34,24 +35,58 @@ REAP_PERIOD = 0.002
 REAP_DEADLINE = 60.0
 
 
+class Others(Protocol):
+    """The part of an attempt that runs on other nodes, as far as they have told."""
+
+    @property
+    def in_session(self) -> bool:
+        """Whether every rank there can take part in an agreed save."""
+        ...
+
+    @property
+    def steps(self) -> list[int]:
+        """Completed steps, of the slowest and of the fastest rank of each node."""
+        ...
+
+    @property
+    def first_step_times(self) -> list[float | None]:
+        """When the last rank of each node completed its first step, in Unix seconds; None: not yet."""
+        ...
+
+
 class Attempt:
     """Launched by ``launch``; ``ended`` is set when it has finished or failed; ``teardown`` leaves nothing of it.
 
     ``standby`` tells apart the launches of one number made ahead (``supervisor/standby.py``); 0: launched to begin at once.
     """
 
-    def __init__(self, number: int, folder: Path, runtime: Path, run_id: str, standby: int = 0) -> None:
+    def __init__(
+        self,
+        number: int,
+        folder: Path,
+        runtime: Path,
+        run_id: str,
+        standby: int = 0,
+        nodes: int = 1,
+        node_rank: int = 0,
+    ) -> None:
         self.number = number
         self.standby = standby
+        self.nodes, self.node_rank = nodes, node_rank
         self.folder = folder
         self.logs = folder / "logs"
+        #: torchrun's own output
+        self.launcher_log = self.logs / (f"torchrun-{node_rank}.log" if node_rank else "torchrun.log")
         self.runtime = runtime
         self.world_size: int | None = None
+        self.local_size: int | None = None  # ranks on this node
+        self.others: Others | None = None  # the rest of it, on other nodes
         self.seats: dict[int, Seat] = {}
         self.metrics: dict[str, float] = {}  # the newest logged values
         self.restore_seconds = 0.0  # of the rank that took longest
         self.ended = asyncio.Event()
         self.finished = False  # every rank left with code 0
+        self.called_off = False  # it was ended for what happened on another node
         self.stopping = False  # a stop was asked for: leaving early is what we want
         self._hang: Hang | None = None
         self._trouble: Trouble | None = None
@@ -71,7 +106,7 @@ class Attempt:
 
     def launch(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the launcher, for which ``prepare`` has made room. Raises OSError when it cannot be started."""
-        self._launcher = processes.spawn(argv, environment, self.logs / "torchrun.log")
+        self._launcher = processes.spawn(argv, environment, self.launcher_log)
         if self.standby:
             self._yields = processes.yield_cpu(self._launcher)
             processes.offer_to_oom_killer(self._launcher)
@@ -105,6 +140,7 @@ class Attempt:
         if rank in self.seats:
             raise ValueError(f"rank {rank} is taken by pid {self.seats[rank].pid}")
         self.world_size = int(message["world_size"])
+        self.local_size = int(message.get("local_world_size", self.world_size))
         page = ControlPage(page_path(self.runtime, self.number, local_rank))
         seat = Seat(rank, local_rank, pid, processes.open_pidfd(pid), page)
         self.seats[rank] = seat
@@ -125,12 +161,22 @@ class Attempt:
 
     @property
     def is_full(self) -> bool:
-        """Whether every rank has greeted."""
-        return self.world_size is not None and len(self.seats) == self.world_size
+        """Whether every rank on this node has greeted."""
+        return self.local_size is not None and len(self.seats) == self.local_size
+
+    @property
+    def ranks(self) -> Ranks:
+        """Who writes its snapshots."""
+        return Ranks(self.number, self.local_size or 0, self.world_size or 0, self.nodes, self.node_rank)
 
     @property
     def in_session(self) -> bool:
         """Whether every rank is inside a Session and knows its step, so that a save can be agreed."""
+        return self.is_in_session_here and (self.others is None or self.others.in_session)
+
+    @property
+    def is_in_session_here(self) -> bool:
+        """Whether every rank on this node is."""
         return self.is_full and all(
             seat.page[Word.SESSION] & (SessionFlag.OPEN | SessionFlag.CLOSED) == SessionFlag.OPEN
             and seat.page[Word.PHASE] != Phase.RESTORE  # its STEP is not yet the one that it resumes at
@@ -145,8 +191,9 @@ class Attempt:
 
     @property
     def steps(self) -> list[int]:
-        """Completed steps of each seated rank."""
-        return [seat.step for seat in self.seats.values()]
+        """Completed steps of each seated rank; of other nodes, those of the slowest and the fastest."""
+        own = [seat.step for seat in self.seats.values()]
+        return own if self.others is None or not own else own + self.others.steps
 
     @property
     def total_steps(self) -> int | None:
@@ -164,6 +211,12 @@ class Attempt:
         """It does not go on: end it for that."""
         if not self.ended.is_set():
             self._hang, self._stacks = hang, stacks
+            self.ended.set()
+
+    def call_off(self) -> None:
+        """It has ended on another node: end it here, which is nobody's failure."""
+        if not self.ended.is_set():
+            self.called_off = True
             self.ended.set()
 
     def goes_wrong(self, trouble: Trouble) -> None:
@@ -355,7 +408,7 @@ class Attempt:
 
     def evidence(self) -> AttemptEvidence:
         """All that is known after the teardown; only ends that were not our doing."""
-        reported = forensics.exit_codes_in(self.logs / "torchrun.log")
+        reported = forensics.exit_codes_in(self.launcher_log)
         oom_killed = forensics.oom_kills() > self._oom_before
         launcher = self._launcher_exit
         crashed = {
@@ -363,8 +416,8 @@ class Attempt:
         }
         return AttemptEvidence(
             attempt=self.number,
-            world_size=self.world_size,
-            step=max((s for s in self.steps if s), default=None),
+            world_size=self.local_size,
+            step=max((seat.step for seat in self.seats.values() if seat.step), default=None),
             ends=tuple(
                 ends.complete(seat, reported, oom_killed, self.logs)
                 for seat in ends.gone(self.seats.values())
@@ -373,7 +426,7 @@ class Attempt:
             launcher_signal=launcher.signal if launcher else None,
             launcher_monotonic=self._launcher_end,
             launcher_pid=self._launcher,
-            launcher_lines=forensics.last_lines(self.logs / "torchrun.log"),
+            launcher_lines=forensics.last_lines(self.launcher_log),
             has_session=self.has_session,
             hang=self._hang,
             trouble=self._trouble,

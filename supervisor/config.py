@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from supervisor import guard_options, telling_options, yaml_file
+from supervisor import guard_options, node_options, telling_options, yaml_file
 from supervisor.amounts import parse_rate, parse_size
 from supervisor.checkpoint import location
 from supervisor.checkpoint.location import TIMEOUT, Location
 from supervisor.decide.guard import GuardPolicy
+from supervisor.decide.membership import Size
 from supervisor.decide.retention import KeepBest, RetentionPolicy
 from supervisor.decide.telling import Hook, hooks
+from supervisor.edge.store.address import StoreAddress
 from supervisor.errors import ConfigError
 from supervisor.intervals import INTERVALS, Interval, Unit, parse_duration
 
@@ -94,6 +96,18 @@ class Options:
     ``init_process_group``."""
     standby_memory: int | None = None
     """Bytes of memory that are to stay free: when less is available the standby is dropped. None: 5 % of all."""
+    nnodes: Size | None = None
+    """How many nodes: as many as given, or between two numbers. None: what torchrun or the scheduler says, else one."""
+    node_rank: int | None = None
+    """This node's rank among them, if it matters. None: what torchrun or the scheduler says, else as they come."""
+    node_name: str | None = None
+    """What this node is called. None: its hostname."""
+    store: StoreAddress | None = None
+    """Where the nodes of a job meet: ``tcp://host:port`` (served by the node of that name) or ``etcd://host:port``."""
+    lease: float = 5.0
+    """Seconds without a word from a node until it is taken for lost."""
+    node_timeout: float = 600.0
+    """Seconds that a job waits for nodes when there are too few, before it leaves with exit code 75."""
     notices: str = "auto"
     """Whose notices are watched: ``auto`` (the cloud that this machine belongs to, if any), ``aws``, ``gcp``, ``azure``, or
     ``slurm`` and ``none``: no cloud's. Signals, and a scheduler's deadlines, are heeded in any case."""
@@ -315,6 +329,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     **dict.fromkeys(("guard_patience", "guard_times", "guard_back"), _whole),
     "standby": _one_of("on", "off", "init"),
     "standby_memory": parse_size,
+    **node_options.READERS,
     "notices": _one_of("auto", "aws", "gcp", "azure", "slurm", "none"),
     "requeue": _one_of("auto", "off"),
     "hook": hooks,

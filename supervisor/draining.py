@@ -60,6 +60,36 @@ class Source(Protocol):
         ...
 
 
+class Copier(Protocol):
+    """What makes a checkpoint of a snapshot: ``CheckpointStorage.drain``, or several nodes together."""
+
+    def __call__(
+        self,
+        storage: CheckpointStorage,
+        source: Path,
+        origin: Origin,
+        *,
+        fence: Callable[[], None],
+        bandwidth: float | None,
+        cancelled: Callable[[], bool],
+    ) -> Manifest:
+        """In a thread."""
+        ...
+
+
+def drained(
+    storage: CheckpointStorage,
+    source: Path,
+    origin: Origin,
+    *,
+    fence: Callable[[], None],
+    bandwidth: float | None,
+    cancelled: Callable[[], bool],
+) -> Manifest:
+    """By this node alone."""
+    return storage.drain(source, origin, fence=fence, bandwidth=bandwidth, cancelled=cancelled)
+
+
 class Draining:
     """The drain of one job on this node. Used from the loop's thread only.
 
@@ -80,7 +110,9 @@ class Draining:
         fact: Callable[[Fact], None],
         report: Callable[[str], None],
         is_bad: Callable[[int, int], bool] = lambda *_: False,
+        copy: Copier = drained,
     ) -> None:
+        self._copy = copy
         self._source, self._storage, self._refuge = source, storage, refuge
         self._stamp, self._policy, self._bandwidth = stamp, policy, bandwidth
         self._grace, self._fence, self._fact, self._report = grace, fence, fact, report
@@ -277,7 +309,9 @@ class Draining:
 
         def work() -> Manifest:
             self._set_aside(storage)
-            manifest = storage.drain(folder, origin, fence=self._fence, bandwidth=bandwidth, cancelled=is_off)
+            manifest = self._copy(
+                storage, folder, origin, fence=self._fence, bandwidth=bandwidth, cancelled=is_off
+            )
             if self._is_bad(record.attempt, record.step):  # since a moment ago
                 self._not_set_aside = [*self._not_set_aside, storage]
                 self._set_aside(storage)

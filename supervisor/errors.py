@@ -73,3 +73,9 @@ class PeerError(EverstepError):
 
 class SnapshotGoneError(PeerError):
     """The other node is well, and does not hold that snapshot, or not any more: a newer one has taken its place."""
+
+
+class LeadershipLostError(EverstepError):
+    """Another node leads the job now: this one decides nothing any more."""
+
+    exit_code = 75

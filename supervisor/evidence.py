@@ -14,7 +14,9 @@ from supervisor.edge import forensics
 from supervisor.model import AttemptEvidence, Failure
 
 
-def write(folder: Path, failure: Failure, evidence: AttemptEvidence) -> str | None:
+def write(
+    folder: Path, failure: Failure, evidence: AttemptEvidence, name: str = "failure.json"
+) -> str | None:
     """Write it into the attempt's folder; returns why that could not be done, if so."""
     stacks = {rank: shortened(text) for rank, text in evidence.stacks.items()}
     document = {
@@ -23,13 +25,13 @@ def write(folder: Path, failure: Failure, evidence: AttemptEvidence) -> str | No
         "host": forensics.host_now(),
         "flight_records": _flight_records(folder),
     }
-    file = folder / "failure.json"
+    file = folder / name
     try:
         for rank, text in evidence.stacks.items():
             file = folder / "stacks" / f"rank-{rank}.txt"
             file.parent.mkdir(exist_ok=True)
             file.write_text(text)
-        file = folder / "failure.json"
+        file = folder / name
         file.write_text(json.dumps(document, indent=1) + "\n")
     except OSError as error:
         return f"{file}: {error.strerror}"

@@ -119,7 +119,7 @@ class AttemptEvidence:
     """All that is known of an attempt that has ended: the input of ``decide/classify.py``."""
 
     attempt: int
-    world_size: int | None  # None when no worker ever registered
+    world_size: int | None  # ranks on this node; None when no worker ever registered
     step: int | None  # completed steps of the furthest rank; None when no step was completed
     ends: tuple[RankEnd, ...]  # only the ranks that ended by themselves, not those we killed
     launcher_exit_code: int | None = None  # of torchrun (or of the plain program); None: we killed it

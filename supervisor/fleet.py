@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from supervisor.model import Failure, ProposalFlag, ProposalState, StopCause, Tier
+from supervisor.model import Failure, ProposalFlag, ProposalState, Skip, StopCause, Tier
 
 NODES = "node/"  # the directory of reports, by the node's name
 JOB = "job/"
@@ -75,7 +75,7 @@ class Ended:
     completed: bool = False  # … after the last step of a Session
     failure: Failure | None = None
     noticed: float | None = None  # Unix seconds
-    unloadable: bool = False  # a rank could not load what it was told to resume from
+    unloadable: tuple[str, ...] = ()  # states that a rank could not load, though they are whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,6 @@ class Course:
     request: int | None = None  # a rank asks for a checkpoint of this step
     saved: Saved | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    quiet: bool = False  # all ranks there stand still for longer than they should
     ended: Ended | None = None
 
 
@@ -104,6 +103,8 @@ class Notice:
 
     cause: StopCause
     source: str
+    deadline: float | None = None  # Unix seconds
+    at_once: bool = False  # what can be saved in RAM is enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class Report:
     course: Course | None = None  # of the newest attempt that it was part of
     ready: int = 0  # serial of the standby whose ranks all stand at the gate; 0: none
     answer: Answer = field(default_factory=Answer)
-    prepared: int = 0  # serial of the newest slot made ready to be written
+    prepared: int = 0  # serial of the newest slot made ready to be written; negative: it cannot be
     held: tuple[Held, ...] = ()
     part: Part | None = None
     notice: Notice | None = None
@@ -175,7 +176,9 @@ class Origin:
     step: int = 0
     tier: Tier | None = None
     path: str | None = None
-    source: int = -1  # the attempt that wrote the snapshot
+    source: int = -1  # the attempt that wrote the state
+    slot: int = -1  # where the leader has the snapshot; so has every node before its ranks are told
+    skips: tuple[Skip, ...] = ()  # steps that are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +197,11 @@ class DrainOrder:
     serial: int
     attempt: int
     step: int
-    slot: int
     members: tuple[Member, ...]
+    bandwidth: float | None = None  # bytes a second, of each node
+    world_size: int = 0
+    created: float = 0.0  # Unix seconds
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +210,7 @@ class Final:
 
     exit_code: int
     reason: str
+    saved: bool = True  # nothing is in RAM that is not durable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +227,6 @@ class Order:
     standby: Assignment | None = None
     origin: Origin | None = None
     over: int = -1  # attempts up to this one are to be ended
-    hung: int = -1  # … and this one, because all of its ranks stand still
     proposal: Proposal = field(default_factory=Proposal)
     slot: SlotOrder | None = None
     drain: DrainOrder | None = None

@@ -16,7 +16,7 @@ from supervisor.edge.link import ATTEMPT, RUNTIME, STANDBY
 from supervisor.edge.ports import ReservedPort
 from supervisor.errors import UsageError
 from supervisor.model import RunStarted
-from supervisor.program import Program
+from supervisor.program import Program, Rendezvous
 from supervisor.settings import described
 
 #: what turns torch's flight recorder on: the number of records that it keeps
@@ -51,15 +51,21 @@ class Launcher:
     run_id: str
     runtime: Path
 
-    def launch(self, attempt: Attempt) -> ReservedPort:
-        """Start it; the port is to be released when the attempt is over. Raises UsageError when it cannot be started, StorageError when there is no room for its logs."""
+    def launch(self, attempt: Attempt, meeting: Rendezvous | None = None) -> ReservedPort | None:
+        """Start it, on this node alone, or as its part of an attempt that meets there.
+
+        Returns the port that is to be released when the attempt is over; None: it is not ours. Raises UsageError when it cannot be
+        started, StorageError when there is no room for its logs.
+        """
         attempt.prepare()
-        port = ReservedPort()
+        port = ReservedPort() if meeting is None else None
+        meeting = meeting or Rendezvous(port=port.number if port else 0)
         try:
-            argv = self.program.attempt_argv(port.number)
+            argv = self.program.attempt_argv(meeting)
             attempt.launch(argv, self._environment(attempt))
         except OSError as error:
-            port.release()
+            if port is not None:
+                port.release()
             raise UsageError(f"cannot start {argv[0]}: {error.strerror}") from None
         return port
 

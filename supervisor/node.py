@@ -21,13 +21,15 @@ from typing import Any
 from supervisor import evidence as evidences
 from supervisor import vigil
 from supervisor.attempt import Attempt
+from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide import classify, restart
 from supervisor.edge import clock, jobdir, memory, processes, threads
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.engine import Engine
-from supervisor.errors import EverstepError
+from supervisor.errors import EverstepError, LeadershipLostError
+from supervisor.fleet import Assignment
 from supervisor.herald import Herald
 from supervisor.launching import Launcher, run_started
 from supervisor.ledger import Ledger
@@ -44,13 +46,15 @@ from supervisor.model import (
     Verdict,
 )
 from supervisor.noticing import Source
-from supervisor.program import Program
+from supervisor.program import Program, Rendezvous
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
+from supervisor.resume import Resume
 from supervisor.savepoints import SavePoints
 from supervisor.standby import Standby, Waiting
 from supervisor.stopping import SIGNALS, Stopping
 from supervisor.stores import Stores
+from supervisor.with_others import WithOthers
 
 
 class Node:
@@ -66,11 +70,12 @@ class Node:
         console: Console,
         engine: Engine,
         source: Source | None = None,
+        team: Team | None = None,
     ) -> None:
         self._options, self._program, self._job, self._file = options, program, job, file
         self._ledger, self._console = ledger, console
         self._runtime = Path(file.runtime)
-        self._stores = Stores(options, job, file, ledger, console)
+        self._stores = Stores(options, job, file, ledger, console, team)
         self._snapshots, self._draining = self._stores.snapshots, self._stores.draining
         self._launcher = Launcher(program, job.path, file.run_id, self._runtime)
         guard = asdict(options.guard_policy) if options.guard_policy.is_on else None
@@ -99,6 +104,9 @@ class Node:
         self._tasks: set[asyncio.Task[None]] = set()
         self._pulse: Pulse | None = None
         self._reception: Reception | None = None
+        self._with_others = (
+            None if team is None else WithOthers(self._stores, self._standby, self._stopping, ledger)
+        )
 
     # ------------------------------------------------------------------ the run
 
@@ -122,9 +130,11 @@ class Node:
         if swept:
             self._console.say(f"unfinished checkpoints removed: {', '.join(path.name for path in swept)}")
         try:
+            if self._with_others is not None:
+                await self._with_others.start()
             verdict = await self._supervise()
         except EverstepError as error:
-            self._break_off(error)
+            await self._break_off(error)
             await self._herald.close()
             raise
         finally:
@@ -136,6 +146,8 @@ class Node:
         code = restart.exit_code(verdict.action, self._stopping.requested)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
+        if self._with_others is not None:
+            await self._with_others.finish(code, verdict.reason, saved=not self._unsaved)
         await self._herald.close(self._patience())
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if said := self._engine.leave(code):
@@ -176,19 +188,34 @@ class Node:
     async def _run_attempt(self) -> Verdict:
         record = self._ledger.record
         number = 0 if record.attempt is None else record.attempt + 1
-        standby = await self._standby.take(number, record.world_size)
+        others, assignment, meeting = self._with_others, None, None
+        if others is not None:
+            assignment = await others.muster(number)
+            if assignment is None:
+                assert self._stopping.requested is not None
+                return await self._final_stop(self._stopping.requested)
+        standby = None
+        if assignment is None or assignment.standby:
+            standby = await self._standby.take(number, record.world_size)
         if standby is None:
             await self._standby.drop()
-        attempt = standby.attempt if standby else self._new_attempt(number)
+        attempt = standby.attempt if standby else self._new_attempt(number, assignment)
         self._ledger.add(AttemptStarted(time=clock.now(), attempt=number, standby=standby is not None))
-        resume = asyncio.create_task(self._stores.choose())
+        if others is not None and assignment is not None:
+            if assignment.standby and standby is None:
+                assignment = others.without_standby(assignment)
+            meeting = others.begin(attempt, assignment)
+        resume = asyncio.create_task(self._choose(number))
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         self._warnings.begin()
-        savepoints = SavePoints(attempt, record.skips)
+        savepoints = SavePoints(attempt, record.skips) if others is None else others.saves
         self._pulse = Pulse(
             attempt, self._options, self._ledger, self._snapshots, self._draining, savepoints, self._console, self._drive_stop,
-            on_first_step=lambda: self._standby.arm(attempt), warnings=self._warnings,
+            on_first_step=lambda: self._standby.arm(attempt) if others is None else others.made_first_step(),
+            warnings=self._warnings,
         )  # fmt: skip
+        if others is not None:
+            others.pulse = self._pulse
         self._reception = Reception(
             attempt,
             ledger=self._ledger,
@@ -197,7 +224,7 @@ class Node:
             console=self._console,
             resume=resume,
             welcome=self._welcome,
-            on_saved=self._pulse.saved,
+            on_saved=self._pulse.saved if others is None else lambda _step, _flags: None,
             on_imported=self._standby.imported,
             on_restored=self._stores.staging.clear,
             prefix_lines=self._program.has_ranks,
@@ -205,7 +232,7 @@ class Node:
         beat = asyncio.create_task(self._pulse.beat())
         beat.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         try:
-            await self._live(attempt, standby)
+            await self._live(attempt, standby, meeting)
         finally:
             beat.cancel()
             resume.cancel()
@@ -215,17 +242,24 @@ class Node:
                 task.result()  # storage that cannot even be listed is the user's to mend; anything else is a bug
         return await self._post_mortem(attempt)
 
-    def _new_attempt(self, number: int) -> Attempt:
-        return Attempt(number, self._job.attempt(number), self._runtime, self._file.run_id)
+    def _new_attempt(self, number: int, assignment: Assignment | None) -> Attempt:
+        nodes, rank = (1, 0) if self._with_others is None else self._with_others.place_in(assignment)
+        return Attempt(
+            number, self._job.attempt(number), self._runtime, self._file.run_id, nodes=nodes, node_rank=rank
+        )
 
-    async def _live(self, attempt: Attempt, standby: Waiting | None) -> None:
+    async def _choose(self, number: int) -> Resume:
+        resume = await self._stores.choose()
+        if self._with_others is not None:
+            self._with_others.tell_origin(number, resume)
+        return resume
+
+    async def _live(self, attempt: Attempt, standby: Waiting | None, meeting: Rendezvous | None) -> None:
         if not self._launched:  # torchrun greets the same way each time
-            self._console.follow(
-                attempt.logs / "torchrun.log", "[torchrun] " if self._program.has_ranks else ""
-            )
+            self._console.follow(attempt.launcher_log, "[torchrun] " if self._program.has_ranks else "")
         self._launched = True
         if standby is None:
-            port = self._launcher.launch(attempt)
+            port = self._launcher.launch(attempt, meeting)
         else:
             port = standby.port
             assert self._reception is not None
@@ -244,7 +278,8 @@ class Node:
             elif left := await attempt.teardown(spare=self._standby.attempt):
                 self._console.say(f"processes that cannot be killed: {left}")
         finally:
-            port.release()
+            if port is not None:
+                port.release()
             self._console.finish(attempt.logs)
 
     # ------------------------------------------------------------------ the end of an attempt
@@ -263,9 +298,13 @@ class Node:
         evidence = attempt.evidence()
         completed = attempt.finished and all(seat.completed is not False for seat in attempt.seats.values())
         stopped = self._stopping.requested is not None and not (completed and attempt.has_session)
-        failure = (
-            classify.classify(evidence, clock.now()) if not (stopped and self._stopping.cut_short) else None
-        )
+        failure = None
+        if not (stopped and self._stopping.cut_short) and not attempt.called_off:
+            failure = classify.classify(evidence, clock.now())
+        noticed = None if attempt.called_off else attempt.noticed
+        if self._with_others is not None:
+            failure, noticed, completed = await self._with_others.end(attempt, failure, noticed, completed)
+            stopped = stopped or (self._stopping.requested is not None and not completed)
         last_step = None  # of a training that was completed: its state must not be lost
         if failure is None and attempt.has_session and all(seat.completed for seat in attempt.seats.values()):
             last_step = attempt.total_steps
@@ -275,9 +314,11 @@ class Node:
             step=evidence.step,
             total_steps=attempt.total_steps,
             stopped=stopped,
-            finished=failure is None and not stopped,
+            finished=failure is None
+            and not stopped
+            and not (self._with_others and self._with_others.reshaping),
             failure=failure if not stopped else None,  # a failure while stopping is charged to nobody
-            noticed=None if failure is None or stopped else attempt.noticed,
+            noticed=None if failure is None or stopped else noticed,
         )
         attempt.close()
         self._ledger.add(ended)
@@ -286,6 +327,9 @@ class Node:
             self._chores.append(partial(self._write_evidence, attempt.folder, failure, evidence))
         if stopped and self._stopping.requested is not None:
             return await self._final_stop(self._stopping.requested, failure)
+        if failure is None and self._with_others is not None and self._with_others.reshaping:
+            self._unsaved = await self._draining.secure(None, may_drain=True)
+            return self._decided(Verdict(action=Action.RESTART, reason=self._with_others.reshaped()))
         if failure is not None:
             verdict = restart.decide(self._ledger.record, failure)
             if verdict.action.goes_on:
@@ -340,13 +384,17 @@ class Node:
         self._tasks.add(task)  # the loop itself would forget it
         task.add_done_callback(self._tasks.discard)
 
-    def _break_off(self, error: EverstepError) -> None:
+    async def _break_off(self, error: EverstepError) -> None:
         """Tell the journal of an end that is no attempt's doing."""
+        if isinstance(error, LeadershipLostError):
+            return  # the journal is another's now
         now, record = clock.now(), self._ledger.record
         if record.attempt is not None:
             self._ledger.add(AttemptEnded(time=now, attempt=record.attempt, step=None))
         self._decided(Verdict(action=Action.GIVE_UP, reason=str(error)))
         self._ledger.add(RunEnded(time=now, exit_code=error.exit_code, reason=str(error)))
+        if self._with_others is not None:
+            await self._with_others.finish(error.exit_code, str(error), saved=False)
 
     # ------------------------------------------------------------------ what reaches it from outside
 
@@ -359,6 +407,8 @@ class Node:
 
     def _on_stop(self) -> None:
         self._background(self._standby.end())
+        if self._with_others is not None:
+            self._with_others.stop()
         self._drive_stop()
 
     def _drive_stop(self) -> None:
@@ -368,6 +418,8 @@ class Node:
     def _recall_stop(self) -> bool:
         if self._pulse is None or not self._pulse.recall_stop():
             return False
+        if self._with_others is not None:
+            self._with_others.go_on()
         self._standby.allow()
         return True
 

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendezvous:
+    """Where the ranks of one attempt meet, and this node's place among its nodes."""
+
+    port: int
+    address: str = "127.0.0.1"
+    nodes: int = 1
+    node_rank: int = 0
 
 
 class Program(Protocol):
@@ -34,6 +45,6 @@ class Program(Protocol):
         """What its workers need beside what every worker gets."""
         ...
 
-    def attempt_argv(self, port: int) -> Sequence[str]:
-        """The command line of one attempt, whose rendezvous is at ``port`` on this host."""
+    def attempt_argv(self, meeting: Rendezvous) -> Sequence[str]:
+        """This node's command line of one attempt."""
         ...

@@ -17,7 +17,7 @@ from supervisor.edge.control import Word
 from supervisor.ledger import Ledger
 from supervisor.lookout import Warnings
 from supervisor.model import FirstStep, Progress, ProposalFlag
-from supervisor.savepoints import SavePoints
+from supervisor.saves import Agreed
 from supervisor.snapshots import Snapshots
 from supervisor.vigil import Vigil
 
@@ -36,7 +36,7 @@ class Pulse:
         ledger: Ledger,
         snapshots: Snapshots,
         draining: Draining,
-        savepoints: SavePoints,
+        savepoints: Agreed,
         console: Console,
         drive_stop: Callable[[], None],
         on_first_step: Callable[[], None],
@@ -117,12 +117,14 @@ class Pulse:
         if self._first_step_said or not attempt.is_full:
             return
         times = [seat.page[Word.FIRST_STEP_NS] for seat in attempt.seats.values()]
-        if all(times):
+        others = attempt.others.first_step_times if attempt.others is not None else []
+        if all(times) and all(others):
             self._first_step_said = True
+            last = max([clock.unix_of(max(times)), *(time for time in others if time is not None)])
             self._rate_from = (clock.monotonic(), min(attempt.steps))
             self._ledger.add(
                 FirstStep(
-                    time=min(clock.unix_of(max(times)), clock.now()),
+                    time=min(last, clock.now()),
                     attempt=attempt.number,
                     step=min(attempt.steps),
                     total_steps=self._attempt.total_steps,

@@ -17,7 +17,7 @@ from supervisor.guarding import Guarding
 from supervisor.ledger import Ledger
 from supervisor.model import ProposalFlag, Raised, Resumed, WorkersReady
 from supervisor.resume import Resume
-from supervisor.savepoints import SavePoints
+from supervisor.saves import Saves
 from supervisor.seat import Seat
 from supervisor.snapshots import Snapshots
 
@@ -31,7 +31,7 @@ class Reception:
         *,
         ledger: Ledger,
         snapshots: Snapshots,
-        savepoints: SavePoints,
+        savepoints: Saves,
         console: Console,
         resume: asyncio.Task[Resume],
         welcome: Message,
@@ -128,7 +128,7 @@ class Reception:
         if seat.rank == 0 and int(message["step"]):
             self._console.say(f"resumed at step {message['step']} in {seconds:.2f} s")
         self._restored.add(seat.rank)
-        if len(self._restored) == self._attempt.world_size:
+        if len(self._restored) == self._attempt.local_size:
             self._on_restored()
 
     def _on_rejected(self, seat: Seat, message: Message) -> None:
@@ -142,8 +142,7 @@ class Reception:
         try:
             whole = self._snapshots.part(
                 seat.rank,
-                self._attempt.world_size or 0,
-                self._attempt.number,
+                self._attempt.ranks,
                 step=step,
                 slot=int(message["slot"]),
                 seconds=float(message["seconds"]),
@@ -166,7 +165,7 @@ class Reception:
             self._save_failed(step, reason, self._snapshots.abandon(step, reason))
 
     def _save_failed(self, step: int, reason: str, moved: str | None = None) -> None:
-        self._savepoints.failed(step)
+        self._savepoints.failed(step, reason)
         self._attempt.offer_slot(self._snapshots.offer())
         elsewhere = f"; its slot lies in {moved} from now on" if moved else ""
         self._console.say(f"the snapshot of step {step} failed: {reason}{elsewhere}; training goes on")

@@ -33,7 +33,12 @@ def run(
     job = jobdir.JobDirectory(options.dir)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the node can do something about them
     try:
-        code = _claim(options, program, job, engine or Alone(), source)
+        if options.nnodes is not None and options.nnodes.most > 1:
+            from supervisor.several import Several
+
+            code = asyncio.run(Several(options, program, job, engine or Alone(), source).run())
+        else:
+            code = _claim(options, program, job, engine or Alone(), source)
         for signum in SIGNALS:  # a requeue that was asked for ends us, too: the exit code stands
             signal.signal(signum, signal.SIG_IGN)
         return code

@@ -83,7 +83,7 @@ class SavePoints:
         self.pump()
         return flags
 
-    def failed(self, step: int) -> None:
+    def failed(self, step: int, reason: str = "") -> None:
         """The save at ``step`` came to nothing: nothing is out any more; a stop is asked for again."""
         if self._out is not None and step >= self._step:
             flags, self._out = self._out, None

@@ -23,6 +23,8 @@ _SECONDS: Final = frozenset(
         "hang_ceiling",
         "hang_silence",
         "hook_timeout",
+        "lease",
+        "node_timeout",
     }
 )
 

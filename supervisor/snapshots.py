@@ -37,6 +37,17 @@ class _Save:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Who writes: the ranks of an attempt, ``here`` of them on this node, the ``node_rank``-th of ``nodes``."""
+
+    attempt: int
+    here: int
+    world_size: int
+    nodes: int = 1
+    node_rank: int = 0
+
+
 class Snapshots:
     """The slots of one job on this node. Used from the loop's thread only."""
 
@@ -77,7 +88,9 @@ class Snapshots:
             free = [index for index in range(SLOTS) if index not in busy]
             if free:
                 # an empty one first, else the oldest
-                chosen = min(free, key=lambda i: _age(self._complete[i]) if i in self._complete else (-1, -1))
+                chosen = min(
+                    free, key=lambda i: age_of(self._complete[i]) if i in self._complete else (-1, -1)
+                )
                 try:
                     slots.invalidate(self._slots[chosen])
                 except (EverstepError, OSError) as error:
@@ -101,6 +114,10 @@ class Snapshots:
                 f"what does not fit lies in {Path(place).parent} from now on"
             )
         self._moved = True
+
+    def folder(self, slot: int) -> Path:
+        """Where a slot lies."""
+        return self._slots[slot]
 
     def newest(self) -> tuple[Path, slots.SlotRecord] | None:
         """The newest complete snapshot and where it lies."""
@@ -133,13 +150,20 @@ class Snapshots:
         self.flush_fact()
 
     def _newest_slot(self) -> int | None:
-        return max(self._complete, key=lambda index: _age(self._complete[index]), default=None)
+        return max(self._complete, key=lambda index: age_of(self._complete[index]), default=None)
 
     def part(
-        self, rank: int, world_size: int, attempt: int, *, step: int, slot: int, seconds: float, size: int,
+        self,
+        rank: int,
+        ranks: Ranks,
+        *,
+        step: int,
+        slot: int,
+        seconds: float,
+        size: int,
         metrics: dict[str, float],
-    ) -> bool:  # fmt: skip
-        """One rank's part of the snapshot of ``step`` is whole; returns whether all are now.
+    ) -> bool:
+        """One rank's part of the snapshot of ``step`` is whole; returns whether those of all ranks on this node are now.
 
         Raises ValueError for a slot that was not offered, StorageError when the snapshot cannot be declared whole.
         """
@@ -152,7 +176,7 @@ class Snapshots:
         save.seconds = max(save.seconds, seconds)
         save.bytes += size
         save.metrics |= metrics
-        if len(save.ranks) < world_size:
+        if len(save.ranks) < ranks.here:
             return False
         self._saves.clear()
         self._offered, self._failed = None, slot
@@ -160,18 +184,20 @@ class Snapshots:
             self._slots[slot],
             slots.SlotRecord(
                 step=step,
-                attempt=attempt,
-                world_size=world_size,
+                attempt=ranks.attempt,
+                world_size=ranks.world_size,
                 created=clock.now(),
                 run_id=self._run_id,
                 metrics=save.metrics,
+                nodes=ranks.nodes,
+                node_rank=ranks.node_rank,
             ),
             self._key,
         )
         self._complete[slot], self._failed, self.failure = record, None, None
         self._tell(
             SnapshotCompleted(
-                time=record.created, attempt=attempt, step=step, seconds=save.seconds, bytes=save.bytes
+                time=record.created, attempt=ranks.attempt, step=step, seconds=save.seconds, bytes=save.bytes
             )
         )
         return True
@@ -220,6 +246,6 @@ class Snapshots:
         self._draining = None if path is None else self._slots.index(path)
 
 
-def _age(record: slots.SlotRecord) -> tuple[int, int]:
-    """Later attempts are newer whatever their step: they may have gone back behind a state that proved bad."""
+def age_of(record: slots.SlotRecord) -> tuple[int, int]:
+    """Attempt and step: later attempts are newer whatever their step: they may have gone back behind a state that proved bad."""
     return record.attempt, record.step

@@ -35,10 +35,11 @@ from supervisor.edge import clock, marks, memory
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
 from supervisor.edge.ports import ReservedPort
-from supervisor.errors import EverstepError
+from supervisor.errors import EverstepError, UsageError
 from supervisor.launching import Launcher
 from supervisor.ledger import Ledger
 from supervisor.model import StandbyReady
+from supervisor.program import Rendezvous
 from supervisor.seat import Seat
 
 DELAY = 2.0  # seconds after the first step
@@ -55,7 +56,7 @@ class Waiting:
     """A launched standby."""
 
     attempt: Attempt
-    port: ReservedPort
+    port: ReservedPort | None  # None: another node's, or held elsewhere
     launched: float
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     ahead: bool = False  # it runs the script ahead
@@ -106,6 +107,9 @@ class Standby:
         self._watch: asyncio.Task[None] | None = None
         self._dropping = asyncio.Lock()
         self._memory_said = False
+        self._meeting: Rendezvous | None = None  # of several nodes
+        self.on_ready: Callable[[int], None] = lambda _serial: None
+        self.on_lost: Callable[[int], None] = lambda _serial: None
 
     @property
     def attempt(self) -> Attempt | None:
@@ -113,6 +117,14 @@ class Standby:
         return self._waiting.attempt if self._waiting else None
 
     # ------------------------------------------------------------------ its life
+
+    def arm_for(self, beside: Attempt, serial: int, meeting: Rendezvous) -> None:
+        """Launch this node's part of a standby on several nodes now; it is not launched again. Raises UsageError."""
+        if not self._enabled or self._waiting is not None or not self._has_room(beside):
+            raise UsageError("no standby here")
+        self._beside, self._tries, self._failed = beside, 1, False
+        self._serial, self._meeting = serial - 1, meeting
+        self._launch()
 
     def arm(self, beside: Attempt) -> None:
         """Attempt ``beside`` has made its first step: launch a standby for it soon."""
@@ -189,11 +201,13 @@ class Standby:
         self._tries -= 1
         number = beside.number + 1
         launcher = self._launcher
+        meeting = self._meeting
         attempt = Attempt(
-            number, self._folder_of(number), launcher.runtime, launcher.run_id, standby=self._serial
-        )
+            number, self._folder_of(number), launcher.runtime, launcher.run_id, standby=self._serial,
+            nodes=meeting.nodes if meeting else 1, node_rank=meeting.node_rank if meeting else 0,
+        )  # fmt: skip
         try:
-            port = self._launcher.launch(attempt)
+            port = self._launcher.launch(attempt, meeting)
         except (
             EverstepError
         ) as error:  # the program has gone since it was started; a cold start will say so too
@@ -236,7 +250,7 @@ class Standby:
             if self._waiting is waiting:
                 await self._discard(waiting)
         self._watch = None
-        if self._tries > 0 and self._enabled:
+        if self._tries > 0 and self._enabled and self._meeting is None:
             self._launch_soon(AGAIN if short else DELAY)
 
     def _is_short_of_memory(self) -> bool:
@@ -253,8 +267,10 @@ class Standby:
         waiting.gate.set()
         await waiting.attempt.withdraw()
         waiting.attempt.close()
-        waiting.port.release()
-        if not self._failed:
+        if waiting.port is not None:
+            waiting.port.release()
+        self.on_lost(waiting.attempt.standby)
+        if not self._failed and waiting.attempt.nodes == 1:  # else the folder is others', too
             shutil.rmtree(waiting.attempt.folder, ignore_errors=True)  # an attempt that never was
         self._waiting = None
 
@@ -298,6 +314,7 @@ class Standby:
             now = clock.now()
             seconds = clock.monotonic() - waiting.launched
             self._ledger.add(StandbyReady(time=now, attempt=waiting.attempt.number, seconds=seconds))
+            self.on_ready(waiting.attempt.standby)
         await waiting.gate.wait()
         return {"refused": "this standby is not needed"} if waiting.dropped else {}
 

@@ -108,6 +108,11 @@ class Stopping:
                 "",
             )
 
+    def ask(self, cause: StopCause, source: str, deadline: float | None = None) -> None:
+        """Somebody else than a signal, the engine or a cloud asks for a stop."""
+        if self.requested is None:
+            self._begin(StopRequested(time=clock.now(), cause=cause, source=source, deadline=deadline), "")
+
     def recall(self, source: str) -> bool | None:
         """The stop that ``source`` asked for is needless: whether it was taken back; None: it asked for none."""
         if self.requested is None or self.requested.source != source:

@@ -10,9 +10,10 @@ from supervisor.about import version
 from supervisor.checkpoint.location import Location
 from supervisor.checkpoint.manifest import Key
 from supervisor.checkpoint.storage import LocalStorage, Owner, open_storage
+from supervisor.company import Company, Team
 from supervisor.config import Options
 from supervisor.decide import rollback
-from supervisor.draining import Draining, Stamp
+from supervisor.draining import Draining, Stamp, drained
 from supervisor.edge import clock, jobdir
 from supervisor.edge.console import Console
 from supervisor.edge.threads import in_thread
@@ -20,6 +21,7 @@ from supervisor.errors import CheckpointError
 from supervisor.ledger import Ledger
 from supervisor.model import CheckpointRejected, Failure, StatesCondemned, Tier
 from supervisor.resume import Resume, Sources, choose
+from supervisor.shared_snapshots import SharedSnapshots
 from supervisor.snapshots import Snapshots
 from supervisor.staging import Staging
 
@@ -34,7 +36,9 @@ class Stores:
         file: jobdir.JobFile,
         ledger: Ledger,
         console: Console,
+        team: Team | None = None,
     ) -> None:
+        self._job, self._epoch = job, file.epoch
         self._ledger, self._console = ledger, console
         self._key = Key.from_environment()
         self._owner = Owner(file.run_id, file.epoch)
@@ -48,9 +52,24 @@ class Stores:
         self._looked = False  # at what checkpoints there are: from then on this run knows of every newer one
         runtime = Path(file.runtime)
         #: the state in RAM
-        self.snapshots = Snapshots(
+        self.snapshots = (Snapshots if team is None else SharedSnapshots)(
             runtime, run_id=file.run_id, key=self._key, fact=ledger.add, report=console.say
         )
+        #: where this node leads others, all that is between them
+        self.company = None
+        if team is not None:
+            assert isinstance(self.snapshots, SharedSnapshots)
+            self.company = Company(
+                team,
+                options,
+                job,
+                ledger,
+                console,
+                self.snapshots,
+                self._key,
+                epoch=file.epoch,
+                run_id=file.run_id,
+            )
         self.snapshots.condemn(self._is_bad)
         #: how it becomes durable
         self.draining = Draining(
@@ -67,6 +86,7 @@ class Stores:
             fact=ledger.add,
             report=console.say,
             is_bad=self._is_bad,
+            copy=drained if self.company is None else self.company.drain,
         )
         #: what was fetched for the ranks to read
         self.staging = Staging(runtime, job.path)
@@ -76,7 +96,10 @@ class Stores:
 
         Raises ConfigError, StorageError.
         """
-        return await in_thread(lambda: self._storage.sweep(self._owner))
+        swept = await in_thread(lambda: self._storage.sweep(self._owner))
+        if (company := self.company) is not None:
+            await in_thread(lambda: company.finish_parts(self._storage, lambda: self._job.fence(self._epoch)))
+        return swept
 
     async def choose(self) -> Resume:
         """Where the next attempt resumes. Raises CheckpointError, StorageError."""

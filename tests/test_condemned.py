@@ -15,7 +15,7 @@ from supervisor.draining import Draining, Stamp
 from supervisor.errors import StorageError
 from supervisor.model import CheckpointCommitted, CheckpointFailed, Fact
 from supervisor.resume import Sources, choose
-from supervisor.snapshots import Snapshots
+from supervisor.snapshots import Ranks, Snapshots
 from supervisor.staging import Staging
 from tests.checkpoint.tools import origin, write_source
 from tests.test_draining import Slots
@@ -80,7 +80,7 @@ def test_snapshots_are_forgotten(tmp_path: Path) -> None:
         folder = snapshots._slots[slot]
         folder.mkdir(parents=True)
         (folder / ".metadata").touch()
-        assert snapshots.part(0, 1, 0, step=step, slot=slot, seconds=0.1, size=1, metrics={})
+        assert snapshots.part(0, Ranks(0, 1, 1), step=step, slot=slot, seconds=0.1, size=1, metrics={})
     snapshots.condemn(is_bad)
     newest = snapshots.newest()
     assert newest is not None

@@ -14,6 +14,7 @@ import pytest
 from supervisor.attempt import Attempt
 from supervisor.edge.forensics import FLIGHT_RECORDS
 from supervisor.launching import FLIGHT_RECORDER, Launcher
+from supervisor.program import Rendezvous
 
 WRITE = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
 
@@ -32,7 +33,7 @@ class Program:
     def environment(self) -> Mapping[str, str]:
         return {}
 
-    def attempt_argv(self, port: int) -> list[str]:
+    def attempt_argv(self, meeting: Rendezvous) -> list[str]:
         return [sys.executable, "-c", WRITE, str(self.file)]
 
 
@@ -43,6 +44,7 @@ def environment_of_an_attempt(folder: Path) -> dict[str, str]:
         await asyncio.wait_for(attempt.ended.wait(), 60)
         await attempt.leave()
         attempt.close()
+        assert port is not None
         port.release()
 
     asyncio.run(launch())

@@ -9,7 +9,7 @@ import pytest
 
 from supervisor.edge import clock, jobdir, memory
 from supervisor.model import Fact
-from supervisor.snapshots import Snapshots
+from supervisor.snapshots import Ranks, Snapshots
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def write(snapshots: Snapshots, rank: int, step: int, slot: int) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".metadata").touch()
     (folder / f"__{rank}_0.distcp").write_bytes(b"x")
-    return snapshots.part(rank, 2, 0, step=step, slot=slot, seconds=0.1, size=1, metrics={})
+    return snapshots.part(rank, Ranks(0, 2, 2), step=step, slot=slot, seconds=0.1, size=1, metrics={})
 
 
 def test_whole_when_every_rank_has_told(snapshots: Snapshots) -> None:

@@ -92,8 +92,8 @@ def check(allocation: Allocation) -> str | None:
     if nodes == 1:
         return None
     if allocation.step_id is not None:
-        raise UsageError(f"srun started everstep on {_counted(nodes)}: {ONE_NODE}")
-    return f"the job has {_counted(nodes)}, of which only {allocation.address} is used"
+        return None
+    return f"the job has {_counted(nodes)}, of which only {allocation.address} is used (srun everstep run … uses all)"
 
 
 def check_nodes(nodes: str) -> None:

@@ -120,12 +120,13 @@ def drain_part(
 
 def complete(
     incoming: Incoming,
+    origin: Origin | None = None,
     *,
     key: Key | None = None,
     fence: Callable[[], None] = no_fence,
     files: Files = LOCAL,
 ) -> Manifest:
-    """Make the checkpoint of the parts, which must all be there.
+    """Make the checkpoint of the parts, which must all be there; of ``origin``, if the parts do not know all of it.
 
     Raises CheckpointError when one is missing or does not fit the others, StorageError.
     """
@@ -145,7 +146,7 @@ def complete(
         wrong = [name for name, entry in entries.items() if there.get(name) != entry.bytes]
         if wrong:
             raise CheckpointError(f"{incoming.files / wrong[0]} is not what its node has written")
-        manifest = Manifest(origin=parts[0].origin, files=entries)
+        manifest = Manifest(origin=origin or parts[0].origin, files=entries)
         if (existing := good_checkpoint(destination, incoming.step, key, files)) is not None:
             discard(incoming, files=files)
             return existing

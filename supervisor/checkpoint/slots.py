@@ -2,10 +2,15 @@
 
 ``slot.json`` is to a slot what the manifest is to a checkpoint, without the digests: RAM does not rot, and hashing
 would cost more than the snapshot. It is removed before a slot is written again.
+
+A rank's files are called ``__<rank>_<n>.distcp``, as stock DCP calls them. On several nodes, the file of number ``COPIES`` holds
+what ranks of other nodes store, so that the node can resume from its own slot (``training/copies.py``). Such files are no part of a
+checkpoint, nor is the ``.metadata`` of any node but the first: it knows of that node's files alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,8 +28,10 @@ from supervisor.checkpoint.manifest import (
 )
 from supervisor.errors import CheckpointError
 
-VERSION: Final = 1
+VERSION: Final = 2
 _FORMAT: Final = "everstep-slot"
+COPIES: Final = 2
+_OF_RANK: Final = re.compile(r"__([0-9]+)_([0-9]+)\.distcp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,8 @@ class SlotRecord:
     run_id: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
+    nodes: int = 1  # … on several nodes each has its own part
+    node_rank: int = 0
 
     @property
     def bytes(self) -> int:
@@ -46,6 +55,18 @@ class SlotRecord:
 
 
 _FIELDS: Final = tuple(entry.name for entry in fields(SlotRecord))
+
+
+def rank_of_file(name: str) -> int | None:
+    """The rank whose file this is; None: no rank's."""
+    match = _OF_RANK.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_copy_file(name: str) -> bool:
+    """Whether this file of a slot holds copies, and is left out of a checkpoint."""
+    match = _OF_RANK.fullmatch(name)
+    return match is not None and int(match[2]) == COPIES
 
 
 def write_slot(directory: Path, record: SlotRecord, key: Key | None = None) -> SlotRecord:

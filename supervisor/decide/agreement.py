@@ -38,9 +38,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from supervisor.decide import savepoint
+from supervisor.decide import rollback, savepoint
 from supervisor.fleet import Answer, Proposal
-from supervisor.model import ProposalFlag, ProposalState
+from supervisor.model import ProposalFlag, ProposalState, Skip
 
 PATIENCE: Final = 2.0  # seconds that a node may take to answer
 OVERDUE: Final = 64  # steps that all ranks are past a committed step without its snapshot: it was skipped
@@ -92,8 +92,21 @@ def request(agreement: Agreement, step: int) -> Agreement:
     return replace(want(agreement, ProposalFlag.CHECKPOINT), request=step)
 
 
-def look(agreement: Agreement, standings: Sequence[Standing], rate: float | None, now: float) -> Agreement:
-    """What is to be ordered now, given what every node of the attempt has said. ``rate``: steps a second."""
+def recall_stop(agreement: Agreement) -> Agreement | None:
+    """Nobody wants a stop any more; None where some rank may have heard of it."""
+    if agreement.wanted is None or not agreement.wanted & ProposalFlag.STOP:
+        return None
+    return replace(agreement, wanted=agreement.wanted & ~ProposalFlag.STOP)
+
+
+def look(
+    agreement: Agreement,
+    standings: Sequence[Standing],
+    rate: float | None,
+    now: float,
+    skips: tuple[Skip, ...] = (),
+) -> Agreement:
+    """What is to be ordered now, given what every node of the attempt has said. ``rate``: steps a second; ``skips``: ranks jump over these."""
     if not standings:
         return agreement
     if agreement.proposal.state is ProposalState.PROPOSED and agreement.proposal.attempt == agreement.attempt:
@@ -105,7 +118,7 @@ def look(agreement: Agreement, standings: Sequence[Standing], rate: float | None
         return agreement
     if not all(standing.in_session for standing in standings) or not _may_propose(agreement, steps):
         return agreement
-    return _proposed(agreement, standings, rate, now)
+    return _proposed(agreement, standings, rate, now, skips)
 
 
 def served(agreement: Agreement, step: int) -> tuple[Agreement, ProposalFlag]:
@@ -155,7 +168,7 @@ def _may_propose(agreement: Agreement, steps: Sequence[int]) -> bool:
 
 
 def _proposed(
-    agreement: Agreement, standings: Sequence[Standing], rate: float | None, now: float
+    agreement: Agreement, standings: Sequence[Standing], rate: float | None, now: float, skips: tuple[Skip, ...]
 ) -> Agreement:
     last = [standing.last for standing in standings]
     # to the nodes and back, and as long again: reports may be as old
@@ -164,6 +177,7 @@ def _proposed(
         step = savepoint.propose(last, lead)
     else:
         step = savepoint.propose_request(agreement.request, last, lead)
+    step = rollback.past(step, skips)
     agreement = replace(agreement, request=None)
     total = max((standing.total_steps or 0 for standing in standings), default=0)
     if not savepoint.in_reach(step, total or None):

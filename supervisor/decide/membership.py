@@ -34,6 +34,10 @@ class Size:
     least: int
     most: int
 
+    def __str__(self) -> str:
+        """As it is given."""
+        return str(self.least) if self.least == self.most else f"{self.least}:{self.most}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Present:

@@ -122,21 +122,21 @@ class JobDirectory:
                 f"{self.path} holds the job of {old.identity}, not of {identity}: give another --dir"
             )
 
-    def open_epoch(self, identity: str, command: list[str]) -> JobFile:
-        """Take the job (or make it) for a new epoch. The caller holds the lock."""
+    def open_epoch(self, identity: str, command: list[str], node: str | None = None) -> JobFile:
+        """Take the job (or make it) for a new epoch. The caller holds the lock. ``node``: its name, where there are several."""
         self.check(identity)
         old = self.read()
         if old is None:
             run_id = secrets.token_hex(8)
-            runtime = make_runtime(run_id)
+            runtime = make_runtime(run_id, node)
             new = JobFile(run_id, str(runtime), 1, identity, command, clock.now(), host=socket.gethostname())
         else:
             run_id, runtime = old.run_id, Path(old.runtime)
             if self._is_a_copy(runtime):
                 run_id = secrets.token_hex(8)
-                runtime = make_runtime(run_id)
-            elif not _is_private(runtime):
-                runtime = make_runtime(run_id)
+                runtime = make_runtime(run_id, node)
+            elif not _is_private(runtime) or runtime.name.partition("@")[2] != (node or ""):
+                runtime = make_runtime(run_id, node)
             new = replace(
                 old,
                 run_id=run_id,
@@ -174,14 +174,17 @@ class JobDirectory:
             )
 
 
-def make_runtime(run_id: str) -> Path:
-    """The job's runtime directory on this node: in tmpfs where that is big enough, owned by the user alone."""
+def make_runtime(run_id: str, node: str | None = None) -> Path:
+    """The job's runtime directory on this node: in tmpfs where that is big enough, owned by the user alone.
+
+    ``node``: its name, where a job runs on several.
+    """
     root = Path("/dev/shm") if _tmpfs_is_fit() else Path(tempfile.gettempdir())
     mine = root / f"everstep-{os.getuid()}"
     mine.mkdir(mode=0o700, exist_ok=True)
     if not _is_private(mine):
         raise JobError(f"{mine} belongs to somebody else or is open to others: remove it")
-    runtime = mine / run_id[:12]
+    runtime = mine / (run_id[:12] if node is None else f"{run_id[:12]}@{node}")
     runtime.mkdir(mode=0o700, exist_ok=True)
     return runtime
 
@@ -241,7 +244,9 @@ def sweep_runtimes(keep: Path) -> None:
             file = job.read()
         except (OSError, JobError):
             continue  # cannot tell: not ours to remove
-        if file is not None:
+        if file is not None and "@" in runtime.name:  # one of several nodes': it may be alive, or be wanted
+            gone = not file.runtime.partition("@")[1] and _is_older(file, runtime)
+        elif file is not None:
             gone = file.runtime != str(runtime) or _runs_elsewhere(file, runtime)
         else:  # deleted, or merely not mounted at present?
             gone = not job.path.exists() and job.path.parent.is_dir() and any(job.path.parent.iterdir())
@@ -251,11 +256,15 @@ def sweep_runtimes(keep: Path) -> None:
 
 def _runs_elsewhere(file: JobFile, runtime: Path) -> bool:
     """Whether a later supervisor of the job, on another host, has gone on without what lies here."""
+    return file.host not in ("", socket.gethostname()) and _is_older(file, runtime)
+
+
+def _is_older(file: JobFile, runtime: Path) -> bool:
+    """Whether a later supervisor has had the job since."""
     try:
-        epoch = int((runtime / "epoch").read_text())
+        return file.epoch > int((runtime / "epoch").read_text())
     except (OSError, ValueError):
         return False
-    return file.host not in ("", socket.gethostname()) and file.epoch > epoch
 
 
 def _tmpfs_is_fit() -> bool:

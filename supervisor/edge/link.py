@@ -51,8 +51,9 @@ class Link:
     """
 
     def __init__(
-        self, runtime: Path, *, rank: int, local_rank: int, world_size: int, attempt: int, standby: int = 0
-    ) -> None:
+        self, runtime: Path, *, rank: int, local_rank: int, world_size: int, attempt: int, standby: int = 0,
+        local_world_size: int | None = None,
+    ) -> None:  # fmt: skip
         self.runtime = runtime
         self.rank = rank
         self.local_rank = local_rank
@@ -68,7 +69,7 @@ class Link:
         #: the supervisor's answer to the greeting, see DESIGN of the message in ``edge/channel.py``
         self.welcome: dict[str, Any] = self.ask(
             "hello", rank=rank, local_rank=local_rank, world_size=world_size, attempt=attempt, standby=standby,
-            pid=os.getpid(),
+            local_world_size=local_world_size or world_size, pid=os.getpid(),
         )  # fmt: skip
 
     def tell(self, kind: str, **values: object) -> None:
@@ -136,6 +137,7 @@ def current(environ: Mapping[str, str] = os.environ) -> Link | None:
             rank=int(environ.get("RANK", "0")),
             local_rank=int(environ.get("LOCAL_RANK", "0")),
             world_size=int(environ.get("WORLD_SIZE", "1")),
+            local_world_size=int(environ.get("LOCAL_WORLD_SIZE") or environ.get("WORLD_SIZE", "1")),
             attempt=int(environ[ATTEMPT]),
             standby=int(environ.get(STANDBY) or 0),
         )

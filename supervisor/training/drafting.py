@@ -15,15 +15,17 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 
 from supervisor.errors import StorageError
 from supervisor.training.bindings import Bindings
 from supervisor.training.collecting import without_collection
+from supervisor.training.copies import Node, index_of_node
 from supervisor.training.items import Items
 from supervisor.training.moves import TINY, Spot
 from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, spots
 from supervisor.training.world import World
-from supervisor.training.writer import save_with_dcp
+from supervisor.training.writer import described, portable, put_index, save_with_dcp
 
 Owned = set[tuple[int, int]]  # address and bytes of tensors that change in ``optimizer.step()`` alone
 _PATIENCE: Final = 60.0  # seconds that the end of a Session waits for a draft that nobody needs any more
@@ -59,10 +61,35 @@ def draft(
         written(found[0])
 
     with without_collection():
-        planner = ArenaPlanner(items, directory, cleans=cleans, ranks=world.size)
-        storage = ArenaStorage(directory, world.rank, items, waits, fill)
-        error = save_with_dcp(storage, planner, group)
-    return found[0] if error is None else error
+        planner = ArenaPlanner(items, directory, cleans=cleans, ranks=world.neighbours)
+        storage = ArenaStorage(directory, world.rank, items, waits, fill, copies=world.node is not None)
+        outcome = save_with_dcp(storage, planner, group)
+        if isinstance(outcome, StorageError):
+            return outcome
+        if world.node is not None:
+            problem = _index_nodes(world, world.node, group, directory, outcome, found[0].layout)
+            if problem is not None:
+                return problem
+    return found[0]
+
+
+def _index_nodes(
+    world: World,
+    node: Node,
+    group: dist.ProcessGroup | None,
+    directory: Path,
+    metadata: Metadata,
+    layout: Layout,
+) -> StorageError | None:
+    """Write the indexes that nodes have for themselves; the error, alike on all ranks. Collective over ``group``."""
+    problem = None
+    if node.has_own_index and world.rank == node.ranks[0]:
+        layout.index = portable(index_of_node(metadata, node))
+        try:
+            put_index(directory, layout.index)
+        except OSError as error:
+            problem = described(world.rank, error)
+    return next((StorageError(text) for text in world.gather(problem, group) if text is not None), None)
 
 
 class Drafting:

@@ -106,7 +106,7 @@ class ArenaWriter:
         self._layout: Layout | None = None
         self._bindings: Bindings | None = None
         self._spots: dict[str, Spot] = {}  # by key
-        self._rack = Rack(slots, ranks=world.size, cleans=cleans)
+        self._rack = Rack(slots, ranks=world.neighbours, cleans=cleans)
         self._drafting: Drafting | None = None
         self._is_drafted = False  # whether the layout was: its files are waited for likewise
         self._making = Helper("everstep-layout")
@@ -156,6 +156,7 @@ class ArenaWriter:
         weight = _weight_of(items) if way is Way.LAY_OUT and items is not None else 0
         agreed, weight = self._world.largest([way, weight])
         if agreed == Way.FAIL:
+            self._forget_draft()  # another rank may have found that it failed, and asks for a new one
             self._rack.forget(directory)  # it may be moved elsewhere
             finished(self._worst(problem))
         elif agreed == Way.WAIT:
@@ -260,9 +261,7 @@ class ArenaWriter:
         self, directory: Path, items: Items, finished: Finished, started: float, *, ahead: bool
     ) -> None:
         """Plan, and write at once; or, ``ahead``, have it planned and the files made, and put the snapshot off."""
-        if self._drafting is not None:  # of what does not fit any more
-            self._drafting.outcome()
-            self._drafting = None
+        self._forget_draft()  # of what does not fit any more
         self._layout, self._bindings = None, None
         self._behind.start_anew()
         self._rack.clear()
@@ -287,11 +286,16 @@ class ArenaWriter:
         if isinstance(outcome, StorageError):
             self._layout, self._bindings = None, None
             self._rack.clear()
-            self._rack.remove(directory, file_names(self._world.rank), index=self._world.rank == 0)
+            self._rack.remove(directory, file_names(self._world.rank), index=self._cleans)
             finished(outcome)
             return
         self._rack.make_ahead(outcome.layout, None)
         finished(self._written(time.monotonic() - started))
+
+    def _forget_draft(self) -> None:
+        if self._drafting is not None:
+            self._drafting.outcome()
+            self._drafting = None
 
     def _take_over(self, made: Draft) -> None:
         self._layout, self._bindings, self._spots = made.layout, made.bindings, made.spots

@@ -8,6 +8,8 @@ items keep the plain key, so that stock tools find them, and those of rank r are
 - *Replicated* items have one owner, the lowest rank of their group, and nobody else writes them. (Stock DCP lets the
   least loaded rank write: with BatchNorm buffers, which differ between ranks, that restores another rank's.)
 - Everything else is owned by the rank it is on.
+
+On several nodes, some ranks moreover keep a copy of what a rank elsewhere stores (``copies``).
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch.distributed.tensor import DTensor
+
+from supervisor.training.copies import Node, holders_of, offsets_of
+from supervisor.training.moves import local_of
 
 #: the path to an item in the nested state dict, as DCP keeps it: strings for dicts, integers for lists
 Path = tuple[str | int, ...]
@@ -30,10 +35,14 @@ _OWNED: Final = re.compile(r"__rank_([0-9]+)__")
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes an item: rank ``rank`` alone, or with ``everyone`` each rank that holds a part, under ``rank``'s key."""
+    """Who writes an item: rank ``rank`` alone, or with ``everyone`` each rank that holds a part, under ``rank``'s key.
+
+    ``holders`` are the ranks that hold it, if that is more than one.
+    """
 
     rank: int
     everyone: bool = False
+    holders: frozenset[int] = frozenset()
 
 
 class Deferred:
@@ -71,6 +80,8 @@ class Items:
     seen one need not look into it again, which is what makes thousands of tensors cheap.
 
     ``later`` are looks that were put off: the items are those of now if all of them say yes, before any optimizer steps.
+
+    ``node`` is that of this rank, where there are several.
     """
 
     rank: int
@@ -81,13 +92,27 @@ class Items:
     constant: set[str] = field(
         default_factory=set
     )  # keys of tensors that nothing has changed so far: frozen weights
+    node: Node | None = None
+
+    def part(self) -> Items:
+        """One for this rank that is still empty, to be kept by this one."""
+        return Items(self.rank, node=self.node)
 
     def add(self, path: Path, value: object, owner: Owner, *, constant: bool = False) -> None:
         """Contribute ``value`` if this rank is to write it."""
-        if owner.rank != self.rank and not owner.everyone:
-            return
         if owner.rank:
             path = (f"__rank_{owner.rank}__", *path)
+        if owner.rank == self.rank or owner.everyone:
+            self._put(path, value, constant=constant)
+        if self.node is None:
+            return
+        if not owner.everyone:
+            if self.node.copies(self.rank, owner.holders):
+                self._put((self.node.prefix(), *path), value, constant=constant)
+        elif isinstance(value, DTensor) and self.node.copies(self.rank, holders_of(value)):
+            self._put((self.node.prefix(offsets_of(value)), *path), local_of(value), constant=constant)
+
+    def _put(self, path: Path, value: object, *, constant: bool) -> None:
         key = flat(path)
         if key in self.values:
             raise ValueError(f"two items are called {key!r}")
@@ -132,4 +157,5 @@ def owner_of(path: Path) -> tuple[int, Path]:
 
 def mesh_owner(tensor: DTensor) -> Owner:
     """The owner of a DTensor. A mesh without rank 0 (another pipeline stage's) gets keys of its own."""
-    return Owner(int(tensor.device_mesh.mesh.min()), everyone=True)
+    ranks: list[int] = tensor.device_mesh.mesh.flatten().tolist()
+    return Owner(min(ranks), everyone=True, holders=frozenset(ranks))

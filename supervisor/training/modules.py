@@ -63,7 +63,8 @@ def owner(held: Held, rank: int) -> Owner:
     if ddp is None or held.name_in_ddp in ddp.parameters_to_ignore:
         return Owner(rank)
     if held.is_parameter or ddp.broadcast_buffers:
-        return Owner(min(dist.get_process_group_ranks(ddp.process_group)))
+        ranks = dist.get_process_group_ranks(ddp.process_group)
+        return Owner(min(ranks), holders=frozenset(ranks))
     return Owner(rank)
 
 
@@ -86,7 +87,7 @@ class ModulePart:
             return
         owners = {held.name: owner(held, self._rank) for held in held_by(self.module)}
         frozen = dict(_frozen(self.module).items() & self._frozen.items())
-        own = Items(self._rank)
+        own = items.part()
         for fqn, value in get_model_state_dict(self.module).items():
             own.add((self.name, fqn), value, self._owner(owners, fqn, value), constant=fqn in frozen)
         items.keep(own)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,19 +99,22 @@ class OptimizerPart:
         if not owner.everyone or isinstance(value, DTensor):
             return owner
         plain_tensor = isinstance(value, torch.Tensor) and key != "step"
-        return Owner(self._rank if plain_tensor else owner.rank)
+        return Owner(self._rank) if plain_tensor else replace(owner, everyone=False)
 
     def _group_owner(self) -> Owner:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        ranks = {self._named(parameter)[1].rank for parameter in parameters}
-        return Owner(ranks.pop() if len(ranks) == 1 else self._rank)
+        owners = {self._named(parameter)[1] for parameter in parameters}
+        ranks = {owner.rank for owner in owners}
+        if len(ranks) != 1:
+            return Owner(self._rank)
+        return Owner(ranks.pop(), holders=frozenset.intersection(*(owner.holders for owner in owners)))
 
     # ------------------------------------------------------------------ saving
 
     def gather(self, items: Items) -> None:
         """Contribute the state of every parameter that has some, and the groups."""
         if self._memory is None or not self._memory.recall(items):
-            own = Items(self._rank)
+            own = items.part()
             self._gather_states(own)
             plain = all(isinstance(value, torch.Tensor) for value in own.values.values())
             self._groups_owner = self._group_owner()
@@ -138,7 +142,7 @@ class OptimizerPart:
                     self._owner(parameter, key, value),
                     parameter,
                 )
-            if not state and owner.rank == self._rank != 0 and not owner.everyone and not self._partitioned:
+            if not state and owner.rank != 0 and not owner.everyone and not self._partitioned:
                 items.add((self.name, "state", fqn), {}, owner)  # else it would be given rank 0's
         for key in states.keys() - set(range(len(parameters))):
             self._add(items, (self.name, "state", f"@{key}"), states[key], Owner(self._rank), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -24,13 +24,15 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from supervisor.checkpoint.directory import SLOT_NAME
+from supervisor.checkpoint.slots import COPIES
+from supervisor.training.copies import is_copy, without_copies
 from supervisor.training.items import Items
 from supervisor.training.layout import Archive, Room, aligned, new_blob, tensor_archive
 from supervisor.training.moves import SMALL, Spot, local_of
 from supervisor.training.trees import is_storable
 from supervisor.training.writer import PlannerOfItems, Storage
 
-FILES: Final = 2  # of a rank
+FILES: Final = COPIES + 1  # of a rank
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class BlobPlace:
-    """Where the archive of anything else goes: in the first file. ``item`` is set when the planner says what is stored."""
+    """Where the archive of anything else goes. ``item`` is set when the planner says what is stored."""
 
     key: str
+    file: int
     offset: int
     room: Room
     item: WriteItem | None
@@ -84,7 +87,7 @@ class Layout:
 
 
 def file_names(rank: int) -> list[str]:
-    """The files that a rank may have, as stock DCP names them: of what changes, and of what does not."""
+    """The files that a rank may have, as stock DCP names them: of what changes, of what does not, of copies."""
     return [f"__{rank}_{number}.distcp" for number in range(FILES)]
 
 
@@ -97,10 +100,10 @@ def signature(value: torch.Tensor) -> object:
     return type(value) in (torch.Tensor, torch.nn.Parameter) or type(value), value.shape, value.dtype
 
 
-def make_place(directory: Path, ranks: int) -> None:
-    """Make the slot's directory, and remove what a job of another shape left in it; files of ranks are written over."""
+def make_place(directory: Path, ranks: Iterable[int]) -> None:
+    """Make the slot's directory, and remove what a job of another shape left in it; files of ``ranks`` are written over."""
     directory.mkdir(parents=True, exist_ok=True)
-    ours = {name for rank in range(ranks) for name in file_names(rank)}
+    ours = {name for rank in ranks for name in file_names(rank)}
     for name in (SLOT_NAME, ".metadata", *os.listdir(directory)):
         if name in (SLOT_NAME, ".metadata", ".metadata.tmp") or (
             name.endswith(".distcp") and name not in ours
@@ -111,7 +114,7 @@ def make_place(directory: Path, ranks: int) -> None:
 class ArenaPlanner(PlannerOfItems):
     """As the stock writer's, but the files of a former snapshot stay, to be written over."""
 
-    def __init__(self, items: Items, directory: Path, *, cleans: bool, ranks: int) -> None:
+    def __init__(self, items: Items, directory: Path, *, cleans: bool, ranks: Iterable[int]) -> None:
         super().__init__(lambda: items, directory, cleans=cleans)
         self._ranks = ranks
 
@@ -121,7 +124,10 @@ class ArenaPlanner(PlannerOfItems):
 
 
 class ArenaStorage(Storage):
-    """DCP's side of the first snapshot: takes this rank's plan, lays it out, has it written, and keeps the index."""
+    """DCP's side of the first snapshot: takes this rank's plan, lays it out, has it written, and keeps the index.
+
+    ``copies``: whether there may be some.
+    """
 
     def __init__(
         self,
@@ -130,12 +136,15 @@ class ArenaStorage(Storage):
         items: Items,
         waits: Callable[[torch.Tensor], bool],
         written: Callable[[Layout], None],
+        *,
+        copies: bool,
     ) -> None:
         super().__init__(directory)
         self._rank = rank
         self._items = items = items.whole()
         self._waits = waits
         self._written = written
+        self._copies = copies
         self.layout = Layout(
             file_names(rank),
             dict(items.paths),
@@ -149,6 +158,10 @@ class ArenaStorage(Storage):
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+    def published(self, metadata: Metadata) -> Metadata:
+        """All of it but copies."""
+        return without_copies(metadata) if self._copies else metadata
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index."""
@@ -172,16 +185,17 @@ def _lay_out(
         key = item.index.fqn
         value = items.values[key]
         archive = _archive(item, value) if count[key] == 1 else None
+        file = COPIES if is_copy(key) else int(archive is not None and key in items.constant)
         if archive is not None:
-            group = int(key in items.constant), archive.payload < SMALL, not waits(local_of(value))
+            group = file, archive.payload < SMALL, not waits(local_of(value))
             tensors.append((group, item, archive))
             continue
         by_planner = item if item.type is not WriteItemType.BYTE_IO else None
         data, room = new_blob(planner.resolve_data(item) if by_planner else value)
-        offset = aligned(layout.sizes[0], 0)
-        layout.blobs.append(BlobPlace(key, offset, room, by_planner))
-        layout.sizes[0] = offset + len(data)
-        results.append(_result(item.index, len(data), layout.names[0], offset, len(data)))
+        offset = aligned(layout.sizes[file], 0)
+        layout.blobs.append(BlobPlace(key, file, offset, room, by_planner))
+        layout.sizes[file] = offset + len(data)
+        results.append(_result(item.index, len(data), layout.names[file], offset, len(data)))
     for (file, _, _), item, archive in sorted(tensors, key=operator.itemgetter(0)):
         key = item.index.fqn
         local = local_of(items.values[key])

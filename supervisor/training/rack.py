@@ -10,12 +10,13 @@ from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.training.overlap import Helper
 from supervisor.training.planning import Layout, make_place
 from supervisor.training.slots import Ahead, Slot, new_arenas
+from supervisor.training.writer import put_index
 
 
 class Rack:
     """``spare`` are the slots to make ready ahead, ``ranks`` those that share them; ``cleans``: this one clears them first."""
 
-    def __init__(self, spare: Iterable[Path], *, ranks: int, cleans: bool) -> None:
+    def __init__(self, spare: Iterable[Path], *, ranks: range, cleans: bool) -> None:
         self._spare = tuple(spare)
         self._ranks = ranks
         self._cleans = cleans
@@ -52,9 +53,7 @@ class Rack:
             make_place(directory, self._ranks)
         self.make(directory, layout)
         if layout.index is not None:
-            temporary = directory / ".metadata.tmp"
-            temporary.write_bytes(layout.index)
-            temporary.rename(directory / ".metadata")
+            put_index(directory, layout.index)
 
     def make(self, directory: Path, layout: Layout) -> Slot:
         """The slot, with this rank's files laid out. Raises OSError."""

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
+    MetadataIndex,
     StorageMeta,
     TensorStorageMetadata,
 )
@@ -74,8 +75,11 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
 
-def read_metadata(directory: FilePath) -> Metadata:
-    """The ``.metadata`` of a checkpoint, checked. Raises CheckpointError and StorageError."""
+def read_metadata(directory: FilePath, may_lack: Callable[[str], bool] = lambda _: False) -> Metadata:
+    """The ``.metadata`` of a checkpoint, checked. Raises CheckpointError and StorageError.
+
+    What lies in a missing file that the directory ``may_lack`` is left out of ``storage_data``.
+    """
     data = _patiently(directory / ".metadata", (directory / ".metadata").read_bytes)
     try:
         with without_collection():
@@ -86,7 +90,7 @@ def read_metadata(directory: FilePath) -> Metadata:
         raise CheckpointError(f"{directory / '.metadata'} is damaged or no DCP metadata: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{directory / '.metadata'} is no DCP metadata")
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int | None] = {}
     for info in metadata.storage_data.values():
         name = info.relative_path
         if (
@@ -97,9 +101,18 @@ def read_metadata(directory: FilePath) -> Metadata:
         ):
             raise CheckpointError(f"{directory / '.metadata'} leads out of the checkpoint: {name!r}")
         if name not in sizes:
-            sizes[name] = _patiently(directory / name, (directory / name).lstat).st_size
-        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
-            raise CheckpointError(f"{directory / name} is truncated: {sizes[name]} bytes")
+            sizes[name] = None
+            if not may_lack(name) or (directory / name).exists():
+                sizes[name] = _patiently(directory / name, (directory / name).lstat).st_size
+        size = sizes[name]
+        if size is not None and (info.offset < 0 or info.length < 0 or info.offset + info.length > size):
+            raise CheckpointError(f"{directory / name} is truncated: {size} bytes")
+    if None in sizes.values():
+        metadata.storage_data = {
+            index: info
+            for index, info in metadata.storage_data.items()
+            if sizes[info.relative_path] is not None
+        }
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     return metadata
 
@@ -149,14 +162,16 @@ class Mismatch:
 class Stored:
     """A checkpoint, opened for one rank. Raises CheckpointError and StorageError, here and in every method.
 
-    ``resharded``: whether it was written by another number of ranks.
+    ``resharded``: whether it was written by another number of ranks. ``may_lack``: which files may be missing.
     """
 
-    def __init__(self, directory: FilePath, rank: int) -> None:
+    def __init__(
+        self, directory: FilePath, rank: int, may_lack: Callable[[str], bool] = lambda _: False
+    ) -> None:
         self.directory = directory
         self.rank = rank
         self.resharded = False
-        self._metadata = read_metadata(directory)
+        self._metadata = read_metadata(directory, may_lack)
         paths: Mapping[str, Path] = self._metadata.planner_data or {}
         self._by_owner: dict[int, dict[Path, str]] = {}
         for key in self._metadata.state_dict_metadata:
@@ -236,6 +251,8 @@ class Stored:
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, (OSError, MemoryError)):
                 raise cause from error
+            if isinstance(cause, KeyError) and isinstance(absent := cause.args[0], MetadataIndex):
+                raise CheckpointError(f"{self.directory} does not hold {absent.fqn!r} in full") from error
             if isinstance(cause, _ItemError):
                 raise CheckpointError(f"{self.directory}: {cause}") from error
             raise CheckpointError(

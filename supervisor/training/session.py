@@ -189,7 +189,7 @@ class Session:
             set_phase(self._keeper.words, Phase.RESTORE)
             self._keeper.words[Word.SESSION] |= SessionFlag.OPEN
             self._keeper.tell("session")
-        world = World()
+        world = World(apart=link is not None)
         if link is None and self._root is not None:
             if is_url(self._given):
                 raise ConfigError(

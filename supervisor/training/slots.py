@@ -35,7 +35,7 @@ def _new_arena(path: Path, file: int, layout: Layout, made: list[Path]) -> Arena
     end = 0
     tensors = [place for place in layout.tensors if place.file == file]
     spans = [(place.offset, place.archive.length) for place in tensors]
-    spans += [(place.offset, place.room.length) for place in layout.blobs if file == 0]
+    spans += [(place.offset, place.room.length) for place in layout.blobs if place.file == file]
     for offset, length in sorted(spans):
         arena.put(end, bytes(offset - end))
         end = offset + length
@@ -72,7 +72,7 @@ class Slot:
     def fill(self, layout: Layout, archives: list[bytes]) -> None:
         """Write the blobs that it does not hold yet."""
         for number, (place, data) in enumerate(zip(layout.blobs, archives, strict=True)):
-            if (arena := self.arenas[0]) is not None and self.blobs[number] is not data:
+            if (arena := self.arenas[place.file]) is not None and self.blobs[number] is not data:
                 arena.put(place.offset, data)
                 self.blobs[number] = data
 

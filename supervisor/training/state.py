@@ -111,7 +111,7 @@ class TrainingState:
 
     def gather_hastily(self, step: int, pending: Sequence[str] = ()) -> Items:
         """As ``gather``, with looks that are still to be taken (``Items.later``)."""
-        items = Items(self._world.rank)
+        items = Items(self._world.rank, node=self._world.node)
         for part in self._parts:
             part.gather(items)
         devices = rng.devices_of(p for module in self.modules.values() for p in module.parameters())
@@ -129,7 +129,7 @@ class TrainingState:
 
         Raises CheckpointError for damage, StorageError for what storage would not give, and StateMismatchError, before anything is changed, for what does not fit.
         """
-        stored = Stored(directory, self._world.rank)
+        stored = Stored(directory, self._world.rank, self._world.may_lack)
         key = stored.find((OWN,), self._world.rank)
         if key is None:
             raise CheckpointError(f"{directory} was not written by a Session: it has no {OWN!r} item")

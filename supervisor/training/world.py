@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from supervisor.errors import UsageError
+from supervisor.training.copies import Node
 
 T = TypeVar("T")
 _torch_dist: Any = dist  # its private names
@@ -30,15 +31,19 @@ _PATIENCE: Final = timedelta(hours=24)
 class World:
     """``rank`` of ``size``. Opening it is collective over all ranks.
 
+    ``apart``: the nodes that torchrun has started ranks on do not see each other's snapshots. ``node`` is this one, if there are
+    several of that kind.
+
     Raises UsageError when torchrun started several ranks and ``torch.distributed`` is not initialised yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, apart: bool = False) -> None:
         self.rank = 0
         self.size = 1
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.group: dist.ProcessGroup | None = None
         self._apart: dist.ProcessGroup | None = None
+        self.node: Node | None = None
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank()
             self.size = dist.get_world_size()
@@ -51,6 +56,20 @@ class World:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised: "
                 "call init_process_group before entering the Session"
             )
+        if apart and int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1:
+            first = self.rank - self.local_rank
+            self.node = Node(
+                int(os.environ["GROUP_RANK"]), range(first, first + int(os.environ["LOCAL_WORLD_SIZE"]))
+            )
+
+    @property
+    def neighbours(self) -> range:
+        """The ranks whose snapshots lie in the same place as this one's, itself included."""
+        return range(self.size) if self.node is None else self.node.ranks
+
+    def may_lack(self, name: str) -> bool:
+        """Whether this file of a snapshot may be missing here: ranks of another node have written it."""
+        return self.node is not None and self.node.may_lack(name)
 
     def apart(self) -> dist.ProcessGroup | None:
         """A group of all ranks that nothing else uses, for a thread; None for one rank. Collective."""
@@ -96,12 +115,12 @@ class World:
         except RuntimeError:  # in vain, or the store's host is gone
             return False
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank, on every rank. Collective; the value must pickle."""
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """Every rank's value, by rank, on every rank. Collective, over ``group`` if one is given; the value must pickle."""
         if self.group is None:
             return [value]
         values: list[T | None] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=group or self.group)
         return values  # type: ignore[return-value]
 
     def from_first(self, value: T) -> T:

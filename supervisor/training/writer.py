@@ -151,15 +151,15 @@ class DcpWriter:
         started = time.monotonic()
         planner = PlannerOfItems(gather, directory, cleans=self._cleans)
         storage = Storage(directory)
-        error = save_with_dcp(storage, planner, self._world.group)
-        if error is not None:
+        outcome = save_with_dcp(storage, planner, self._world.group)
+        if isinstance(outcome, StorageError):
             with contextlib.suppress(OSError):
                 for name in _files_of(directory, self._world.rank):
                     (directory / name).unlink()
                 if self._world.rank == 0:
                     (directory / ".metadata").unlink(missing_ok=True)
                     (directory / ".metadata.tmp").unlink(missing_ok=True)
-            finished(error)
+            finished(outcome)
             return
         size = sum((directory / name).stat().st_size for name in _files_of(directory, self._world.rank))
         finished(Written(size, time.monotonic() - started, frozenset(storage.names)))
@@ -176,14 +176,16 @@ class DcpWriter:
 
 def save_with_dcp(
     storage: FileSystemWriter, planner: DefaultSavePlanner, group: dist.ProcessGroup | None
-) -> StorageError | None:
-    """Plan and write, all ranks of ``group`` together; the error, alike on all, if any of them failed."""
+) -> Metadata | StorageError:
+    """Plan and write, all ranks of ``group`` together; the index, or the error, alike on all, if any of them failed."""
     try:
         with _no_warnings():
-            dcp_save({}, storage_writer=storage, planner=planner, process_group=group, no_dist=group is None)
+            metadata: Metadata = dcp_save(
+                {}, storage_writer=storage, planner=planner, process_group=group, no_dist=group is None
+            )
     except CheckpointException as error:
         return failure_of({rank: cause for rank, (cause, _) in error.failures.items()})
-    return None
+    return metadata
 
 
 @contextlib.contextmanager
@@ -258,11 +260,13 @@ class Storage(FileSystemWriter):
         stored = {result.index: result.storage_data for of_rank in results for result in of_rank}
         metadata.storage_data, metadata.storage_meta = stored, self.storage_meta()
         metadata.version = CURRENT_DCP_VERSION
-        self.names = {".metadata", *(info.relative_path for info in stored.values())}
-        path = Path(self.path) / ".metadata"
-        temporary = path.with_name(".metadata.tmp")
-        temporary.write_bytes(portable(metadata))
-        temporary.rename(path)
+        published = self.published(metadata)
+        self.names = {".metadata", *(info.relative_path for info in published.storage_data.values())}
+        put_index(Path(self.path), portable(published))
+
+    def published(self, metadata: Metadata) -> Metadata:
+        """What of the index is written."""
+        return metadata
 
 
 class _Pickler(pickle.Pickler):
@@ -273,6 +277,13 @@ class _Pickler(pickle.Pickler):
             fields = properties.__getstate__()
             return copyreg.__newobj__, (TensorProperties,), fields[:5]  # type: ignore[attr-defined]
         return NotImplemented
+
+
+def put_index(directory: Path, index: bytes) -> None:
+    """Write ``.metadata``, whole or not at all."""
+    temporary = directory / ".metadata.tmp"
+    temporary.write_bytes(index)
+    temporary.rename(directory / ".metadata")
 
 
 def portable(metadata: Metadata) -> bytes:

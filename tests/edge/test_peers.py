@@ -198,19 +198,43 @@ def test_only_files_of_the_snapshot_are_served(ram: Path, name: str) -> None:
     run(test)
 
 
-def test_a_file_that_has_become_a_link_is_not_followed(ram: Path) -> None:
+@pytest.mark.parametrize("name", ["x.distcp", "a/x.distcp"])
+def test_what_has_become_a_link_is_not_followed(ram: Path, name: str) -> None:
     """By whoever may write to the slot, and may not read what the supervisor may."""
-    (ram / "secret").write_bytes(b"x" * 10)
-    fill(ram / "slot", {"x.distcp": 10})
+    fill(ram / "slot", {name: 10})
+    fill(ram / "secret", {"x.distcp": 10})
 
     async def test() -> None:
         async with serving(SlotShelf([ram / "slot"])) as peer:
             found = await listing(peer, 1, 5)
-            (ram / "slot/x.distcp").unlink()
-            (ram / "slot/x.distcp").symlink_to(ram / "secret")
+            entry = ram / "slot" / name.split("/", maxsplit=1)[0]
+            entry.rename(ram / "away")
+            entry.symlink_to(ram / "secret" / ("x.distcp" if entry.suffix else ""))
             with pytest.raises(PeerError, match="broke off after 0 of 10"):
-                await fetch(peer, found, "x.distcp", ram / "copy", patience=DEADLINE)
+                await fetch(peer, found, name, ram / "copy", patience=DEADLINE)
             assert not (ram / "copy").exists()
+
+    run(test)
+
+
+def test_slots_change_places(ram: Path) -> None:
+    """The leader's and this node's slots of a step are made to bear the same number."""
+    folders = [ram / "0", ram / "1"]
+    for step, folder in enumerate(folders):
+        fill(folder, {"x.distcp": LARGE}, step=step)
+    content = (folders[0] / "x.distcp").read_bytes()
+
+    def swap() -> None:
+        folders[0].rename(ram / "moving")
+        folders[1].rename(folders[0])
+        (ram / "moving").rename(folders[1])
+
+    async def test() -> None:
+        async with serving(SlotShelf(folders)) as peer:
+            found = await listing(peer, 1, 0)
+            for pace in (Stepping(1, swap), Stepping(LARGE + 1, swap)):
+                await fetch(peer, found, "x.distcp", ram / "copy", patience=DEADLINE, pace=pace)
+                assert (ram / "copy").read_bytes() == content
 
     run(test)
 

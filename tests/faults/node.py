@@ -23,7 +23,7 @@ from supervisor.decide.retention import RetentionPolicy, to_remove
 from supervisor.edge import jobdir
 from supervisor.errors import EverstepError, StorageError
 from supervisor.resume import Resume, Sources, choose
-from supervisor.snapshots import Snapshots
+from supervisor.snapshots import Ranks, Snapshots
 from supervisor.staging import Staging
 from supervisor.training.engine import ArenaWriter
 from supervisor.training.items import Items
@@ -85,7 +85,7 @@ class Supervisor:
     def saved(self, step: int, slot: int) -> None:
         """Declare it whole, and drain some of them."""
         try:
-            self.snapshots.part(0, 1, self.attempt, step=step, slot=slot, seconds=0, size=0, metrics={})
+            self.snapshots.part(0, Ranks(self.attempt, 1, 1), step=step, slot=slot, seconds=0, size=0, metrics={})
         except EverstepError as error:
             self.failed(step, slot, str(error), torn=False)
             return

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.checkpoint import slots
-from supervisor.snapshots import Snapshots
+from supervisor.snapshots import Ranks, Snapshots
 
 RANKS = (0, 1)
 Message = tuple[str, int, int]  # kind, step, slot
@@ -107,7 +107,7 @@ class Job:
         kind, step, slot = rank.told.popleft()
         if kind == "saved":
             whole = self.snapshots.part(
-                rank.number, len(RANKS), self.attempt, step=step, slot=slot, seconds=0, size=1, metrics={}
+                rank.number, Ranks(self.attempt, len(RANKS), len(RANKS)), step=step, slot=slot, seconds=0, size=1, metrics={}
             )
             if whole:
                 self.newest = step

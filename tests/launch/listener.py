@@ -19,6 +19,7 @@ from supervisor.edge import processes
 from supervisor.edge.control import ControlPage
 from supervisor.edge.link import control_folder, page_path, socket_path
 from supervisor.edge.ports import ReservedPort
+from supervisor.program import Rendezvous
 
 DEADLINE = 60.0
 CLOSED = "closed connection"
@@ -77,7 +78,7 @@ class Listener:
         """Start an attempt of the user's ``command`` as the supervisor would; returns the launcher's pid."""
         program = programs.parse(command)
         environment = self.environment(**program.environment, **more)
-        argv = program.attempt_argv(self._port.number)
+        argv = program.attempt_argv(Rendezvous(port=self._port.number))
         self._started.append(processes.spawn(argv, environment, self.logs / "torchrun.log"))
         return self._started[-1]
 

@@ -14,6 +14,7 @@ from launch import agent, torchrun
 from launch.program import AGENT, WORKER, parse
 from launch.torchrun import Form
 from supervisor.errors import UsageError
+from supervisor.program import Rendezvous
 
 PYTHON = sys.executable
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -81,7 +82,7 @@ def test_torchrun(words: str, form: Form, target: str, arguments: str, options: 
     assert program.arguments == tuple(arguments.split())
     assert program.interpreter == TORCHRUNS
     folder = [str(Path(TORCHRUN).parent)] if form is Form.RUN_PATH else []
-    assert program.attempt_argv(29555) == [
+    assert program.attempt_argv(Rendezvous(port=29555)) == [
         TORCHRUNS, AGENT, str(os.getpid()), TORCHRUN, *OWN, "--max-restarts=0", *options.split(),
         WORKER, form.value, *folder, target, *arguments.split(),
     ]  # fmt: skip
@@ -105,7 +106,7 @@ def test_python(words: str, flags: str, form: Form, target: str, arguments: str)
     assert (program.form, program.target, program.launcher) == (form, target, None)
     assert (program.flags, program.arguments) == (tuple(flags.split()), tuple(arguments.split()))
     unbuffered = [] if "-u" in flags else ["-u"]
-    assert program.attempt_argv(1)[1:] == [
+    assert program.attempt_argv(Rendezvous(port=1))[1:] == [
         *unbuffered, *flags.split(), WORKER, form.value, target, *arguments.split(),
     ]  # fmt: skip
 
@@ -122,7 +123,7 @@ def test_python(words: str, flags: str, form: Form, target: str, arguments: str)
 def test_other_ways_to_torchrun(command: list[str], path: str) -> None:
     program = parse([*command, "--nproc-per-node=2", "train.py"], {})
     assert program.has_ranks
-    argv = program.attempt_argv(29555)
+    argv = program.attempt_argv(Rendezvous(port=29555))
     assert argv[argv.index(AGENT) + 2] == path
     assert argv[-4:] == ["--nproc-per-node=2", WORKER, "script", "train.py"]
 

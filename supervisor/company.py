@@ -1,0 +1,232 @@
+"""The node supervisor that leads a job on several nodes, and what it has of them: the lead, its own hand, and what goes between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import CancelledError as FutureCancelledError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from supervisor.attempt import Attempt
+from supervisor.checkpoint import parts, slots
+from supervisor.checkpoint.copying import CancelledError
+from supervisor.checkpoint.manifest import Key, Manifest, Origin
+from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage
+from supervisor.config import Options
+from supervisor.decide.membership import Size
+from supervisor.edge.console import Console
+from supervisor.edge.jobdir import JobDirectory
+from supervisor.edge.store.protocol import Store
+from supervisor.errors import CheckpointError
+from supervisor.fleet import Assignment, DrainOrder, Ended, Order
+from supervisor.hand import Hand
+from supervisor.joining import Joining
+from supervisor.lead import Departed, Lead
+from supervisor.ledger import Ledger
+from supervisor.model import Failure
+from supervisor.program import Rendezvous
+from supervisor.resume import Resume
+from supervisor.saves import LeaderSaves
+from supervisor.shared_snapshots import SharedSnapshots
+
+_LOOK: Final = 0.2  # seconds between two looks whether a drain is still wanted
+BEAT: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Team:
+    """A place among the nodes of a job."""
+
+    joining: Joining
+    store: Store
+    size: Size
+    is_embedded: bool  # only the node that serves the store can lead
+
+
+def parts_place(options: Options, job: JobDirectory) -> Path:
+    """The directory, seen by all nodes, where their parts of a checkpoint are put together."""
+    where = options.checkpoints_directory
+    return where.absolute() if isinstance(where, Path) else job.path / "checkpoints"
+
+
+def incoming(place: Path, order: Order, drain: DrainOrder) -> parts.Incoming:
+    """Where the parts of one checkpoint lie."""
+    return parts.Incoming(checkpoints=place, step=drain.step, attempt=drain.attempt, epoch=order.epoch)
+
+
+class Company:
+    """Used by the node from the loop's thread, but for ``drain``."""
+
+    def __init__(
+        self,
+        team: Team,
+        options: Options,
+        job: JobDirectory,
+        ledger: Ledger,
+        console: Console,
+        snapshots: SharedSnapshots,
+        key: Key | None,
+        *,
+        epoch: int,
+        run_id: str,
+    ) -> None:
+        self.joining = team.joining
+        self._snapshots, self._key = snapshots, key
+        self._place = parts_place(options, job)
+        self.lead = Lead(
+            team.joining,
+            team.store,
+            options,
+            ledger,
+            console,
+            snapshots,
+            size=team.size,
+            epoch=epoch,
+            run_id=run_id,
+        )
+        self.lead.on_change = self._on_order
+        self.hand = Hand(
+            team.joining,
+            snapshots,
+            lambda order, drain: incoming(self._place, order, drain),
+            key,
+            console.say,
+        )
+        self.saves = LeaderSaves(self.hand, snapshots, self.lead)
+        self._console = console
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        #: what is to be done about a standby that is ordered, or (None) not wanted
+        self.on_standby: Callable[[Assignment | None], None] = lambda _standby: None
+
+    async def start(self) -> None:
+        """Lead from now on."""
+        self._loop = asyncio.get_running_loop()
+        self.lead.start()
+        self._tasks = [self._loop.create_task(work()) for work in (self._listen, self._beat)]
+
+    async def close(self) -> None:
+        """Lead no more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.lead.close()
+        await self.hand.close()
+
+    async def _listen(self) -> None:
+        while True:
+            self.joining.changed.clear()
+            self._on_order()
+            await self.joining.changed.wait()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT)
+            self.hand.beat()
+
+    def _on_order(self) -> None:
+        self.hand.heed()
+        order = self.joining.order
+        self.on_standby(order.standby if order is not None else None)
+
+    # ------------------------------------------------------------------ attempts
+
+    def begin(self, attempt: Attempt, assignment: Assignment) -> Rendezvous:
+        """Have it launched on all of its nodes; where its ranks meet."""
+        meeting = self.hand.meeting(assignment)
+        self.hand.begin(attempt)
+        self.lead.begin(attempt, assignment)
+        return meeting
+
+    def tell_origin(self, number: int, resume: Resume) -> None:
+        """Where its ranks resume, on all nodes alike."""
+        newest = self._snapshots.newest()
+        source, slot = -1, -1
+        if newest is not None:
+            source = newest[1].attempt
+            slot = self._snapshots.find((newest[1].attempt, newest[1].step)) or 0
+        self.lead.tell_origin(number, resume, source, slot)
+
+    async def end(
+        self, attempt: Attempt, own: Failure | None, *, wait: bool, noticed: float | None
+    ) -> tuple[Failure | None, str | None, float | None, list[Departed]]:
+        """Its end on all nodes: what the cause was, where, when it was noticed, and how it was on the others."""
+        self.hand.over(Ended(finished=attempt.finished, failure=own, noticed=noticed))
+        departed = await self.lead.collect(attempt.number, wait=wait)
+        failure, where, noticed = self.lead.judge(own, noticed, departed)
+        return failure, where, noticed, departed
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def drain(
+        self,
+        storage: CheckpointStorage,
+        source: Path,
+        origin: Origin,
+        *,
+        fence: Callable[[], None],
+        bandwidth: float | None,
+        cancelled: Callable[[], bool],
+    ) -> Manifest:
+        """As ``CheckpointStorage.drain``, of a snapshot that lies on several nodes. In a thread."""
+
+        def both() -> None:
+            self.lead.fence()
+            fence()
+
+        record = slots.read_slot(source, self._key)
+        if record is None or record.nodes == 1:
+            return storage.drain(source, origin, fence=both, bandwidth=bandwidth, cancelled=cancelled)
+        assert self._loop is not None
+        place = parts.Incoming(
+            checkpoints=self._place, step=origin.step, attempt=origin.attempt, epoch=origin.epoch
+        )
+        work = asyncio.run_coroutine_threadsafe(self.lead.gather(origin, bandwidth), self._loop)
+        try:
+            while True:
+                try:
+                    work.result(_LOOK)
+                    break
+                except FutureTimeoutError:
+                    if cancelled():
+                        work.cancel()
+                        raise CancelledError(f"the drain of step {origin.step} was given up") from None
+                except FutureCancelledError:
+                    raise CancelledError(f"the drain of step {origin.step} was given up") from None
+            return complete(storage, place, origin, self._key, both, cancelled)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self.lead.gathered)
+
+    def finish_parts(self, storage: CheckpointStorage, fence: Callable[[], None]) -> None:
+        """Make checkpoints of what earlier runs have left whole, but without a manifest; remove what is not whole."""
+        for place in parts.left(self._place):
+            try:
+                found = parts.read_parts(place, self._key)
+                if found is not None:
+                    complete(storage, place, found[0].origin, self._key, fence, lambda: False)
+                    self._console.say(f"step {place.step} was durable on all nodes: it is a checkpoint now")
+                    continue
+            except CheckpointError:
+                pass
+            parts.discard(place)
+
+
+def complete(
+    storage: CheckpointStorage,
+    place: parts.Incoming,
+    origin: Origin,
+    key: Key | None,
+    fence: Callable[[], None],
+    cancelled: Callable[[], bool],
+) -> Manifest:
+    """The parts are all there: make the checkpoint of them, where it belongs."""
+    if isinstance(storage, LocalStorage) and storage.where == place.checkpoints:
+        return parts.complete(place, origin, key=key, fence=fence)
+    manifest = storage.drain(place.files, origin, fence=fence, cancelled=cancelled)
+    parts.discard(place)
+    return manifest

@@ -1,0 +1,469 @@
+"""The node supervisor on a node that does not lead: its ranks, its part of everything, as the leader orders it.
+
+It decides nothing but what cannot wait for anybody: that its ranks have failed (then it takes them away at once, and reports why), and that it
+has not reached the store for too long (``decide/fencing``). It writes no journal: the leader's tells the story of the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from supervisor import evidence as evidences
+from supervisor.attempt import Attempt
+from supervisor.checkpoint.catalog import local
+from supervisor.checkpoint.location import Remote
+from supervisor.checkpoint.manifest import Key
+from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage, open_storage
+from supervisor.company import BEAT, Team, incoming, parts_place
+from supervisor.config import Options
+from supervisor.decide import classify
+from supervisor.decide.fencing import Isolation, isolated
+from supervisor.edge import clock, jobdir, memory, processes
+from supervisor.edge.channel import Channel, Message, Peer
+from supervisor.edge.console import Console
+from supervisor.edge.control import Phase, Word
+from supervisor.edge.threads import in_thread
+from supervisor.errors import CheckpointError, EverstepError, JobError, StorageError
+from supervisor.fleet import Assignment, Ended, Notice, Order, Origin
+from supervisor.hand import Hand
+from supervisor.launching import Launcher
+from supervisor.model import Failure, FailureKind, StopCause, Tier
+from supervisor.noticing import Source
+from supervisor.private_ledger import PrivateLedger
+from supervisor.program import Program
+from supervisor.reception import Reception
+from supervisor.resume import Resume
+from supervisor.saves import NodeSaves
+from supervisor.shared_snapshots import SharedSnapshots
+from supervisor.staging import Staging
+from supervisor.standby import Standby, Waiting
+from supervisor.stopping import SIGNALS
+from supervisor.vigil import Vigil
+
+EXIT_AGAIN: Final = 75
+
+
+class Follower:
+    """One time of following one leader. ``run`` returns the exit code, or None when there is nobody to follow any more."""
+
+    def __init__(
+        self,
+        options: Options,
+        program: Program,
+        job: jobdir.JobDirectory,
+        team: Team,
+        order: Order,
+        console: Console,
+        source: Source | None,
+        stopping: Warden,
+    ) -> None:
+        self._options, self._program, self._job, self._team = options, program, job, team
+        self._console, self._source, self._warden = console, source, stopping
+        self._joining = team.joining
+        self._run_id = order.run_id
+        file = job.read()
+        if file is None or file.run_id != order.run_id:
+            raise JobError(f"{job.path} is not the directory that the leader has: all nodes must share it")
+        self._runtime = jobdir.make_runtime(order.run_id, self._joining.report.name)
+        jobdir.lay_out_runtime(self._runtime, job.path, order.epoch)
+        self._key = Key.from_environment()
+        self._ledger = PrivateLedger()
+        self._snapshots = SharedSnapshots(
+            self._runtime, run_id=order.run_id, key=self._key, fact=self._ledger.add, report=console.say
+        )
+        place = parts_place(options, job)
+        self._hand = Hand(
+            team.joining,
+            self._snapshots,
+            lambda order, drain: incoming(place, order, drain),
+            self._key,
+            console.say,
+        )
+        self._saves = NodeSaves(self._hand, self._snapshots)
+        self._staging = Staging(self._runtime, self._runtime)
+        self._launcher = Launcher(program, job.path, order.run_id, self._runtime)
+        guard = asdict(options.guard_policy) if options.guard_policy.is_on else None
+        self._welcome: Message = {"save_every_steps": list(order.save_every), "guard": guard}
+        self._standby = Standby(
+            enabled=options.standby != "off",
+            ahead=options.standby == "init",
+            keep_free=memory.total() // 20 if options.standby_memory is None else options.standby_memory,
+            launcher=self._launcher,
+            folder_of=job.attempt,
+            welcome=self._welcome,
+            ledger=self._ledger,
+            console=console,
+        )
+        self._standby.on_ready = lambda serial: self._hand.mind(ready=serial)
+        self._standby.on_lost = lambda serial: self._hand.mind(ready=-serial)
+        self._standby_serial = 0
+        self._attempt: Attempt | None = None
+        self._last = max(order.over, order.run.attempt - 1 if order.run is not None else -1)
+        self._world_size: int | None = None
+        self._reception: Reception | None = None
+        self._vigil: Vigil | None = None
+        self._origin = asyncio.Event()
+        self._moved = (clock.monotonic(), 0)
+        self._stop_forwarded = False
+        self._said_lost = False
+        self._followed = False
+        self._work: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # ------------------------------------------------------------------ the run
+
+    async def run(self) -> int | None:
+        """Follow until the end, or until there is no leader. Raises EverstepError."""
+        channel = Channel(self._runtime / "socket", self._on_message, self._console.say)
+        await channel.open()
+        keep = True
+        try:
+            while True:
+                self._joining.changed.clear()
+                leaving = self._think()
+                if leaving is not None:
+                    code, keep = leaving
+                    return code
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._joining.changed.wait(), BEAT)
+                self._beat()
+        finally:
+            if self._attempt is not None:
+                self._attempt.call_off()
+            if self._work is not None:
+                await asyncio.gather(self._work, return_exceptions=True)
+            await self._standby.end()
+            await self._hand.close()
+            await channel.close()
+            if not keep:
+                jobdir.remove_runtime(self._runtime)
+
+    def _think(self) -> tuple[int | None, bool] | None:
+        """Do what the order says; the exit code and whether what is in RAM is to be kept, when it is time to go."""
+        order = self._joining.order
+        if (lost := self._cut_off()) is not None:
+            return lost
+        if self._joining.leader is not None and (order is None or order.leader != self._joining.leader):
+            return None  # a new leader has not spoken yet
+        if order is None:
+            return None
+        if order.final is not None and self._attempt is None:
+            self._hand.mind(leaving=True)
+            self._console.say(order.final.reason)
+            return order.final.exit_code, not order.final.saved
+        if self._joining.leader is None and self._attempt is None and not self._team.is_embedded:
+            return None, True  # somebody has to lead
+        attempt = self._attempt
+        if attempt is not None:
+            if order.over >= attempt.number or order.final is not None:
+                attempt.call_off()
+            elif order.stop is not None and not attempt.ended.is_set():
+                self._stop(attempt)
+            else:
+                attempt.stopping = False
+        if order.origin is not None and attempt is not None and order.origin.attempt == attempt.number:
+            self._origin.set()
+        self._hand.heed()
+        self._heed_standby(order)
+        if attempt is None and order.run is not None and order.run.attempt > max(self._last, order.over):
+            return self._begin(order.run)
+        return None
+
+    def _begin(self, assignment: Assignment) -> tuple[int | None, bool] | None:
+        report = self._joining.report
+        rank = assignment.rank_of(report.name, report.life)
+        if rank is None:
+            if self._warden.notice is not None:
+                self._console.say(f"{self._warden.notice.source}: the job goes on without this node")
+                return EXIT_AGAIN, False
+            return None
+        self._last = assignment.attempt
+        self._work = self._background(self._live(assignment, rank))
+        return None
+
+    def _beat(self) -> None:
+        attempt = self._attempt
+        self._hand.mind(
+            notice=self._warden.notice
+        ) if self._joining.report.notice != self._warden.notice else None
+        self._hand.beat()
+        if attempt is not None and not attempt.ended.is_set():
+            attempt.reap_adopted()
+            steps = sum(attempt.steps)
+            if steps != self._moved[1]:
+                self._moved = clock.monotonic(), steps
+            if self._vigil is not None:
+                self._vigil.look()
+
+    def _cut_off(self) -> tuple[int | None, bool] | None:
+        """What to do without the store."""
+        joining, attempt = self._joining, self._attempt
+        now, patience = clock.monotonic(), self._options.node_timeout
+        lease = self._options.lease
+        if joining.silent < lease:
+            self._said_lost = False
+            return None
+        if not self._said_lost:
+            self._said_lost = True
+            self._console.say(
+                f"the store is not reached ({joining.problem or 'it is silent'}); training goes on as long as it can"
+            )
+        live = attempt is not None and not attempt.ended.is_set()
+        waits = (
+            live
+            and attempt is not None
+            and any(seat.page[Word.PHASE] == Phase.RESTORE for seat in attempt.seats.values())
+        )
+        moved = now - self._moved[0] if live and not waits and self._moved[1] else None
+        match isolated(
+            silent=joining.silent, lease=lease, patience=min(patience, LONGEST_ALONE), moved=moved,
+            needs_decision=not live or self._warden.notice is not None,
+        ):  # fmt: skip
+            case Isolation.GO_ON:
+                return None
+            case Isolation.END:
+                if attempt is not None:
+                    self._console.say(
+                        "the ranks stand still and the store is not reached: they are ended here"
+                    )
+                    attempt.call_off()
+                return None
+            case Isolation.LEAVE:
+                self._console.say(
+                    f"the store was not reached for {joining.silent:.0f} s: leaving; run the same command again to carry on"
+                )
+                return EXIT_AGAIN, True
+
+    def _stop(self, attempt: Attempt) -> None:
+        attempt.stopping = True
+        if attempt.seats and not attempt.has_session and not self._stop_forwarded:
+            self._stop_forwarded = True
+            processes.send([s.pid for s in attempt.seats.values() if s.end is None], signal.SIGTERM)
+
+    # ------------------------------------------------------------------ an attempt
+
+    async def _live(self, assignment: Assignment, rank: int) -> None:
+        standby: Waiting | None = None
+        if assignment.standby:
+            standby = await self._standby.take(assignment.attempt, self._world_size)
+        if standby is None:
+            await self._standby.drop()
+        number = assignment.attempt
+        attempt = self._attempt = (
+            standby.attempt
+            if standby is not None
+            else Attempt(
+                number,
+                self._job.attempt(number),
+                self._runtime,
+                self._run_id,
+                nodes=len(assignment.members),
+                node_rank=rank,
+            )
+        )
+        self._origin.clear()
+        self._stop_forwarded = False
+        self._moved = clock.monotonic(), 0
+        self._ledger.begin(number)
+        self._vigil = Vigil(attempt, self._options, self._ledger, self._console)
+        resume = asyncio.ensure_future(self._resume(number))
+        self._reception = Reception(
+            attempt,
+            ledger=self._ledger,
+            snapshots=self._snapshots,
+            savepoints=self._saves,
+            console=self._console,
+            resume=resume,
+            welcome=self._welcome,
+            on_saved=lambda _step, _flags: None,
+            on_imported=self._standby.imported,
+            on_restored=self._staging.clear,
+            prefix_lines=self._program.has_ranks,
+        )
+        meeting = self._hand.meeting(assignment)
+        self._hand.begin(attempt)
+        self._joining.changed.set()  # the order may have had more to say
+        failure: Failure | None = None
+        try:
+            if not self._followed:
+                self._console.follow(attempt.launcher_log, "[torchrun] " if self._program.has_ranks else "")
+                self._followed = True
+            if standby is not None:
+                self._reception.begin()
+                attempt.begin()
+                standby.gate.set()
+            elif assignment.standby:
+                failure = Failure(
+                    kind=FailureKind.LAUNCHER, reason="the standby was gone", attempt=number, time=clock.now()
+                )
+            else:
+                self._launcher.launch(attempt, meeting)
+            if failure is None:
+                await attempt.ended.wait()
+        except EverstepError as error:
+            failure = Failure(kind=FailureKind.STARTUP, reason=str(error), attempt=number, time=clock.now())
+        finally:
+            if attempt.finished:
+                await attempt.farewell()
+                await attempt.leave()
+            elif left := await attempt.teardown(spare=self._standby.attempt):
+                self._console.say(f"processes that cannot be killed: {left}")
+            self._console.finish(attempt.logs)
+            resume.cancel()
+            await asyncio.gather(resume, return_exceptions=True)
+        self._report_end(attempt, failure)
+
+    def _report_end(self, attempt: Attempt, failure: Failure | None) -> None:
+        assert self._reception is not None
+        self._snapshots.reset()
+        self._staging.clear()
+        self._world_size = attempt.world_size or self._world_size
+        evidence = attempt.evidence()
+        if failure is None and not attempt.called_off and not (attempt.stopping and attempt.finished):
+            failure = classify.classify(evidence, clock.now())
+        if failure is not None and not attempt.called_off:
+            self._console.say(f"attempt {attempt.number}: {failure.reason}")
+            if problem := evidences.write(
+                attempt.folder, failure, evidence, name=f"failure-{attempt.node_rank}.json"
+            ):
+                self._console.say(problem)
+        completed = all(seat.completed is True for seat in attempt.seats.values()) or not attempt.has_session
+        self._hand.over(
+            Ended(
+                step=evidence.step,
+                finished=attempt.finished,
+                completed=attempt.finished and completed,
+                failure=failure,
+                noticed=None if attempt.called_off else attempt.noticed,
+                unloadable=tuple(map(str, self._reception.unloadable)),
+            )
+        )
+        attempt.close()
+        self._attempt = None
+        self._joining.changed.set()
+
+    async def _resume(self, number: int) -> Resume:
+        """What the leader has chosen, as this node has it. Raises EverstepError, which ends the attempt."""
+        await self._origin.wait()
+        order = self._joining.order
+        assert order is not None
+        origin = order.origin
+        assert origin is not None
+        self._ledger.skips(origin.skips)
+        try:
+            return await self._found(origin)
+        except EverstepError as error:
+            self._console.say(str(error))
+            if self._attempt is not None:
+                self._attempt.call_off()
+            raise
+
+    async def _found(self, origin: Origin) -> Resume:
+        if origin.tier is None:
+            self._snapshots.drop_all()
+            return Resume()
+        if origin.tier is Tier.RAM:
+            age = (origin.source, origin.step)
+            if not self._snapshots.move(age, origin.slot):
+                raise CheckpointError(f"the snapshot of step {origin.step} is not on this node any more")
+            folder = self._snapshots.folder(origin.slot)
+            return Resume(step=origin.step, tier=Tier.RAM, path=folder, kept=folder)
+        self._snapshots.drop_all()
+        return await in_thread(lambda: self._checkpoint(origin))
+
+    def _checkpoint(self, origin: Origin) -> Resume:
+        name = Path(origin.path or "").name
+        places: list[CheckpointStorage] = [
+            open_storage(
+                self._options.checkpoints_directory, self._key, timeout=self._options.storage_timeout
+            )
+        ]
+        if not isinstance(places[0], LocalStorage):
+            places.append(LocalStorage(self._job.path / "checkpoints", self._key))
+        for place in places:
+            for record in place.records():
+                if record.step != origin.step or record.path.name != name or record.problem is not None:
+                    continue
+                if isinstance(record.path, Remote):
+                    path = place.fetch(record, self._staging.room(record.path.name, record.bytes))
+                else:
+                    path = local(record)  # the leader has compared every byte
+                return Resume(step=origin.step, tier=Tier.CHECKPOINT, path=path, kept=record.path)
+        raise StorageError(
+            f"{name}, from which the leader resumes, is not seen on this node: is its place shared?"
+        )
+
+    # ------------------------------------------------------------------ the standby, and what the ranks say
+
+    def _heed_standby(self, order: Order) -> None:
+        ordered, attempt = order.standby, self._attempt
+        if ordered is None:
+            waiting = self._standby.attempt
+            taken = order.run is not None and order.run.standby == self._standby_serial
+            if waiting is not None and not taken:
+                self._background(self._standby.drop())
+            return
+        if (
+            ordered.standby <= self._standby_serial
+            or attempt is None
+            or attempt.number + 1 != ordered.attempt
+        ):
+            return
+        self._standby_serial = ordered.standby
+        try:
+            self._standby.arm_for(attempt, ordered.standby, self._hand.meeting(ordered))
+        except EverstepError:
+            self._hand.mind(ready=-ordered.standby)
+
+    async def _on_message(self, peer: Peer, message: Message) -> Message | None:
+        if self._standby.is_for_us(peer, message):
+            return await self._standby.handle(peer, message)
+        if self._reception is None:
+            raise ValueError("no attempt is running")
+        answer = await self._reception.handle(peer, message)
+        if message["kind"] in ("hello", "session", "closed", "metrics"):
+            self._hand.tell()
+        return answer
+
+    def _background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself would forget it
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+LONGEST_ALONE: Final = 60.0  # seconds that a decision is waited for without the store
+
+
+class Warden:
+    """Hears what asks this node to leave, while it follows: signals, and its own machine's notices."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.notice: Notice | None = None
+        self.changed: Callable[[], None] = lambda: None
+
+    def listen(self) -> None:
+        """Hear signals (they are blocked so far)."""
+        loop = asyncio.get_running_loop()
+        for signum in SIGNALS:
+            if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
+                loop.add_signal_handler(signum, self._on_signal, signum)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _on_signal(self, signum: signal.Signals) -> None:
+        if self.notice is None:
+            cause = StopCause.USER if signum is signal.SIGINT else StopCause.PREEMPTION
+            self.notice = Notice(cause=cause, source=signum.name)
+            self._console.say(f"{signum.name}: the leader is told")
+        elif signum is signal.SIGINT:
+            self._console.say("leaving at once")
+            os._exit(130)
+        self.changed()

@@ -1,0 +1,241 @@
+"""``everstep run`` on one of several nodes: join the others, then lead or follow, until the job is over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Final
+
+from supervisor.company import Team
+from supervisor.config import Options
+from supervisor.decide.membership import Size
+from supervisor.edge import clock, jobdir, journal, secret
+from supervisor.edge.console import Console
+from supervisor.edge.store import address as addresses
+from supervisor.edge.store.address import StoreAddress
+from supervisor.edge.store.memory import MemoryStore
+from supervisor.edge.store.protocol import Store
+from supervisor.edge.store.server import Server
+from supervisor.edge.store.tcp import TcpStore
+from supervisor.engine import Engine
+from supervisor.errors import JobError, LeadershipLostError, StoreError, UsageError
+from supervisor.fleet import Final as FinalOrder
+from supervisor.fleet import Order, Report
+from supervisor.follower import EXIT_AGAIN, Follower, Warden
+from supervisor.joining import Joining, new_life
+from supervisor.ledger import Ledger
+from supervisor.model import State, StopCause
+from supervisor.node import Node
+from supervisor.noticing import Source
+from supervisor.program import Program
+from supervisor.replay import Replay
+
+SAID_AFTER: Final = 5.0  # seconds without the store until that is said
+GOODBYE: Final = 5.0  # seconds that a leader of a finished job stays to tell the others
+LOOK: Final = 0.5
+
+
+class Several:
+    """One node's supervisor."""
+
+    def __init__(
+        self,
+        options: Options,
+        program: Program,
+        job: jobdir.JobDirectory,
+        engine: Engine,
+        source: Source | None,
+    ) -> None:
+        if options.store is None or options.nnodes is None:
+            raise UsageError(
+                f"--nnodes {options.nnodes}: where do the nodes meet? --store tcp://HOST:PORT with the host of one of them, "
+                "or torchrun's --rdzv-endpoint or --master-addr and --master-port"
+            )
+        self._options, self._program, self._job = options, program, job
+        self._engine, self._source = engine, source
+        self._size: Size = options.nnodes
+        self._address: StoreAddress = options.store
+        self._name = options.node_name or socket.gethostname()
+        self._console = Console(quiet=options.quiet)
+        self._was_follower = False
+        self._warden = Warden(self._console)
+
+    async def run(self) -> int:
+        """The exit code of ``everstep run``. Raises EverstepError."""
+        self._warden.listen()
+        try:
+            async with self._store() as (store, serves):
+                report = Report(
+                    name=self._name, life=new_life(), host=socket.gethostname(), pid=os.getpid(),
+                    address=towards(self._address), port=0, rank=self._options.node_rank,
+                )  # fmt: skip
+                joining = Joining(store, report, self._options.lease)
+                self._warden.changed = joining.changed.set
+                joining.start()
+                try:
+                    return await self._take_part(
+                        Team(joining, store, self._size, self._address.is_embedded), serves
+                    )
+                finally:
+                    await joining.close()
+        finally:
+            self._console.close()
+
+    @contextlib.asynccontextmanager
+    async def _store(self) -> AsyncIterator[tuple[Store, bool]]:
+        """The store, and whether this node serves it."""
+        key = secret.of_job(self._job.path)
+        address = self._address
+        if not address.is_embedded:
+            from supervisor.edge.store.etcd import Access, EtcdStore
+
+            files = addresses.etcd_files()
+            access = Access(
+                hosts=address.hosts, prefix=address.prefix or f"/everstep/{self._job.path.name}/", tls=address.scheme == "etcds",
+                user=address.user, password=address.password, ca=files["ca"], key=files["key"],
+                certificate=files["certificate"],
+            )  # fmt: skip
+            etcd = EtcdStore(access, key)
+            try:
+                yield etcd, False
+            finally:
+                await etcd.close()
+            return
+        host, port = address.hosts[0]
+        if self._options.node_rank in (None, 0) and addresses.is_ours(host):
+            async with MemoryStore() as memory:
+                server = Server(memory, key, self._console.say)
+                try:
+                    await server.open(addresses.listening_host(host), port)
+                except StoreError:
+                    if self._options.node_rank == 0:
+                        raise
+                else:
+                    try:
+                        yield memory, True
+                    finally:
+                        await server.close()
+                    return
+        client = TcpStore(host, port, key)
+        try:
+            yield client, False
+        finally:
+            await client.close()
+
+    async def _take_part(self, team: Team, serves: bool) -> int:
+        joining = team.joining
+        began, said = clock.monotonic(), False
+        while True:
+            joining.changed.clear()
+            if self._warden.notice is not None:
+                return 130 if self._warden.notice.cause is StopCause.USER else EXIT_AGAIN
+            if joining.has_joined and joining.leader is None and (serves or not team.is_embedded):
+                with contextlib.suppress(StoreError):
+                    await joining.campaign()
+            if joining.leads:
+                code = await self._lead(team)
+                if code is not None:
+                    return code
+                self._warden.listen()
+                began, said = clock.monotonic(), False
+                continue
+            order = joining.order
+            if joining.has_joined and order is not None and order.leader == joining.leader:
+                self._was_follower = True
+                if not said or order.run_id:
+                    self._console.say(f"node {self._name} follows {order.leader.partition(' ')[0]}")
+                code = await Follower(
+                    self._options,
+                    self._program,
+                    self._job,
+                    team,
+                    order,
+                    self._console,
+                    self._source,
+                    self._warden,
+                ).run()
+                if code is not None:
+                    return code
+                began, said = clock.monotonic(), False
+                continue
+            waited = clock.monotonic() - began
+            if waited > SAID_AFTER and not said:
+                said = True
+                why = joining.problem or "nobody leads yet"
+                self._console.say(f"waiting for the job's other nodes at {self._address}: {why}")
+            if waited > self._options.node_timeout:
+                raise StoreError(f"{self._address}: {joining.problem or 'nobody leads'} for {waited:.0f} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(joining.changed.wait(), LOOK)
+
+    # ------------------------------------------------------------------ leading
+
+    async def _lead(self, team: Team) -> int | None:
+        """Own the job as long as this node leads; None when another one does."""
+        options, program, job, console = self._options, self._program, self._job, self._console
+        with self._claimed():
+            folded = Replay(job.journal)
+            folded.advance()
+            for problem in folded.problems:
+                console.say(f"journal: {problem}")
+            job.check(program.identity)
+            if folded.record.state is State.COMPLETED and not options.continue_:
+                reason = f"{job.path} is finished (step {folded.record.step}); --continue runs it on"
+                console.say(reason)
+                await self._send_home(team.joining, reason)
+                return 0
+            file = job.open_epoch(program.identity, list(program.command), self._name)
+            if folded.record.command and folded.record.command != program.command:
+                console.say(f"the command line has changed; it was: {' '.join(folded.record.command)}")
+            runtime = Path(file.runtime)
+            jobdir.lay_out_runtime(runtime, job.path, file.epoch, self._engine.name)
+            jobdir.sweep_runtimes(runtime)
+            written = journal.Journal(job.journal / f"{self._name}.jsonl", console.say)
+            folded.advance()
+            ledger = Ledger(written, folded)
+            try:
+                return await Node(
+                    options, program, job, file, ledger, console, self._engine, self._source, team
+                ).run()
+            except LeadershipLostError as error:
+                console.say(str(error))
+                return None
+            finally:
+                ledger.close()
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """The job's lock. Whoever had it before may be cut off and keep it: then the lead and the epoch have to do."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._job.claim())
+            except JobError:
+                if not self._was_follower:
+                    raise
+            yield
+
+    async def _send_home(self, joining: Joining, reason: str) -> None:
+        before = joining.order
+        order = Order(
+            serial=(before.serial if before else 0) + 1, leader=f"{joining.report.name} {joining.report.life}", epoch=0,
+            run_id="", job="", final=FinalOrder(exit_code=0, reason=reason),
+        )  # fmt: skip
+        with contextlib.suppress(StoreError):
+            await joining.command(order)
+            await asyncio.sleep(GOODBYE)
+
+
+def towards(address: StoreAddress) -> str:
+    """The address of this host on the way to the store: by it the others reach this node. Raises StoreError."""
+    host, port = address.hosts[0]
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise StoreError(f"{address}: {error.strerror or error}") from None

@@ -1,0 +1,213 @@
+"""What is different for the node that leads when there are others: between ``node``, which decides, and ``company``, which reaches them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Final
+
+from supervisor.attempt import Attempt
+from supervisor.edge import clock
+from supervisor.errors import UsageError
+from supervisor.fleet import Assignment, Notice
+from supervisor.ledger import Ledger
+from supervisor.model import Failure, FailureKind, ProposalFlag, StopCause
+from supervisor.program import Rendezvous
+from supervisor.pulse import Pulse
+from supervisor.resume import Resume
+from supervisor.saves import LeaderSaves
+from supervisor.standby import Standby
+from supervisor.stopping import Stopping
+from supervisor.stores import Stores
+
+PERIOD: Final = 1.0  # seconds between two looks for nodes that wait
+#: what tells against the node that it happens on
+_SUSPICIOUS: Final = frozenset(
+    {FailureKind.CRASH, FailureKind.HOST_OOM, FailureKind.CUDA_OOM, FailureKind.DEVICE, FailureKind.LAUNCHER}
+)
+
+
+class WithOthers:
+    """Used by the node from the loop's thread."""
+
+    def __init__(self, stores: Stores, standby: Standby, stopping: Stopping, ledger: Ledger) -> None:
+        assert stores.company is not None
+        self._stores, self._standby, self._stopping, self._ledger = stores, standby, stopping, ledger
+        self._company = stores.company
+        self._lead = self._company.lead
+        self.pulse: Pulse | None = None
+        self._attempt: Attempt | None = None
+        self._reshape: str | None = None  # why the attempt is stopped, to go on with other nodes
+        self._resumed_from: Path | None = None
+        self._unloadable: Counter[Path] = Counter()
+        self._standby_serial = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lead.on_saved = self._on_saved
+        self._lead.on_notice = self._on_notice
+        self._company.on_standby = self._on_standby
+        standby.on_ready = lambda serial: self._company.hand.mind(ready=serial)
+        standby.on_lost = lambda serial: self._company.hand.mind(ready=-serial)
+
+    async def start(self) -> None:
+        """Lead."""
+        await self._company.start()
+        self._background(self._look_for_nodes())
+
+    async def finish(self, code: int, reason: str, *, saved: bool) -> None:
+        """Have all nodes leave with that exit code."""
+        await self._lead.finish(code, reason, saved=saved)
+        for task in self._tasks:
+            task.cancel()
+        await self._company.close()
+
+    # ------------------------------------------------------------------ an attempt
+
+    @property
+    def saves(self) -> LeaderSaves:
+        """Who is told of saves."""
+        return self._company.saves
+
+    async def muster(self, number: int) -> Assignment | None:
+        """The nodes of the next attempt; None when there is to be none, because of a stop that ``Stopping`` knows."""
+        found = asyncio.ensure_future(self._lead.muster(number))
+        stop = asyncio.ensure_future(self._stopping.seen.wait())
+        try:
+            await asyncio.wait({found, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not found.done():
+                return None
+            if (assignment := found.result()) is None:
+                self._stopping.ask(StopCause.PREEMPTION, "too few nodes")
+            return assignment
+        finally:
+            for task in (found, stop):
+                task.cancel()
+            await asyncio.gather(found, stop, return_exceptions=True)
+
+    def without_standby(self, assignment: Assignment) -> Assignment:
+        """The standby here has gone after all: a cold start, elsewhere."""
+        return self._lead.cold(assignment)
+
+    def place_in(self, assignment: Assignment | None) -> tuple[int, int]:
+        """How many nodes it has, and which of them this one is."""
+        if assignment is None:
+            return 1, 0
+        report = self._company.joining.report
+        return len(assignment.members), assignment.rank_of(report.name, report.life) or 0
+
+    def begin(self, attempt: Attempt, assignment: Assignment) -> Rendezvous:
+        """All nodes launch it."""
+        self._attempt, self._reshape = attempt, None
+        return self._company.begin(attempt, assignment)
+
+    def tell_origin(self, number: int, resume: Resume) -> None:
+        """Where it resumes."""
+        self._resumed_from = resume.kept if isinstance(resume.kept, Path) else None
+        self._company.tell_origin(number, resume)
+
+    def made_first_step(self) -> None:
+        """All ranks have."""
+        self._lead.arm_standby()
+
+    async def end(
+        self, attempt: Attempt, failure: Failure | None, noticed: float | None, completed: bool
+    ) -> tuple[Failure | None, float | None, bool]:
+        """Once it has ended on all nodes: the cause, when it was noticed, and whether every rank has completed."""
+        self._attempt = None
+        wait = attempt.finished and failure is None and not self._stopping.cut_short
+        failure, where, noticed, departed = await self._company.end(
+            attempt, failure, wait=wait, noticed=noticed
+        )
+        stopping = self._stopping.requested is not None or self._reshape is not None
+        if failure is None and not stopping:
+            failure = self._lead.unfinished(departed)
+        if failure is not None and not stopping:
+            progressed = self._ledger.record.failures_since_progress == 0
+            self._lead.blame(where if failure.kind in _SUSPICIOUS else None, progressed=progressed)
+        if self._resumed_from is not None and any(one.ended and one.ended.unloadable for one in departed):
+            self._unloadable[self._resumed_from] += 1
+            if self._unloadable[self._resumed_from] > 1:  # once may be the moment's fault
+                self._stores.drop(self._resumed_from)
+        completed = completed and all(one.ended is not None and one.ended.completed for one in departed)
+        return failure, noticed, completed
+
+    # ------------------------------------------------------------------ stops, and other nodes
+
+    def stop(self) -> None:
+        """The job is to stop."""
+        self._lead.drop_standby()
+        self._lead.stop(self._stopping.requested)
+
+    def go_on(self) -> None:
+        """It is not, after all."""
+        self._lead.stop(None)
+
+    @property
+    def reshaping(self) -> bool:
+        """Whether the attempt was stopped only to go on with other nodes."""
+        return self._reshape is not None and self._stopping.requested is None
+
+    def reshaped(self) -> str:
+        """The reason, in words."""
+        return f"all ranks have saved; going on {self._reshape}"
+
+    async def _look_for_nodes(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD)
+            since = self._ledger.record.attempt_first_time
+            if self._attempt is None or since is None or self._reshape or self._stopping.requested:
+                continue
+            if self._attempt.in_session and self._lead.should_grow(clock.now() - since):
+                self._reshape_for(f"with {', '.join(self._lead.newcomers())}")
+
+    def _reshape_for(self, why: str) -> bool:
+        attempt = self._attempt
+        if attempt is None or not attempt.in_session or self._stopping.requested is not None:
+            return False
+        self._reshape = why
+        attempt.stopping = True
+        self._lead.drop_standby()
+        self._lead.stop_for(why)
+        self._lead.want(ProposalFlag.STOP | ProposalFlag.CHECKPOINT)
+        return True
+
+    def _on_notice(self, name: str, notice: Notice) -> None:
+        if (
+            notice.cause is StopCause.PREEMPTION
+            and self._lead.without({name})
+            and self._lead.may_shrink(name)
+        ):
+            if self._reshape_for(f"without {name} ({notice.source})"):
+                return
+            if self._attempt is None:
+                return  # it is not asked for the next one
+        self._stopping.ask(notice.cause, f"{notice.source} on {name}", notice.deadline)
+
+    def _on_saved(self, step: int, flags: ProposalFlag) -> None:
+        if self.pulse is not None and self._attempt is not None:
+            self.pulse.saved(step, flags)
+
+    # ------------------------------------------------------------------ the standby
+
+    def _on_standby(self, ordered: Assignment | None) -> None:
+        attempt = self._attempt
+        if ordered is None:
+            if self._standby.attempt is not None and self._standby.attempt.standby == self._standby_serial:
+                self._background(self._standby.drop())
+            return
+        if (
+            ordered.standby <= self._standby_serial
+            or attempt is None
+            or attempt.number + 1 != ordered.attempt
+        ):
+            return
+        self._standby_serial = ordered.standby
+        try:
+            self._standby.arm_for(attempt, ordered.standby, self._company.hand.meeting(ordered))
+        except UsageError:
+            self._company.hand.mind(ready=-ordered.standby)
+
+    def _background(self, work: object) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
