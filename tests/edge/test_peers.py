@@ -80,7 +80,7 @@ async def answering(talk: Callable[[wire.Wire], Awaitable[None]]) -> AsyncIterat
     """A node that knows the secret and then does as it likes."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(wire.WireError):
+        with contextlib.suppress(wire.WireError), contextlib.closing(writer):
             await talk(await wire.accept(reader, writer, SECRET, SERVICE))
 
     server = await asyncio.start_server(serve, HOST, 0)
@@ -447,9 +447,9 @@ def test_bytes_that_were_changed_on_the_way_are_noticed(ram: Path) -> None:
                         if at >= 0 and at + 70_000 < len(seen) <= at + 70_000 + len(data):
                             data = data[:-1] + bytes([data[-1] ^ 1])
                         writer.write(data)
-                    writer.close()
 
-                await asyncio.gather(forward(), back(), return_exceptions=True)
+                with contextlib.closing(writer), contextlib.closing(outer):
+                    await asyncio.gather(forward(), back(), return_exceptions=True)
 
             relay = await asyncio.start_server(tap, HOST, 0)
             found = await listing(peer, 1, 5)

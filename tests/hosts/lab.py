@@ -3,8 +3,8 @@
 A host has what a machine has of its own: network, process ids (so nobody sees, or ends, another host's processes), name, ``/dev/shm``
 (so what lies in a host's RAM is lost with it). It shares the files, like hosts with one network file system. Its first process holds all
 of it: when that is killed, the kernel ends every other process of the host and takes its interfaces away, which is what ``crash`` does.
-The first processes die with the thread that has made the lab, so nothing is ever left, and nothing has a name outside: labs stand side by
-side.
+The first processes die with the thread that has made the lab, so no process or interface is ever left, and nothing has a name outside:
+labs stand side by side.
 
 Needs root, iproute2 and util-linux.
 """
@@ -53,14 +53,15 @@ BOOT = (
 
 
 class Process(subprocess.Popen[bytes]):
-    """A process on a host, in a session of its own. ``pid`` is its parent outside; signals go to itself."""
+    """A process on a host, in a session of its own. ``pid`` is its parent outside, which ends as it does; signals go to itself."""
+
+    inner: int | None = None
 
     def send_signal(self, sig: int) -> None:
         """To the process; nothing if it has ended."""
-        inner = None if self.poll() is not None else _child(self)
-        if inner is not None:
+        if self.poll() is None and self.inner is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(inner, sig)
+                os.kill(self.inner, sig)
 
 
 class Host:
@@ -91,14 +92,16 @@ class Host:
     def popen(
         self, argv: Sequence[object], env: Mapping[str, str] | None = None, *, cwd: Path | str | None = None, **rest: Any
     ) -> Process:  # fmt: skip
-        """Start a program there. What it prints goes where ``rest`` (for ``subprocess.Popen``) says."""
+        """Start a program there: it is on the host when this returns. What it prints goes where ``rest`` (for ``subprocess.Popen``) says."""
         assert self.is_up, f"{self.name} is down"
         words = [
             "nsenter", f"--target={self.first}", "--net", "--uts", "--ipc", "--mount", "--pid", "--",
             "setsid", "sh", "-c", 'cd "$0" && exec "$@"', cwd or os.getcwd(), *argv,
         ]  # fmt: skip
         rest.setdefault("stdin", subprocess.DEVNULL)
-        return Process([str(word) for word in words], env=None if env is None else dict(env), **rest)
+        process = Process([str(word) for word in words], env=None if env is None else dict(env), **rest)
+        process.inner = _child(process)
+        return process
 
     def run(self, *argv: object, deadline: float = DEADLINE, **rest: Any) -> str:
         """What a program prints there; fails with all of it where it did not succeed."""

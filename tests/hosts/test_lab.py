@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,13 +205,15 @@ import os
 from tests.hosts.lab import INTERFACE, WHY_NOT, Host, Lab, Process
 with Lab(1) as lab:
     lab.hosts[0].popen(["sleep", "777"])
-    os.write(1, f"{lab._switch} {lab.hosts[0].first}\\n".encode())
+    os.write(1, f"{lab.folder} {lab._switch} {lab.hosts[0].first}\\n".encode())
     os.kill(os.getpid(), 9)
 """
     killed = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder, *pids = killed.stdout.decode().split()
+    shutil.rmtree(folder)  # files are all that it could not help leaving
     limit = time.monotonic() + 60
-    for pid in map(int, killed.stdout.split()):
+    for pid in pids:
         while Path(f"/proc/{pid}/cwd").exists():  # which the dead that nobody has buried yet have not
             assert time.monotonic() < limit
             time.sleep(0.01)
