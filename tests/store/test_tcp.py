@@ -147,7 +147,8 @@ def test_what_was_overheard_cannot_be_said_again() -> None:
                         writer.write(data)
                     writer.close()
 
-                await asyncio.gather(forward(), back(), return_exceptions=True)
+                with contextlib.closing(writer), contextlib.closing(outer):
+                    await asyncio.gather(forward(), back(), return_exceptions=True)
 
             relay = await asyncio.start_server(tap, HOST, 0)
             member = TcpStore(HOST, relay.sockets[0].getsockname()[1], SECRET, answer=1.0)
