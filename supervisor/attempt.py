@@ -15,15 +15,16 @@ import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from supervisor import ends
+from supervisor import clearing, ends
 from supervisor.decide import symptoms
 from supervisor.edge import clock, forensics, processes
 from supervisor.edge.control import ControlPage, Phase, SessionFlag, Word
-from supervisor.edge.link import ATTEMPT, control_folder, page_path, stacks_path
+from supervisor.edge.link import control_folder, page_path, stacks_path
 from supervisor.errors import StorageError
 from supervisor.model import AttemptEvidence, Hang, Raised, Trouble
+from supervisor.others import Others
 from supervisor.seat import Seat
 from supervisor.snapshots import Ranks
 
@@ -31,27 +32,6 @@ ECHO_GRACE = 0.3  # seconds for the root cause of what may be a consequence
 RAISED_GRACE = 10.0  # seconds for a worker that raised to run its exit handlers
 UNKNOWN_GRACE = 1.0  # seconds for torchrun to report an exit status that we could not read
 FAREWELL = 5.0  # seconds for torchrun to leave after all of its workers did
-REAP_PERIOD = 0.002
-REAP_DEADLINE = 60.0
-
-
-class Others(Protocol):
-    """The part of an attempt that runs on other nodes, as far as they have told."""
-
-    @property
-    def in_session(self) -> bool:
-        """Whether every rank there can take part in an agreed save."""
-        ...
-
-    @property
-    def steps(self) -> list[int]:
-        """Completed steps, of the slowest and of the fastest rank of each node."""
-        ...
-
-    @property
-    def first_step_times(self) -> list[float | None]:
-        """When the last rank of each node completed its first step, in Unix seconds; None: not yet."""
-        ...
 
 
 class Attempt:
@@ -325,15 +305,11 @@ class Attempt:
         """After a finish: let the launcher leave in its own time, within limits."""
         deadline = clock.monotonic() + FAREWELL
         while self._launcher_fd is not None and clock.monotonic() < deadline:
-            await asyncio.sleep(REAP_PERIOD)
+            await asyncio.sleep(clearing.PERIOD)
 
     def _own_processes(self) -> set[int]:
-        """What is surely of this attempt: all that is below its launcher, and orphans that bear its number."""
-        of_run = processes.descendants(self._run_id)
-        found = {pid for pid in of_run if processes.bears(pid, f"{ATTEMPT}={self.number}")}
-        if self._launcher is not None and self._launcher_fd is not None:
-            found |= {self._launcher, *processes.below(self._launcher)}
-        return found
+        launcher = self._launcher if self._launcher_fd is not None else None
+        return clearing.own_processes(self._run_id, self.number, launcher)
 
     async def teardown(self, spare: Attempt | None = None) -> list[int]:
         """Kill all that is left of the attempt and wait until it is gone; returns the pids that would not die.
@@ -341,29 +317,13 @@ class Attempt:
         That is every process of the run below the supervisor, less those of the standby to ``spare``.
         """
         self._kill_seated()
-        deadline = clock.monotonic() + REAP_DEADLINE
         launchers = [self._launcher] if self._launcher is not None else []
-        while left := set(processes.descendants(self._run_id, launchers)) - (
-            spare._own_processes() if spare else set()
-        ):
-            processes.send(left, signal.SIGKILL)
-            if clock.monotonic() > deadline:
-                return sorted(left)
-            await asyncio.sleep(REAP_PERIOD)
-            processes.reap()
-        processes.reap()
-        return []
+        spared = spare._own_processes if spare else set
+        return await clearing.clear(lambda: set(processes.descendants(self._run_id, launchers)) - spared())
 
     async def withdraw(self) -> None:
         """Kill a standby, and nothing of the attempt beside which it waits."""
-        killed = self._kill_seated() | self._own_processes()
-        deadline = clock.monotonic() + REAP_DEADLINE
-        while (left := self._own_processes()) and clock.monotonic() < deadline:
-            processes.send(left, signal.SIGKILL)
-            killed |= left
-            await asyncio.sleep(REAP_PERIOD)
-            processes.reap_these(killed)
-        processes.reap_these(killed)
+        await clearing.clear(self._own_processes, self._kill_seated() | self._own_processes())
 
     def _kill_seated(self) -> set[int]:
         """The quick part: whoever is known to belong to it."""

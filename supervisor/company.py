@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +17,9 @@ from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.manifest import Key, Manifest, Origin
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage
 from supervisor.config import Options
+from supervisor.decide.causes import Cause, Departed, first_cause
 from supervisor.decide.membership import Size
+from supervisor.edge import clock
 from supervisor.edge.console import Console
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.store.protocol import Store
@@ -25,7 +27,7 @@ from supervisor.errors import CheckpointError
 from supervisor.fleet import Assignment, DrainOrder, Ended, Order
 from supervisor.hand import Hand
 from supervisor.joining import Joining
-from supervisor.lead import Departed, Lead
+from supervisor.lead import Lead
 from supervisor.ledger import Ledger
 from supervisor.model import Failure
 from supervisor.program import Rendezvous
@@ -88,7 +90,6 @@ class Company:
             epoch=epoch,
             run_id=run_id,
         )
-        self.lead.on_change = self._on_order
         self.hand = Hand(
             team.joining,
             snapshots,
@@ -97,7 +98,7 @@ class Company:
             console.say,
         )
         self.saves = LeaderSaves(self.hand, snapshots, self.lead)
-        self._console = console
+        self._console, self._lease = console, options.lease
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         #: what is to be done about a standby that is ordered, or (None) not wanted
@@ -106,7 +107,7 @@ class Company:
     async def start(self) -> None:
         """Lead from now on."""
         self._loop = asyncio.get_running_loop()
-        self.lead.start()
+        self.lead.start(self._on_order)
         self._tasks = [self._loop.create_task(work()) for work in (self._listen, self._beat)]
 
     async def close(self) -> None:
@@ -153,12 +154,19 @@ class Company:
 
     async def end(
         self, attempt: Attempt, own: Failure | None, *, wait: bool, noticed: float | None
-    ) -> tuple[Failure | None, str | None, float | None, list[Departed]]:
-        """Its end on all nodes: what the cause was, where, when it was noticed, and how it was on the others."""
-        self.hand.over(Ended(finished=attempt.finished, failure=own, noticed=noticed))
+    ) -> tuple[Cause, list[Departed]]:
+        """Its end on all nodes: the cause, and how it was on each."""
+        here = Ended(finished=attempt.finished, completed=attempt.finished, failure=own, noticed=noticed)
+        self.hand.over(here)
         departed = await self.lead.collect(attempt.number, wait=wait)
-        failure, where, noticed = self.lead.judge(own, noticed, departed)
-        return failure, where, noticed, departed
+        now = clock.now()
+        cause = first_cause(
+            [Departed(name=self.joining.report.name, ended=here), *departed], attempt=attempt.number,
+            lease=self._lease, now=now,
+        )  # fmt: skip
+        if cause.node == self.joining.report.name and own is not None:
+            cause = replace(cause, failure=own)  # which needs not say where
+        return cause, departed
 
     # ------------------------------------------------------------------ checkpoints
 

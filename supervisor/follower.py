@@ -8,33 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Final
 
 from supervisor import evidence as evidences
 from supervisor.attempt import Attempt
-from supervisor.checkpoint.catalog import local
-from supervisor.checkpoint.location import Remote
 from supervisor.checkpoint.manifest import Key
-from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage, open_storage
 from supervisor.company import BEAT, Team, incoming, parts_place
 from supervisor.config import Options
-from supervisor.decide import classify
+from supervisor.decide import classify, restart
 from supervisor.decide.fencing import Isolation, isolated
-from supervisor.edge import clock, jobdir, memory, processes
+from supervisor.edge import clock, jobdir, processes
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.edge.control import Phase, Word
-from supervisor.edge.threads import in_thread
-from supervisor.errors import CheckpointError, EverstepError, JobError, StorageError
-from supervisor.fleet import Assignment, Ended, Notice, Order, Origin
+from supervisor.errors import EverstepError, JobError
+from supervisor.finder import Finder
+from supervisor.fleet import Assignment, Ended, Order
 from supervisor.hand import Hand
 from supervisor.launching import Launcher
-from supervisor.model import Failure, FailureKind, StopCause, Tier
+from supervisor.model import Failure, FailureKind
 from supervisor.noticing import Source
 from supervisor.private_ledger import PrivateLedger
 from supervisor.program import Program
@@ -44,10 +39,10 @@ from supervisor.saves import NodeSaves
 from supervisor.shared_snapshots import SharedSnapshots
 from supervisor.staging import Staging
 from supervisor.standby import Standby, Waiting
-from supervisor.stopping import SIGNALS
 from supervisor.vigil import Vigil
+from supervisor.warden import Warden
 
-EXIT_AGAIN: Final = 75
+LONGEST_ALONE: Final = 60.0  # seconds that a decision is waited for without the store
 
 
 class Follower:
@@ -88,18 +83,12 @@ class Follower:
         )
         self._saves = NodeSaves(self._hand, self._snapshots)
         self._staging = Staging(self._runtime, self._runtime)
+        self._finder = Finder(options, job, self._key, self._snapshots, self._staging)
         self._launcher = Launcher(program, job.path, order.run_id, self._runtime)
         guard = asdict(options.guard_policy) if options.guard_policy.is_on else None
         self._welcome: Message = {"save_every_steps": list(order.save_every), "guard": guard}
-        self._standby = Standby(
-            enabled=options.standby != "off",
-            ahead=options.standby == "init",
-            keep_free=memory.total() // 20 if options.standby_memory is None else options.standby_memory,
-            launcher=self._launcher,
-            folder_of=job.attempt,
-            welcome=self._welcome,
-            ledger=self._ledger,
-            console=console,
+        self._standby = Standby.asked_for(
+            options, self._launcher, job.attempt, self._welcome, self._ledger, console
         )
         self._standby.on_ready = lambda serial: self._hand.mind(ready=serial)
         self._standby.on_lost = lambda serial: self._hand.mind(ready=-serial)
@@ -182,7 +171,7 @@ class Follower:
         if rank is None:
             if self._warden.notice is not None:
                 self._console.say(f"{self._warden.notice.source}: the job goes on without this node")
-                return EXIT_AGAIN, False
+                return restart.EXIT_AGAIN, False
             return None
         self._last = assignment.attempt
         self._work = self._background(self._live(assignment, rank))
@@ -239,7 +228,7 @@ class Follower:
                 self._console.say(
                     f"the store was not reached for {joining.silent:.0f} s: leaving; run the same command again to carry on"
                 )
-                return EXIT_AGAIN, True
+                return restart.EXIT_AGAIN, True
 
     def _stop(self, attempt: Attempt) -> None:
         attempt.stopping = True
@@ -358,47 +347,12 @@ class Follower:
         assert origin is not None
         self._ledger.skips(origin.skips)
         try:
-            return await self._found(origin)
+            return await self._finder.find(origin)
         except EverstepError as error:
             self._console.say(str(error))
             if self._attempt is not None:
                 self._attempt.call_off()
             raise
-
-    async def _found(self, origin: Origin) -> Resume:
-        if origin.tier is None:
-            self._snapshots.drop_all()
-            return Resume()
-        if origin.tier is Tier.RAM:
-            age = (origin.source, origin.step)
-            if not self._snapshots.move(age, origin.slot):
-                raise CheckpointError(f"the snapshot of step {origin.step} is not on this node any more")
-            folder = self._snapshots.folder(origin.slot)
-            return Resume(step=origin.step, tier=Tier.RAM, path=folder, kept=folder)
-        self._snapshots.drop_all()
-        return await in_thread(lambda: self._checkpoint(origin))
-
-    def _checkpoint(self, origin: Origin) -> Resume:
-        name = Path(origin.path or "").name
-        places: list[CheckpointStorage] = [
-            open_storage(
-                self._options.checkpoints_directory, self._key, timeout=self._options.storage_timeout
-            )
-        ]
-        if not isinstance(places[0], LocalStorage):
-            places.append(LocalStorage(self._job.path / "checkpoints", self._key))
-        for place in places:
-            for record in place.records():
-                if record.step != origin.step or record.path.name != name or record.problem is not None:
-                    continue
-                if isinstance(record.path, Remote):
-                    path = place.fetch(record, self._staging.room(record.path.name, record.bytes))
-                else:
-                    path = local(record)  # the leader has compared every byte
-                return Resume(step=origin.step, tier=Tier.CHECKPOINT, path=path, kept=record.path)
-        raise StorageError(
-            f"{name}, from which the leader resumes, is not seen on this node: is its place shared?"
-        )
 
     # ------------------------------------------------------------------ the standby, and what the ranks say
 
@@ -437,33 +391,3 @@ class Follower:
         self._tasks.add(task)  # the loop itself would forget it
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-LONGEST_ALONE: Final = 60.0  # seconds that a decision is waited for without the store
-
-
-class Warden:
-    """Hears what asks this node to leave, while it follows: signals, and its own machine's notices."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self.notice: Notice | None = None
-        self.changed: Callable[[], None] = lambda: None
-
-    def listen(self) -> None:
-        """Hear signals (they are blocked so far)."""
-        loop = asyncio.get_running_loop()
-        for signum in SIGNALS:
-            if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
-                loop.add_signal_handler(signum, self._on_signal, signum)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-    def _on_signal(self, signum: signal.Signals) -> None:
-        if self.notice is None:
-            cause = StopCause.USER if signum is signal.SIGINT else StopCause.PREEMPTION
-            self.notice = Notice(cause=cause, source=signum.name)
-            self._console.say(f"{signum.name}: the leader is told")
-        elif signum is signal.SIGINT:
-            self._console.say("leaving at once")
-            os._exit(130)
-        self.changed()

@@ -138,7 +138,9 @@ class Joining:
             report = self.report
             try:
                 if not await self._put(report):
-                    self.problem = f"a node called {report.name} is part of the job already: give another --node-name"
+                    self.problem = (
+                        f"a node called {report.name} is part of the job already: give another --node-name"
+                    )
                     self._news.set()
                     self.changed.set()
                     await asyncio.sleep(AGAIN)

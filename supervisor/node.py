@@ -11,20 +11,18 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from supervisor import evidence as evidences
 from supervisor import vigil
 from supervisor.attempt import Attempt
+from supervisor.chores import Chores
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.edge import clock, jobdir, memory, processes, threads
+from supervisor.edge import clock, jobdir, processes, threads
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.engine import Engine
@@ -37,7 +35,6 @@ from supervisor.lookout import Warnings
 from supervisor.model import (
     Action,
     AttemptEnded,
-    AttemptEvidence,
     AttemptStarted,
     Decided,
     Failure,
@@ -80,19 +77,11 @@ class Node:
         self._launcher = Launcher(program, job.path, file.run_id, self._runtime)
         guard = asdict(options.guard_policy) if options.guard_policy.is_on else None
         self._welcome: Message = {"save_every_steps": list(options.save_every), "guard": guard}
-        self._standby = Standby(
-            enabled=options.standby != "off",
-            ahead=options.standby == "init",
-            keep_free=memory.total() // 20 if options.standby_memory is None else options.standby_memory,
-            launcher=self._launcher,
-            folder_of=job.attempt,
-            welcome=self._welcome,
-            ledger=ledger,
-            console=console,
+        self._standby = Standby.asked_for(
+            options, self._launcher, job.attempt, self._welcome, ledger, console
         )
         self._herald = Herald(options, job, file, ledger, console.say)
         self._warnings = Warnings(options, ledger, console)
-        self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
         self._engine = engine
         self._stopping = Stopping(
             engine, ledger, console, self._draining, options.grace, source=source,
@@ -100,8 +89,7 @@ class Node:
         )  # fmt: skip
         self._unsaved: str | None = None  # why the newest state is not durable
         self._launched = False
-        self._chores: list[Callable[[], None]] = []  # what need not be done before the next attempt begins
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._chores = Chores(console)
         self._pulse: Pulse | None = None
         self._reception: Reception | None = None
         self._with_others = (
@@ -148,24 +136,13 @@ class Node:
         self._console.say(verdict.reason)
         if self._with_others is not None:
             await self._with_others.finish(code, verdict.reason, saved=not self._unsaved)
-        await self._herald.close(self._patience())
+        await self._herald.close(self._stopping.time_left(self._options.hook_timeout))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if said := self._engine.leave(code):
             self._console.say(said)
         if self._stopping.cut_short == "user" or threads.are_busy():
             self._leave_at_once(code)
         return code
-
-    def _patience(self) -> float | None:
-        """Seconds that whoever is told of the end may take: what is left of the grace; None: as long as it may at any time."""
-        if self._stopping.cut_short == "user":
-            return 0.0
-        deadline = self._draining.deadline
-        return (
-            None
-            if deadline is None
-            else min(self._options.hook_timeout, max(1.0, deadline - clock.monotonic()))
-        )
 
     def _leave_at_once(self, code: int) -> None:
         """Leave without the threads that may be reading or writing for minutes yet: they are safe to die at any point."""
@@ -189,11 +166,9 @@ class Node:
         record = self._ledger.record
         number = 0 if record.attempt is None else record.attempt + 1
         others, assignment, meeting = self._with_others, None, None
-        if others is not None:
-            assignment = await others.muster(number)
-            if assignment is None:
-                assert self._stopping.requested is not None
-                return await self._final_stop(self._stopping.requested)
+        if others is not None and (assignment := await others.muster(number)) is None:
+            assert self._stopping.requested is not None
+            return await self._final_stop(self._stopping.requested)
         standby = None
         if assignment is None or assignment.standby:
             standby = await self._standby.take(number, record.world_size)
@@ -267,7 +242,7 @@ class Node:
             attempt.begin()
             standby.gate.set()
         try:
-            self._background(self._catch_up())
+            self._chores.catch_up_soon()
             if self._stopping.requested is not None:
                 self._drive_stop()
             await attempt.ended.wait()
@@ -291,10 +266,7 @@ class Node:
         self._pulse.tell_progress()
         self._snapshots.reset()
         self._stores.staging.clear()
-        self._unloadable.update(self._reception.unloadable)
-        for path in self._reception.unloadable:
-            if self._unloadable[path] > 1:  # once may be the moment's fault
-                self._stores.drop(path)
+        self._stores.doubt(self._reception.unloadable)
         evidence = attempt.evidence()
         completed = attempt.finished and all(seat.completed is not False for seat in attempt.seats.values())
         stopped = self._stopping.requested is not None and not (completed and attempt.has_session)
@@ -303,8 +275,15 @@ class Node:
             failure = classify.classify(evidence, clock.now())
         noticed = None if attempt.called_off else attempt.noticed
         if self._with_others is not None:
-            failure, noticed, completed = await self._with_others.end(attempt, failure, noticed, completed)
+            try:
+                failure, noticed, completed = await self._with_others.end(
+                    attempt, failure, noticed, completed
+                )
+            except LeadershipLostError:
+                attempt.close()
+                raise
             stopped = stopped or (self._stopping.requested is not None and not completed)
+        reshaped = failure is None and self._with_others is not None and self._with_others.reshaping
         last_step = None  # of a training that was completed: its state must not be lost
         if failure is None and attempt.has_session and all(seat.completed for seat in attempt.seats.values()):
             last_step = attempt.total_steps
@@ -314,9 +293,7 @@ class Node:
             step=evidence.step,
             total_steps=attempt.total_steps,
             stopped=stopped,
-            finished=failure is None
-            and not stopped
-            and not (self._with_others and self._with_others.reshaping),
+            finished=failure is None and not stopped and not reshaped,
             failure=failure if not stopped else None,  # a failure while stopping is charged to nobody
             noticed=None if failure is None or stopped else noticed,
         )
@@ -324,10 +301,10 @@ class Node:
         self._ledger.add(ended)
         if failure is not None:
             await self._stores.condemn(failure)
-            self._chores.append(partial(self._write_evidence, attempt.folder, failure, evidence))
+            self._chores.write_evidence(attempt.folder, failure, evidence)
         if stopped and self._stopping.requested is not None:
             return await self._final_stop(self._stopping.requested, failure)
-        if failure is None and self._with_others is not None and self._with_others.reshaping:
+        if reshaped and self._with_others is not None:
             self._unsaved = await self._draining.secure(None, may_drain=True)
             return self._decided(Verdict(action=Action.RESTART, reason=self._with_others.reshaped()))
         if failure is not None:
@@ -346,7 +323,7 @@ class Node:
     async def _final(self, decide: Callable[[], Verdict], last_step: int | None = None) -> Verdict:
         """The last verdict, given once the newest state is durable, or it is known why it cannot be."""
         await self._standby.end()
-        await self._catch_up()
+        await self._chores.catch_up()
         self._unsaved = await self._draining.secure(last_step, may_drain=self._stopping.cut_short != "user")
         verdict = decide()
         if self._unsaved:
@@ -371,19 +348,6 @@ class Node:
             self._console.say(f"attempt {number}: {verdict.reason}")
         return verdict
 
-    def _write_evidence(self, folder: Path, failure: Failure, evidence: AttemptEvidence) -> None:
-        if problem := evidences.write(folder, failure, evidence):
-            self._console.say(problem)
-
-    async def _catch_up(self) -> None:
-        while self._chores:
-            await asyncio.to_thread(self._chores.pop(0))
-
-    def _background(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)  # the loop itself would forget it
-        task.add_done_callback(self._tasks.discard)
-
     async def _break_off(self, error: EverstepError) -> None:
         """Tell the journal of an end that is no attempt's doing."""
         if isinstance(error, LeadershipLostError):
@@ -406,7 +370,7 @@ class Node:
         return await self._reception.handle(peer, message)
 
     def _on_stop(self) -> None:
-        self._background(self._standby.end())
+        self._chores.background(self._standby.end())
         if self._with_others is not None:
             self._with_others.stop()
         self._drive_stop()

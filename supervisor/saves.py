@@ -97,16 +97,16 @@ class LeaderSaves(NodeSaves):
     @property
     def rate(self) -> float | None:
         """Steps a second."""
-        return self._lead.rate
+        return self._lead.rounds.rate
 
     @rate.setter
     def rate(self, rate: float | None) -> None:
-        self._lead.rate = rate
+        self._lead.rounds.rate = rate
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is wanted and nothing is out."""
-        return self._lead.is_idle
+        return self._lead.rounds.is_idle
 
     def want(self, flags: ProposalFlag) -> None:
         """Have all ranks save soon, at one step."""
@@ -114,7 +114,7 @@ class LeaderSaves(NodeSaves):
 
     def recall_stop(self) -> bool:
         """Nobody wants a stop any more."""
-        return self._lead.recall_stop()
+        return self._lead.rounds.recall_stop()
 
     def pump(self) -> None:
         """The leader looks at it with every report."""

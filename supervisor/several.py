@@ -13,7 +13,8 @@ from typing import Final
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide.membership import Size
-from supervisor.edge import clock, jobdir, journal, secret
+from supervisor.decide.restart import EXIT_AGAIN
+from supervisor.edge import clock, jobdir, journal, processes, secret
 from supervisor.edge.console import Console
 from supervisor.edge.store import address as addresses
 from supervisor.edge.store.address import StoreAddress
@@ -25,7 +26,7 @@ from supervisor.engine import Engine
 from supervisor.errors import JobError, LeadershipLostError, StoreError, UsageError
 from supervisor.fleet import Final as FinalOrder
 from supervisor.fleet import Order, Report
-from supervisor.follower import EXIT_AGAIN, Follower, Warden
+from supervisor.follower import Follower
 from supervisor.joining import Joining, new_life
 from supervisor.ledger import Ledger
 from supervisor.model import State, StopCause
@@ -33,6 +34,7 @@ from supervisor.node import Node
 from supervisor.noticing import Source
 from supervisor.program import Program
 from supervisor.replay import Replay
+from supervisor.warden import Warden
 
 SAID_AFTER: Final = 5.0  # seconds without the store until that is said
 GOODBYE: Final = 5.0  # seconds that a leader of a finished job stays to tell the others
@@ -66,6 +68,7 @@ class Several:
 
     async def run(self) -> int:
         """The exit code of ``everstep run``. Raises EverstepError."""
+        processes.become_subreaper()
         self._warden.listen()
         try:
             async with self._store() as (store, serves):

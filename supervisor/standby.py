@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor.attempt import Attempt
+from supervisor.config import Options
 from supervisor.edge import clock, marks, memory
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
@@ -110,6 +111,28 @@ class Standby:
         self._meeting: Rendezvous | None = None  # of several nodes
         self.on_ready: Callable[[int], None] = lambda _serial: None
         self.on_lost: Callable[[int], None] = lambda _serial: None
+
+    @classmethod
+    def asked_for(
+        cls,
+        options: Options,
+        launcher: Launcher,
+        folder_of: Callable[[int], Path],
+        welcome: Message,
+        ledger: Ledger,
+        console: Console,
+    ) -> Standby:
+        """As the options have it."""
+        return cls(
+            enabled=options.standby != "off",
+            ahead=options.standby == "init",
+            keep_free=memory.total() // 20 if options.standby_memory is None else options.standby_memory,
+            launcher=launcher,
+            folder_of=folder_of,
+            welcome=welcome,
+            ledger=ledger,
+            console=console,
+        )
 
     @property
     def attempt(self) -> Attempt | None:

@@ -68,6 +68,13 @@ class Stopping:
         self._background(asyncio.create_task(self._deadlines.watch()))
         self._background(asyncio.create_task(self._noticing.watch()))
 
+    def time_left(self, at_most: float) -> float | None:
+        """Seconds that whoever is told of the end may take; None: as long as it may at any time."""
+        if self.cut_short == "user":
+            return 0.0
+        deadline = self._draining.deadline
+        return None if deadline is None else min(at_most, max(1.0, deadline - clock.monotonic()))
+
     async def acknowledge(self) -> None:
         """All is saved and everybody has left: whoever gave notice need not wait."""
         await self._noticing.acknowledge()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import threading
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from supervisor.about import version
@@ -49,6 +51,7 @@ class Stores:
         self._refuge = None
         if not isinstance(self._storage, LocalStorage):
             self._refuge = LocalStorage(job.path / "checkpoints", self._key)
+        self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
         self._looked = False  # at what checkpoints there are: from then on this run knows of every newer one
         runtime = Path(file.runtime)
         #: the state in RAM
@@ -147,7 +150,10 @@ class Stores:
     def _is_bad(self, attempt: int, step: int) -> bool:
         return rollback.is_condemned(self._ledger.record, attempt, step)
 
-    def drop(self, path: Path) -> None:
-        """Forget a snapshot that the ranks could not load, however whole it is."""
-        self.snapshots.drop(path)
-        self._looked = False
+    def doubt(self, unloadable: Iterable[Path]) -> None:
+        """The ranks could not load these, however whole they are: snapshots that they could not load twice are forgotten."""
+        for path in unloadable:
+            self._unloadable[path] += 1
+            if self._unloadable[path] > 1:  # once may be the moment's fault
+                self.snapshots.drop(path)
+                self._looked = False

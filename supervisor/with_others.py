@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from pathlib import Path
 from typing import Final
 
 from supervisor.attempt import Attempt
+from supervisor.decide.causes import unfinished
 from supervisor.edge import clock
 from supervisor.errors import UsageError
 from supervisor.fleet import Assignment, Notice
@@ -36,14 +36,14 @@ class WithOthers:
         self._stores, self._standby, self._stopping, self._ledger = stores, standby, stopping, ledger
         self._company = stores.company
         self._lead = self._company.lead
+        self._roster = self._lead.roster
         self.pulse: Pulse | None = None
         self._attempt: Attempt | None = None
         self._reshape: str | None = None  # why the attempt is stopped, to go on with other nodes
         self._resumed_from: Path | None = None
-        self._unloadable: Counter[Path] = Counter()
         self._standby_serial = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lead.on_saved = self._on_saved
+        self._lead.rounds.on_saved = self._on_saved
         self._lead.on_notice = self._on_notice
         self._company.on_standby = self._on_standby
         standby.on_ready = lambda serial: self._company.hand.mind(ready=serial)
@@ -70,7 +70,7 @@ class WithOthers:
 
     async def muster(self, number: int) -> Assignment | None:
         """The nodes of the next attempt; None when there is to be none, because of a stop that ``Stopping`` knows."""
-        found = asyncio.ensure_future(self._lead.muster(number))
+        found = asyncio.ensure_future(self._roster.muster(number))
         stop = asyncio.ensure_future(self._stopping.seen.wait())
         try:
             await asyncio.wait({found, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -86,7 +86,7 @@ class WithOthers:
 
     def without_standby(self, assignment: Assignment) -> Assignment:
         """The standby here has gone after all: a cold start, elsewhere."""
-        return self._lead.cold(assignment)
+        return self._roster.cold(assignment)
 
     def place_in(self, assignment: Assignment | None) -> tuple[int, int]:
         """How many nodes it has, and which of them this one is."""
@@ -115,21 +115,18 @@ class WithOthers:
         """Once it has ended on all nodes: the cause, when it was noticed, and whether every rank has completed."""
         self._attempt = None
         wait = attempt.finished and failure is None and not self._stopping.cut_short
-        failure, where, noticed, departed = await self._company.end(
-            attempt, failure, wait=wait, noticed=noticed
-        )
+        cause, departed = await self._company.end(attempt, failure, wait=wait, noticed=noticed)
+        failure = cause.failure
         stopping = self._stopping.requested is not None or self._reshape is not None
         if failure is None and not stopping:
-            failure = self._lead.unfinished(departed)
+            failure = unfinished(departed, attempt=attempt.number, now=clock.now())
         if failure is not None and not stopping:
             progressed = self._ledger.record.failures_since_progress == 0
-            self._lead.blame(where if failure.kind in _SUSPICIOUS else None, progressed=progressed)
+            self._roster.blame(cause.node if failure.kind in _SUSPICIOUS else None, progressed=progressed)
         if self._resumed_from is not None and any(one.ended and one.ended.unloadable for one in departed):
-            self._unloadable[self._resumed_from] += 1
-            if self._unloadable[self._resumed_from] > 1:  # once may be the moment's fault
-                self._stores.drop(self._resumed_from)
+            self._stores.doubt([self._resumed_from])
         completed = completed and all(one.ended is not None and one.ended.completed for one in departed)
-        return failure, noticed, completed
+        return failure, cause.noticed or noticed, completed
 
     # ------------------------------------------------------------------ stops, and other nodes
 
@@ -157,8 +154,8 @@ class WithOthers:
             since = self._ledger.record.attempt_first_time
             if self._attempt is None or since is None or self._reshape or self._stopping.requested:
                 continue
-            if self._attempt.in_session and self._lead.should_grow(clock.now() - since):
-                self._reshape_for(f"with {', '.join(self._lead.newcomers())}")
+            if self._attempt.in_session and self._roster.should_grow(clock.now() - since):
+                self._reshape_for(f"with {', '.join(self._roster.newcomers())}")
 
     def _reshape_for(self, why: str) -> bool:
         attempt = self._attempt
@@ -174,8 +171,8 @@ class WithOthers:
     def _on_notice(self, name: str, notice: Notice) -> None:
         if (
             notice.cause is StopCause.PREEMPTION
-            and self._lead.without({name})
-            and self._lead.may_shrink(name)
+            and self._roster.without({name})
+            and self._roster.may_shrink(name)
         ):
             if self._reshape_for(f"without {name} ({notice.source})"):
                 return

@@ -19,7 +19,7 @@ from supervisor.seat import Seat
 def attempt(tmp_path: Path) -> Attempt:
     """Two ranks, seated."""
     one = Attempt(3, tmp_path / "attempt", tmp_path / "runtime", "run")
-    one.world_size = 2
+    one.world_size = one.local_size = 2
     for rank in range(2):
         page = ControlPage(tmp_path / f"rank-{rank}", create=True)
         one.seats[rank] = Seat(rank, rank, os.getpid(), None, page)

@@ -110,12 +110,18 @@ def choose(
     return tuple(fit[name].member for name in places if name is not None)
 
 
-def may_start(present: Iterable[Present], size: Size, excluded: frozenset[str], now: float) -> bool:
-    """Whether the first attempt need not wait for more nodes."""
+def may_start(
+    present: Iterable[Present],
+    size: Size,
+    excluded: frozenset[str],
+    now: float,
+    gathering: float = GATHERING,
+) -> bool:
+    """Whether the first attempt need not wait for more nodes: ``gathering`` seconds from when there were MIN."""
     since = sorted(one.since for one in present if one.member.name not in excluded)
     if len(since) >= size.most:
         return True
-    return len(since) >= size.least and now - since[size.least - 1] >= GATHERING
+    return len(since) >= size.least and now - since[size.least - 1] >= gathering
 
 
 def should_grow(

@@ -250,7 +250,9 @@ def sweep_runtimes(keep: Path) -> None:
             file = job.read()
         except (OSError, JobError):
             continue  # cannot tell: not ours to remove
-        if file is not None and follows:  # it may be alive, or be wanted, as long as the job runs on several nodes
+        if (
+            file is not None and follows
+        ):  # it may be alive, or be wanted, as long as the job runs on several nodes
             gone = "@" not in file.runtime and _is_older(file, runtime)
         elif file is not None:
             gone = file.runtime != str(runtime) or _runs_elsewhere(file, runtime)

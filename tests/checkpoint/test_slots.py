@@ -66,8 +66,8 @@ def test_another_key_or_version_is_refused(slot: Path) -> None:
     with pytest.raises(ForeignError, match=r"slot\.json was made without a key"):
         read_slot(slot, Key.derive("secret"))
     document = json.loads((slot / "slot.json").read_text())
-    (slot / "slot.json").write_text(json.dumps({**document, "version": 2}))
-    with pytest.raises(ForeignError, match=r"slot\.json is of version 2.*up to version 1"):
+    (slot / "slot.json").write_text(json.dumps({**document, "version": 3}))
+    with pytest.raises(ForeignError, match=r"slot\.json is of version 3.*up to version 2"):
         read_slot(slot)
 
 

@@ -157,8 +157,6 @@ def test_other_ways_to_torchrun(command: list[str], path: str) -> None:
         ("torchrun --no-python none.sh", "none.sh is not on PATH"),
         ("torchrun --no-python ./train.py", "./train.py does not exist or is not executable"),
         ("torchrun --no-python -m x", "exclude each other"),
-        ("torchrun --nnodes 2 train.py", "--nnodes 2: only 1 node"),
-        ("torchrun --nnodes=1:4 train.py", "--nnodes 1:4: only 1 node"),
         ("torchrun --brand-new train.py", "unknown option --brand-new"),
         ("torchrun --start-method x train.py", "invalid choice"),
         ("./torchrun train.py", "its interpreter is not known"),
@@ -204,8 +202,6 @@ def test_variables_that_decide_the_form() -> None:
     assert parse(["torchrun", "bash"], {"PET_NO_PYTHON": "1"}).form is Form.COMMAND
     with pytest.raises(UsageError, match="PET_MODULE=yes: 0 or 1"):
         parse(["torchrun", "pkg"], {"PET_MODULE": "yes"})
-    with pytest.raises(UsageError, match="only 1 node"):
-        parse(["torchrun", "train.py"], {"PET_NNODES": "2"})
 
 
 def test_the_agent_hides_what_everstep_owns() -> None:

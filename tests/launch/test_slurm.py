@@ -117,7 +117,7 @@ def test_an_environment_that_cannot_be_is_refused(name: str, value: str, said: s
 @pytest.mark.parametrize(
     ("environ", "refused"),
     [
-        (STEP, "several nodes are not supported yet"),
+        (STEP, None),
         ({**HET, "SLURM_STEP_NUM_TASKS": "8"}, "srun started everstep 8 times on 1 node"),
         ({**STEP, "SLURM_STEP_NUM_TASKS": "16"}, "srun --ntasks-per-node=1"),
         (BATCH, None),
@@ -132,7 +132,11 @@ def test_one_supervisor_a_node(environ: Mapping[str, str], refused: str | None) 
             scheduler.engine(Options(), environ, said.append)
         return
     assert isinstance(scheduler.engine(Options(), environ, said.append), Slurm)
-    assert said == (["the job has 2 nodes, of which only n1 is used"] if environ is BATCH else [])
+    assert said == (
+        ["the job has 2 nodes, of which only n1 is used (srun everstep run … uses all)"]
+        if environ is BATCH
+        else []
+    )
 
 
 # --------------------------------------------------------------------------- what scontrol shows

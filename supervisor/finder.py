@@ -1,0 +1,70 @@
+"""What a node that follows resumes from: the state that the leader has chosen, as it lies on this node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from supervisor.checkpoint.catalog import local
+from supervisor.checkpoint.location import Remote
+from supervisor.checkpoint.manifest import Key
+from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage, open_storage
+from supervisor.config import Options
+from supervisor.edge.jobdir import JobDirectory
+from supervisor.edge.threads import in_thread
+from supervisor.errors import CheckpointError, StorageError
+from supervisor.fleet import Origin
+from supervisor.model import Tier
+from supervisor.resume import Resume
+from supervisor.shared_snapshots import SharedSnapshots
+from supervisor.staging import Staging
+
+
+class Finder:
+    """Of one node."""
+
+    def __init__(
+        self,
+        options: Options,
+        job: JobDirectory,
+        key: Key | None,
+        snapshots: SharedSnapshots,
+        staging: Staging,
+    ) -> None:
+        self._options, self._job, self._key = options, job, key
+        self._snapshots, self._staging = snapshots, staging
+
+    async def find(self, origin: Origin) -> Resume:
+        """As this node has it. Raises CheckpointError, StorageError."""
+        if origin.tier is None:
+            self._snapshots.drop_all()
+            return Resume()
+        if origin.tier is Tier.RAM:
+            age = (origin.source, origin.step)
+            if not self._snapshots.move(age, origin.slot):
+                raise CheckpointError(f"the snapshot of step {origin.step} is not on this node any more")
+            folder = self._snapshots.folder(origin.slot)
+            return Resume(step=origin.step, tier=Tier.RAM, path=folder, kept=folder)
+        self._snapshots.drop_all()
+        return await in_thread(lambda: self._checkpoint(origin))
+
+    def _checkpoint(self, origin: Origin) -> Resume:
+        name = Path(origin.path or "").name
+        places: list[CheckpointStorage] = [
+            open_storage(
+                self._options.checkpoints_directory, self._key, timeout=self._options.storage_timeout
+            )
+        ]
+        if not isinstance(places[0], LocalStorage):
+            places.append(LocalStorage(self._job.path / "checkpoints", self._key))
+        for place in places:
+            for record in place.records():
+                if record.step != origin.step or record.path.name != name or record.problem is not None:
+                    continue
+                if isinstance(record.path, Remote):
+                    path = place.fetch(record, self._staging.room(record.path.name, record.bytes))
+                else:
+                    path = local(record)  # the leader has compared every byte
+                return Resume(step=origin.step, tier=Tier.CHECKPOINT, path=path, kept=record.path)
+        raise StorageError(
+            f"{name}, from which the leader resumes, is not seen on this node: is its place shared?"
+        )

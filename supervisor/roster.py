@@ -1,0 +1,166 @@
+"""Who takes part in the next attempt of a job on several nodes (the rules are ``decide/membership``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from supervisor.config import Options
+from supervisor.decide import membership
+from supervisor.decide.membership import Present, Size, Suspicions
+from supervisor.edge import clock
+from supervisor.edge.console import Console
+from supervisor.fleet import Assignment, Member
+from supervisor.orders import Orders
+
+REGATHERING: Final = 1.0  # seconds that a new leader of a job that was running waits for more than the least
+SAID_AFTER: Final = 3.0  # seconds of waiting for nodes until that is said
+
+
+class Roster:
+    """Of one leader. ``assignment`` is the newest attempt's."""
+
+    def __init__(
+        self, orders: Orders, options: Options, console: Console, size: Size, before: Assignment | None
+    ) -> None:
+        self._orders, self._options, self._console, self._size = orders, options, console, size
+        self._previous: Sequence[str] = before.names if before is not None else ()
+        self._suspicions = Suspicions()
+        self._since: dict[Member, float] = {}  # when a node was first seen
+        self.assignment: Assignment | None = None
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The nodes of the newest attempt, by rank."""
+        return self.assignment.members if self.assignment is not None else ()
+
+    @property
+    def others(self) -> list[Member]:
+        """… less this one."""
+        return [member for member in self.members if member.name != self._orders.own]
+
+    async def muster(self, number: int) -> Assignment | None:
+        """The nodes of attempt ``number``, as soon as there are enough; None when there were too few for --node-timeout."""
+        began, said = clock.monotonic(), False
+        first = self.assignment is None
+        gathering = membership.GATHERING if not self._previous else REGATHERING
+
+        def found() -> tuple[Member, ...] | None:
+            nonlocal said
+            now, waited = clock.monotonic(), clock.monotonic() - began
+            present, excluded = self._present(), self._excluded()
+            members = None
+            if not first or membership.may_start(present, self._size, excluded, now, gathering):
+                members = membership.choose(present, self._size, previous=self._previous, excluded=excluded)
+            if members is None and waited > SAID_AFTER and not said:
+                said = True
+                missing = self._size.least - len(present)
+                more = f"{missing} more node{'s' if missing != 1 else ''}" if missing > 0 else "more nodes"
+                self._console.say(
+                    f"waiting for {more}: {', '.join(sorted(p.member.name for p in present))} here"
+                )
+            return self._with_own(members)
+
+        chosen: tuple[Member, ...] | None = None
+
+        def enough() -> bool:
+            nonlocal chosen
+            chosen = found()
+            return chosen is not None
+
+        if not await self._orders.until(enough, self._options.node_timeout):
+            return None
+        assert chosen is not None
+        host = self._orders.reports[chosen[0].name]
+        assignment = Assignment(attempt=number, members=chosen, address=host.address, port=host.port)
+        standby = self._orders.order.standby
+        if (
+            standby is not None
+            and standby.attempt == number
+            and standby.members == chosen
+            and self.all_ready(standby)
+        ):
+            assignment = standby
+        self.assignment, self._previous = assignment, assignment.names
+        return assignment
+
+    def _present(self) -> list[Present]:
+        found = []
+        now = clock.monotonic()
+        for report in self._orders.reports.values():
+            member = Member(name=report.name, life=report.life)
+            since = self._since.setdefault(member, now)
+            busy = (
+                report.course is not None
+                and report.course.ended is None
+                and report.course.attempt <= self._orders.order.over
+            )
+            heard = report.seen >= self._orders.first
+            if heard and not report.leaving and report.notice is None and not busy:
+                found.append(Present(member=member, rank=report.rank, since=since))
+        return found
+
+    def _excluded(self) -> frozenset[str]:
+        return self._suspicions.excluded_at(clock.now()) - {self._orders.own}
+
+    def _with_own(self, members: tuple[Member, ...] | None) -> tuple[Member, ...] | None:
+        """The leader takes part itself; with more spare nodes than places, in the place of the last."""
+        own = self._orders.own_member
+        if members is None or own in members:
+            return members
+        if self._orders.own not in self._orders.reports:
+            return None
+        return (*members[:-1], own)
+
+    def blame(self, name: str | None, *, progressed: bool) -> None:
+        """An attempt has failed, first there."""
+        before = self._excluded()
+        self._suspicions = membership.blame(self._suspicions, name, progressed=progressed, now=clock.now())
+        for bad in sorted(self._excluded() - before):
+            exclusion = self._suspicions.excluded[bad]
+            self._console.say(
+                f"node {bad} is left out for {exclusion.seconds / 60:.0f} minutes: {exclusion.reason}"
+            )
+
+    def should_grow(self, running: float) -> bool:
+        """Whether there are nodes that an attempt, which has made steps for ``running`` seconds, should be stopped for."""
+        if self.assignment is None or self._size.least == self._size.most:
+            return False
+        return membership.should_grow(
+            self._present(),
+            self.assignment.members,
+            self._size,
+            excluded=self._excluded(),
+            running=running,
+            now=clock.monotonic(),
+        )
+
+    def newcomers(self) -> list[str]:
+        """Nodes that wait to take part."""
+        members = self.assignment.names if self.assignment else ()
+        return sorted(one.member.name for one in self._present() if one.member.name not in members)
+
+    def may_shrink(self, name: str) -> bool:
+        """Whether an attempt without that node would be another one: it is part of this one, and not the leader."""
+        return (
+            self._size.least < self._size.most
+            and name != self._orders.own
+            and name in (self.assignment.names if self.assignment else ())
+        )
+
+    def without(self, names: set[str]) -> bool:
+        """Whether the job can go on without those nodes."""
+        return len([one for one in self._present() if one.member.name not in names]) >= self._size.least
+
+    def cold(self, assignment: Assignment) -> Assignment:
+        """Not with the standby, where nodes may be waiting already: at another port of the same host."""
+        host = self._orders.report(assignment.members[0])
+        port = host.port if host is not None else assignment.port
+        self.assignment = replace(assignment, port=port, standby=0)
+        return self.assignment
+
+    def all_ready(self, standby: Assignment) -> bool:
+        """Whether all of its nodes have it at the gate."""
+        reports = [self._orders.report(member) for member in standby.members]
+        return all(report is not None and report.ready == standby.standby for report in reports)
