@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -62,6 +63,11 @@ class WithOthers:
         await self._company.close()
 
     # ------------------------------------------------------------------ an attempt
+
+    @property
+    def bad_nodes(self) -> Collection[str]:
+        """Those that are left out at present."""
+        return self._roster.bad
 
     @property
     def saves(self) -> LeaderSaves:
