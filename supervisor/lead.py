@@ -305,7 +305,11 @@ class Lead:
         if self._assignment is None or self._size.least == self._size.most:
             return False
         return membership.should_grow(
-            self._present(), self._assignment.members, self._size, excluded=self._excluded(), running=running,
+            self._present(),
+            self._assignment.members,
+            self._size,
+            excluded=self._excluded(),
+            running=running,
             now=clock.monotonic(),
         )
 
@@ -363,8 +367,13 @@ class Lead:
     def tell_origin(self, number: int, resume: Resume, source: int, slot: int) -> None:
         """Where its ranks resume."""
         origin = Origin(
-            attempt=number, step=resume.step, tier=resume.tier, path=str(resume.kept) if resume.kept else None, source=source,
-            slot=slot, skips=self._ledger.record.skips,
+            attempt=number,
+            step=resume.step,
+            tier=resume.tier,
+            path=str(resume.kept) if resume.kept else None,
+            source=source,
+            slot=slot,
+            skips=self._ledger.record.skips,
         )
         self._change(origin=origin)
 

@@ -125,7 +125,19 @@ class Stores:
         if resume.tier is not Tier.RAM:
             self.snapshots.drop_all()
             self.draining.known_good(resume.step if resume.tier is Tier.CHECKPOINT else None)
+            await self.bring(resume.kept)
         return resume
+
+    async def bring(self, kept: Location | None) -> bool:
+        """If ``kept`` is an emergency copy, begin to store it where it belongs; whether it is."""
+        refuge = self._refuge
+        if refuge is None or not isinstance(kept, Path) or kept.parent != refuge.where:
+            return False
+        for record in await in_thread(refuge.records):
+            if record.path == kept and record.problem is None:
+                self.draining.bring(record)
+                return True
+        return False
 
     async def condemn(self, failure: Failure) -> None:
         """Where numbers have gone wrong, what was saved since is not used again, whatever the verdict.

@@ -168,7 +168,11 @@ def _may_propose(agreement: Agreement, steps: Sequence[int]) -> bool:
 
 
 def _proposed(
-    agreement: Agreement, standings: Sequence[Standing], rate: float | None, now: float, skips: tuple[Skip, ...]
+    agreement: Agreement,
+    standings: Sequence[Standing],
+    rate: float | None,
+    now: float,
+    skips: tuple[Skip, ...],
 ) -> Agreement:
     last = [standing.last for standing in standings]
     # to the nodes and back, and as long again: reports may be as old

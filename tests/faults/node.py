@@ -85,7 +85,9 @@ class Supervisor:
     def saved(self, step: int, slot: int) -> None:
         """Declare it whole, and drain some of them."""
         try:
-            self.snapshots.part(0, Ranks(self.attempt, 1, 1), step=step, slot=slot, seconds=0, size=0, metrics={})
+            self.snapshots.part(
+                0, Ranks(self.attempt, 1, 1), step=step, slot=slot, seconds=0, size=0, metrics={}
+            )
         except EverstepError as error:
             self.failed(step, slot, str(error), torn=False)
             return

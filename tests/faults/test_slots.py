@@ -107,7 +107,13 @@ class Job:
         kind, step, slot = rank.told.popleft()
         if kind == "saved":
             whole = self.snapshots.part(
-                rank.number, Ranks(self.attempt, len(RANKS), len(RANKS)), step=step, slot=slot, seconds=0, size=1, metrics={}
+                rank.number,
+                Ranks(self.attempt, len(RANKS), len(RANKS)),
+                step=step,
+                slot=slot,
+                seconds=0,
+                size=1,
+                metrics={},
             )
             if whole:
                 self.newest = step
