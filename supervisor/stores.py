@@ -103,6 +103,7 @@ class Stores:
 
     async def choose(self) -> Resume:
         """Where the next attempt resumes. Raises CheckpointError, StorageError."""
+        unsound = self.snapshots.drop_unsound()
         places = [self._storage] if self._refuge is None else [self._storage, self._refuge]
         newest = None
         if self._looked and self._refuge is not None:
@@ -115,7 +116,7 @@ class Stores:
             over.set()
         self._looked = True
         now = clock.now()
-        for path, reason in resume.rejected:
+        for path, reason in (*unsound, *resume.rejected):
             self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
             self._console.say(f"{path} is damaged: {reason}; skipping it")
         if resume.tier is None and self._ledger.record.rolled_from:
