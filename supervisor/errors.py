@@ -65,6 +65,16 @@ class LeaseLostError(StoreError):
     """The lease that something was to be put under has run out."""
 
 
+class PeerError(EverstepError):
+    """Another node does not hand over its snapshot: dead, cut off, hung, or not of this job."""
+
+    exit_code = 1
+
+
+class SnapshotGoneError(PeerError):
+    """The other node is well, and does not hold that snapshot, or not any more: a newer one has taken its place."""
+
+
 class LeadershipLostError(EverstepError):
     """Another node leads the job now: this one decides nothing any more."""
 

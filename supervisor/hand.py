@@ -123,7 +123,7 @@ class Hand:
 
     def _heed_proposal(self, proposal: Proposal) -> None:
         attempt = self.attempt
-        if attempt is None or attempt.ended.is_set():
+        if attempt is None or self._ended is not None or attempt.ended.is_set():
             return
         match duty(self._posted, proposal, attempt.number):
             case Duty.ANSWER:
@@ -168,7 +168,7 @@ class Hand:
             self.tell()
         if slot.offered and slot.serial == self._slot:
             self._snapshots.open(slot.index)
-            if self.attempt is not None:
+            if self.attempt is not None and self._ended is None:
                 self.attempt.offer_slot(self._snapshots.offer())
 
     # ------------------------------------------------------------------ its part of a checkpoint

@@ -137,7 +137,12 @@ class Joining:
                 continue
             report = self.report
             try:
-                await self._store.put(NODES + report.name, _encoded(report), lease=self.lease)
+                if not await self._put(report):
+                    self.problem = f"a node called {report.name} is part of the job already: give another --node-name"
+                    self._news.set()
+                    self.changed.set()
+                    await asyncio.sleep(AGAIN)
+                    continue
             except LeaseLostError:
                 self._lost()
             except StoreError as error:
@@ -148,6 +153,16 @@ class Joining:
                 self._told = report
                 self._hear()
                 self.changed.set()
+
+    async def _put(self, report: Report) -> bool:
+        """Write it, the first time only where no other life of that name is; whether it is there."""
+        key = NODES + report.name
+        if self._told is not None:
+            return await self._store.put(key, _encoded(report), lease=self.lease) is not None
+        if await self._store.put(key, _encoded(report), expected=0, lease=self.lease) is not None:
+            return True
+        there = (await self._store.read(NODES)).entries.get(key)  # ours, if an answer was lost
+        return there is not None and json.loads(there.value).get("life") == report.life
 
     async def _watch(self) -> None:
         since = -1

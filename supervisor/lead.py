@@ -421,8 +421,9 @@ class Lead:
 
         await self._until(all_ended)
         self._change(over=number)
+        departed = [Departed(member.name, self._ended(member)) for member in others]
         self._attempt = None
-        return [Departed(member.name, self._ended(member)) for member in others]
+        return departed
 
     def end_now(self, number: int) -> None:
         """Do not wait for anybody."""

@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 
 from blake3 import blake3
 
+from supervisor.edge.files import leads_inside
 from supervisor.errors import CheckpointError, ConfigError
 
 MANIFEST_NAME: Final = "everstep.json"
@@ -115,12 +116,7 @@ class Manifest:
 
 def check_name(name: str) -> None:
     """Raise CheckpointError for a name that is not a plain relative path to a payload file."""
-    parts = name.split("/")
-    if (
-        any(part in ("", ".", "..") for part in parts)
-        or "\\" in name
-        or any(ord(character) < 32 or ord(character) == 127 for character in name)
-    ):
+    if not leads_inside(name):
         raise CheckpointError(f"file name {name!r} is not a plain relative path")
     if name in (MANIFEST_NAME, PARTIAL_NAME):
         raise CheckpointError(f"file name {name!r} is the manifest's own")

@@ -140,6 +140,8 @@ class Pace:
             raise ValueError(f"a bandwidth of {bandwidth!r} bytes a second is not positive")
         self._bandwidth = bandwidth
         self._now = now
+        #: the bytes of a tenth of a second: as many may go at once
+        self.piece = max(1, int(bandwidth / 10))
         self._lock = threading.Lock()
         self._free_at = now()  # when all that was written so far is paid for
 
@@ -164,13 +166,21 @@ class ThrottledFiles(WatchedFiles):
     ) -> None:
         super().__init__(files, _nothing)
         self._pace = Pace(bandwidth, now=now)
-        self._piece = max(1, int(bandwidth / 10))
         self._sleep = sleep
 
     def write(self, fd: int, data: Buffer) -> int:
-        written = self._files.write(fd, memoryview(data)[: self._piece])
+        written = self._files.write(fd, memoryview(data)[: self._pace.piece])
         self._sleep(self._pace.spend(written))
         return written
+
+
+def leads_inside(name: str) -> bool:
+    """Whether a name is a plain relative path, with nothing in it that leads elsewhere or that a terminal would not show."""
+    return (
+        all(part not in ("", ".", "..") for part in name.split("/"))
+        and "\\" not in name
+        and not any(ord(character) < 32 or ord(character) == 127 for character in name)
+    )
 
 
 def link(source: Path, target: Path) -> bool:

@@ -27,6 +27,7 @@ from supervisor.errors import JobError, StorageError
 FORMAT = 1
 LOCK_PATIENCE = 0.5  # seconds; `everstep status` looks at the lock for microseconds
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # e.g. Lustre mounted without flock
+OWNER, MEMBER = "job", "member"  # files that name the job directory, where the job leads back here or not
 SMALL_TMPFS = 512 << 20  # bytes; a container's default /dev/shm is 64 MiB
 
 
@@ -160,7 +161,7 @@ class JobDirectory:
     def _is_a_copy(self, runtime: Path) -> bool:
         """Whether the runtime directory belongs to another job directory, which this one was copied from (or to)."""
         try:
-            owner = Path((runtime / "job").read_text())
+            owner = Path((runtime / OWNER).read_text())
         except OSError:
             return False
         return owner != self.path and (owner / "job.json").exists()
@@ -194,10 +195,13 @@ def is_in_memory(runtime: Path) -> bool:
     return runtime.is_relative_to("/dev/shm")
 
 
-def lay_out_runtime(runtime: Path, job: Path, epoch: int = 0, engine: str = "") -> None:
+def lay_out_runtime(
+    runtime: Path, job: Path, epoch: int = 0, engine: str = "", *, follows: bool = False
+) -> None:
     """Make the control and slot folders; what an earlier supervisor left there stays (its snapshots are wanted).
 
     ``epoch``: of the supervisor that uses it. ``engine``: what gave the job its time, for those who clean up after it.
+    ``follows``: it is that of a node which does not lead the job, so that the job's file does not name it.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     stamp = runtime / "boot"
@@ -210,7 +214,8 @@ def lay_out_runtime(runtime: Path, job: Path, epoch: int = 0, engine: str = "") 
             (runtime / name).unlink()  # a slot that was moved to disk, and swept there by somebody
         (runtime / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     stamp.write_text(boot)
-    (runtime / "job").write_text(str(job))
+    (runtime / (OWNER, MEMBER)[follows]).write_text(str(job))
+    (runtime / (MEMBER, OWNER)[follows]).unlink(missing_ok=True)
     (runtime / "epoch").write_text(str(epoch))
     (runtime / "engine").write_text(engine)
 
@@ -236,16 +241,17 @@ def remove_runtime(runtime: Path) -> None:
 def sweep_runtimes(keep: Path) -> None:
     """Remove runtime directories of jobs whose own directory is gone, or that have moved on to another one or another host."""
     for runtime in keep.parent.iterdir():
-        owner = runtime / "job"
-        if runtime == keep or not owner.is_file():
+        owner, member = runtime / OWNER, runtime / MEMBER
+        follows = member.is_file()
+        if runtime == keep or not (follows or owner.is_file()):
             continue
         try:
-            job = JobDirectory(Path(owner.read_text()))
+            job = JobDirectory(Path((member if follows else owner).read_text()))
             file = job.read()
         except (OSError, JobError):
             continue  # cannot tell: not ours to remove
-        if file is not None and "@" in runtime.name:  # one of several nodes': it may be alive, or be wanted
-            gone = not file.runtime.partition("@")[1] and _is_older(file, runtime)
+        if file is not None and follows:  # it may be alive, or be wanted, as long as the job runs on several nodes
+            gone = "@" not in file.runtime and _is_older(file, runtime)
         elif file is not None:
             gone = file.runtime != str(runtime) or _runs_elsewhere(file, runtime)
         else:  # deleted, or merely not mounted at present?

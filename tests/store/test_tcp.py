@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from supervisor.edge.store import server as servers
-from supervisor.edge.store import wire
+from supervisor.edge.store import door, wire
 from supervisor.edge.store.memory import MemoryStore
 from supervisor.edge.store.server import Server
 from supervisor.edge.store.table import Table
@@ -148,7 +147,8 @@ def test_what_was_overheard_cannot_be_said_again() -> None:
                         writer.write(data)
                     writer.close()
 
-                await asyncio.gather(forward(), back(), return_exceptions=True)
+                with contextlib.closing(writer), contextlib.closing(outer):
+                    await asyncio.gather(forward(), back(), return_exceptions=True)
 
             relay = await asyncio.start_server(tap, HOST, 0)
             member = TcpStore(HOST, relay.sockets[0].getsockname()[1], SECRET, answer=1.0)
@@ -202,7 +202,7 @@ def test_a_member_that_sends_a_huge_frame_or_half_a_one_harms_nobody() -> None:
 
 
 def test_strangers_that_hold_connections_open_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "STRANGERS", 8)
+    monkeypatch.setattr(door, "STRANGERS", 8)
 
     async def main() -> None:
         async with serving() as (store, port, _said):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from supervisor.edge.store import wire
+from supervisor.edge.store.door import Door
 from supervisor.edge.store.memory import MemoryStore
 from supervisor.edge.store.protocol import LONGEST_VALUE, View
 from supervisor.edge.store.wire import Message, Wire, WireError
 from supervisor.errors import LeaseLostError, StoreError
 
-STRANGERS: Final = 256  # connections that have not proved themselves; the oldest gives way
 WAITS: Final = 64  # of one connection at a time
 LONGEST_WAIT: Final = 60.0
 
@@ -25,63 +24,23 @@ class Server:
     def __init__(
         self, store: MemoryStore, secret: bytes, report: Callable[[str], None] = lambda _text: None
     ) -> None:
-        self._store, self._secret, self._report = store, secret, report
-        self._server: asyncio.Server | None = None
-        self._strangers: dict[asyncio.Task[Any], None] = {}  # oldest first
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._refused: set[str] = set()
+        self._store = store
+        self._door = Door(wire.STORE, secret, self._converse, report)
 
     async def open(self, host: str | None, port: int) -> int:
         """Listen; the port. Raises StoreError where that cannot be."""
         try:
-            self._server = await asyncio.start_server(
-                self._serve, host, port, backlog=1024, reuse_address=True, family=socket.AF_UNSPEC
-            )
+            return await self._door.open(host, port)
         except OSError as error:
             raise StoreError(
                 f"cannot serve the store at {host or '*'}:{port}: {error.strerror or error}"
             ) from None
-        return int(self._server.sockets[0].getsockname()[1])
 
     async def close(self) -> None:
         """Stop serving."""
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._door.close()
 
     # ------------------------------------------------------------------ one connection
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self._strangers[task] = None
-        if len(self._strangers) > STRANGERS:
-            next(iter(self._strangers)).cancel()
-        try:
-            try:
-                async with asyncio.timeout(wire.HANDSHAKE):
-                    connection = await wire.accept(reader, writer, self._secret)
-            finally:
-                self._strangers.pop(task, None)
-            with contextlib.suppress(WireError, ValueError):
-                await self._converse(connection)
-        except (WireError, TimeoutError) as error:
-            self._refuse(writer, str(error) or "it has said nothing")
-        except asyncio.CancelledError:
-            return
-        finally:
-            self._tasks.discard(task)
-            writer.close()
-
-    def _refuse(self, writer: asyncio.StreamWriter, why: str) -> None:
-        peer = writer.get_extra_info("peername")
-        host = str(peer[0]) if peer else "somebody"
-        if host not in self._refused and len(self._refused) < STRANGERS:
-            self._refused.add(host)
-            self._report(f"{host} was not let in to the store: {why}")
 
     async def _converse(self, connection: Wire) -> None:
         waits: set[asyncio.Task[None]] = set()

@@ -1,10 +1,10 @@
-"""The connection of ``tcp://``: both ends prove that they know the job's secret, then every frame proves it again.
+"""The connection between node supervisors (of ``tcp://``, and of peer copies): both ends prove that they know the job's secret, then every frame proves it again.
 
     server → client   MAGIC, a nonce S
-    client → server   a nonce C, HMAC(secret, "client" S C)
-    server → client   HMAC(secret, "server" S C)
+    client → server   a nonce C, HMAC(secret, MAGIC "client" S C)
+    server → client   HMAC(secret, MAGIC "server" S C)
 
-The secret itself is never sent. From it and both nonces each direction gets a key of its own, and every frame bears an HMAC over
+MAGIC names the service, so that what is said to one is of no use to another. The secret itself is never sent. From it and both nonces each direction gets a key of its own, and every frame bears an HMAC over
 its number and its content. So nothing that was overheard can be said again, in this connection or another, nothing can be changed,
 left out or put in another order, and nothing that one end says can be thrown back at it. What is said is not hidden from who can
 listen on the network: it is no secret (addresses, steps, reasons).
@@ -20,10 +20,22 @@ import hashlib
 import hmac
 import json
 import os
+import socket
 import struct
+from dataclasses import dataclass
 from typing import Any, Final
 
-MAGIC: Final = b"EVSTORE1"
+
+@dataclass(frozen=True)
+class Service:
+    """What is served: eight bytes for the wire, and what people call it."""
+
+    magic: bytes
+    what: str
+
+
+STORE: Final = Service(b"EVSTORE1", "store")
+MAGIC: Final = STORE.magic
 NONCE: Final = 32
 PROOF: Final = 32
 HANDSHAKE: Final = 5.0  # seconds
@@ -62,11 +74,11 @@ class Wire:
         self._sent += 1
         self._writer.write(struct.pack(">I", len(content)) + content + proof)
 
-    async def receive(self) -> Message:
-        """The next message. Raises WireError."""
+    async def receive(self, limit: int = LIMIT) -> Message:
+        """The next message, of at most ``limit`` bytes. Raises WireError."""
         try:
             (length,) = struct.unpack(">I", await self._reader.readexactly(4))
-            if length > LIMIT:
+            if length > limit:
                 raise WireError(f"a frame of {length} bytes")
             content = await self._reader.readexactly(length)
             proof = await self._reader.readexactly(PROOF)
@@ -80,6 +92,27 @@ class Wire:
             raise WireError("no message")
         return message
 
+    def pause(self) -> None:
+        """Read nothing until ``resume``: what the other end sends waits for the owner of ``socket()``.
+
+        To be called when nothing is on its way: before the message that the other end answers with such bytes.
+        """
+        self._writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def resume(self) -> None:
+        """Frames come again."""
+        self._writer.transport.resume_reading()  # type: ignore[attr-defined]
+
+    def socket(self) -> socket.socket:
+        """The connection itself, for bytes outside the frames, while neither end sends any; to be closed by the caller.
+
+        Raises WireError when it is gone.
+        """
+        try:
+            return socket.socket(fileno=os.dup(self._writer.get_extra_info("socket").fileno()))
+        except OSError as error:
+            raise WireError(f"the connection broke ({error})") from None
+
     def close(self) -> None:
         """Close it."""
         self._writer.close()
@@ -90,38 +123,41 @@ class Wire:
         return str(self._writer.get_extra_info("sockname")[0])
 
 
-async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> Wire:
+async def accept(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, service: Service = STORE
+) -> Wire:
     """The server's side. Raises WireError for who does not know the secret."""
     server = os.urandom(NONCE)
-    writer.write(MAGIC + server)
+    writer.write(service.magic + server)
     try:
         answer = await reader.readexactly(NONCE + PROOF)
     except (EOFError, OSError) as error:
         raise WireError(f"no proof ({error})") from None
     client, proof = answer[:NONCE], answer[NONCE:]
-    if not hmac.compare_digest(proof, _mac(secret, b"client", server, client)):
+    if not hmac.compare_digest(proof, _mac(secret, service.magic + b"client", server, client)):
         raise WireError("the proof is wrong")
-    writer.write(_mac(secret, b"server", server, client))
+    writer.write(_mac(secret, service.magic + b"server", server, client))
     return Wire(reader, writer, *_keys(secret, server, client))
 
 
-async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> Wire:
+async def greet(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, service: Service = STORE
+) -> Wire:
     """The client's side. Raises WireError for a server that does not know the secret, or does not take ours."""
+    magic, another = service.magic, f"another job's {service.what}, or another EVERSTEP_KEY"
     try:
-        hello = await reader.readexactly(len(MAGIC) + NONCE)
-        if not hello.startswith(MAGIC):
-            raise WireError("what answers there is no store of everstep")
-        server, client = hello[len(MAGIC) :], os.urandom(NONCE)
-        writer.write(client + _mac(secret, b"client", server, client))
+        hello = await reader.readexactly(len(magic) + NONCE)
+        if not hello.startswith(magic):
+            raise WireError(f"what answers there is no {service.what} of everstep")
+        server, client = hello[len(magic) :], os.urandom(NONCE)
+        writer.write(client + _mac(secret, magic + b"client", server, client))
         proof = await reader.readexactly(PROOF)
     except asyncio.IncompleteReadError:
-        raise WireError(
-            "it has closed the connection: another job's store, or another EVERSTEP_KEY"
-        ) from None
+        raise WireError(f"it has closed the connection: {another}") from None
     except OSError as error:
         raise WireError(f"the connection broke ({error})") from None
-    if not hmac.compare_digest(proof, _mac(secret, b"server", server, client)):
-        raise WireError("it does not know the job's secret: another job's store, or another EVERSTEP_KEY")
+    if not hmac.compare_digest(proof, _mac(secret, magic + b"server", server, client)):
+        raise WireError(f"it does not know the job's secret: {another}")
     theirs, ours = _keys(secret, server, client)
     return Wire(reader, writer, ours, theirs)
 

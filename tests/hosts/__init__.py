@@ -1,0 +1,1 @@
+"""Hosts on a network, which the tests set up on this machine."""
