@@ -107,6 +107,7 @@ class Stores:
 
     async def choose(self) -> Resume:
         """Where the next attempt resumes. Raises CheckpointError, StorageError."""
+        unsound = self.snapshots.drop_unsound()
         places = [self._storage] if self._refuge is None else [self._storage, self._refuge]
         newest = None
         if self._looked and self._refuge is not None:
@@ -119,7 +120,7 @@ class Stores:
             over.set()
         self._looked = True
         now = clock.now()
-        for path, reason in resume.rejected:
+        for path, reason in (*unsound, *resume.rejected):
             self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
             self._console.say(f"{path} is damaged: {reason}; skipping it")
         if resume.tier is None and self._ledger.record.rolled_from:
@@ -129,7 +130,19 @@ class Stores:
         if resume.tier is not Tier.RAM:
             self.snapshots.drop_all()
             self.draining.known_good(resume.step if resume.tier is Tier.CHECKPOINT else None)
+            await self.bring(resume.kept)
         return resume
+
+    async def bring(self, kept: Location | None) -> bool:
+        """If ``kept`` is an emergency copy, begin to store it where it belongs; whether it is."""
+        refuge = self._refuge
+        if refuge is None or not isinstance(kept, Path) or kept.parent != refuge.where:
+            return False
+        for record in await in_thread(refuge.records):
+            if record.path == kept and record.problem is None:
+                self.draining.bring(record)
+                return True
+        return False
 
     async def condemn(self, failure: Failure) -> None:
         """Where numbers have gone wrong, what was saved since is not used again, whatever the verdict.
