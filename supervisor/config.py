@@ -86,7 +86,7 @@ class Options:
     guard_skip: int = 0
     """Steps to leave out after a rollback, with their data, up to the one that showed the trouble. 0: none."""
     guard_times: int = 3
-    """Give up after this many rollbacks that did not get past the trouble."""
+    """Rollbacks that do not get past the trouble; then give up, or accept the new level of a loss that jumped."""
     guard_back: int = 1
     """How many checkpoints further back each repetition goes."""
     standby: str = "on"

@@ -147,6 +147,7 @@ class Verdict:
     delay: float = 0.0  # seconds to wait before a restart
     rollback: int = 0  # of a ROLL_BACK: the how manieth without getting past the trouble
     skip: Skip | None = None  # … and what is left out from now on
+    level: int | None = None  # … or the step in which the loss comes to a new level, which is accepted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +249,7 @@ class SnapshotCompleted(Fact):
     step: int
     seconds: float
     bytes: int
-    stalled: float | None = (
-        None  # … and of the snapshots before it that were not journaled; None: ``seconds``
-    )
+    stalled: float | None = None  # … and of those before it that were not journaled; None: ``seconds``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +385,7 @@ class Decided(Fact):
     delay: float = 0.0
     rollback: int = 0
     skip: Skip | None = None
+    level: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

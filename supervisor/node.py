@@ -321,6 +321,7 @@ class Node:
                 delay=verdict.delay,
                 rollback=verdict.rollback,
                 skip=verdict.skip,
+                level=verdict.level,
             )
         )
         if verdict.action.goes_on:

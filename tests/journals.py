@@ -94,6 +94,7 @@ class _Author:
                     delay=verdict.delay,
                     rollback=verdict.rollback,
                     skip=verdict.skip,
+                    level=verdict.level,
                 )
             )
             if not verdict.action.goes_on:
