@@ -25,17 +25,8 @@ from supervisor.failing import (
 )
 
 __all__ = [
-    "AttemptEvidence",
-    "Failure",
-    "FailureKind",
-    "Hang",
-    "HangKind",
-    "HungRank",
-    "Raised",
-    "RankEnd",
-    "Trouble",
-    "TroubleKind",
-]
+    "AttemptEvidence", "Failure", "FailureKind", "Hang", "HangKind", "HungRank", "Raised", "RankEnd", "Trouble", "TroubleKind",
+]  # fmt: skip
 
 
 class State(enum.StrEnum):
@@ -373,6 +364,7 @@ class AttemptEnded(Fact):
     finished: bool = False  # every rank exited with code 0 by itself
     failure: Failure | None = None
     noticed: float | None = None  # when its end was (Unix seconds)
+    metrics: dict[str, float] = field(default_factory=dict)  # its last ones, once it has made a step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,7 +253,6 @@ class Node:
         assert self._pulse is not None
         assert self._reception is not None
         self._pulse.note_first_step()
-        self._pulse.tell_progress()
         self._snapshots.reset()
         self._stores.staging.clear()
         self._unloadable.update(self._reception.unloadable)
@@ -278,6 +277,7 @@ class Node:
             finished=failure is None and not stopped,
             failure=failure if not stopped else None,  # a failure while stopping is charged to nobody
             noticed=None if failure is None or stopped else attempt.noticed,
+            metrics=self._pulse.metrics,
         )
         attempt.close()
         self._ledger.add(ended)

@@ -368,6 +368,7 @@ def _noticed(record: JobRecord, fact: Fact) -> JobRecord:
 
 def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
     record = _between(goodput.ended(record, fact.step, fact.noticed))
+    record = record.with_(metrics={**record.metrics, **fact.metrics})
     if fact.total_steps is not None:
         record = record.with_(total_steps=fact.total_steps)
     if fact.failure is None:
