@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.model import CheckpointFailed, CheckpointRejected, FailureKind, Resumed, State
+from supervisor.checkpoint.storage import LocalStorage
+from supervisor.model import CheckpointFailed, CheckpointRejected, FailureKind, Resumed, State, Tier
+from supervisor.resume import Sources, choose
+from supervisor.staging import Staging
 from tests.e2e import harness
 from tests.e2e.harness import Job, digests, torchrun
 
@@ -173,20 +176,32 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_skipped_for_the_newest_good_one(
-    finished: Path, tmp_path: Path, forty: dict[str, str], damage: str
+def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path, damage: str) -> None:
+    """What the ranks are told to resume from, of checkpoints of a real training."""
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(finished / "checkpoints", checkpoints)
+    DAMAGES[damage](checkpoints / "step-000000030")
+    resume = choose(Sources(None, [LocalStorage(checkpoints)], None, Staging(tmp_path / "run", tmp_path)))
+    assert (resume.step, resume.tier) == (20, Tier.CHECKPOINT)
+    ((path, reason),) = resume.rejected
+    assert path == checkpoints / "step-000000030"
+    assert reason
+
+
+def test_damaged_checkpoints_are_skipped_for_the_newest_good_one(
+    finished: Path, tmp_path: Path, forty: dict[str, str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "job")
-    DAMAGES[damage](tmp_path / "job" / "checkpoints" / "step-000000030")
+    DAMAGES["a bit of the payload"](tmp_path / "job" / "checkpoints" / "step-000000030")
+    DAMAGES["a newer version's manifest"](tmp_path / "job" / "checkpoints" / "step-000000020")
     with harness.job(tmp_path / "job") as job:
         out = tmp_path / "out"
         assert job.run(torchrun("--out", out, "--steps", 40), "--continue") == 0, job.output
-        assert job.facts(Resumed)[-1].step == 20
+        assert job.facts(Resumed)[-1].step == 10
         rejected = job.facts(CheckpointRejected)
-        assert [Path(fact.path).name for fact in rejected] == ["step-000000030"]
-        assert rejected[0].reason in job.output
-        if damage == "a newer version's manifest":
-            assert "99" in rejected[0].reason
+        assert [Path(fact.path).name for fact in rejected] == ["step-000000030", "step-000000020"]
+        assert all(fact.reason in job.output for fact in rejected)
+        assert "99" in rejected[1].reason
         assert digests(out) == forty
 
 
