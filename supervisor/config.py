@@ -109,6 +109,8 @@ class Options:
     """The address that the endpoint listens on."""
     metrics_file: Path | None = None
     """A file of metrics for node_exporter's textfile collector, ending in ``.prom``."""
+    otel: bool = False
+    """Send the run and its attempts as OpenTelemetry spans, to where ``OTEL_EXPORTER_OTLP_ENDPOINT`` says."""
     quiet: bool = False
     """Print everstep's own messages only, not the workers' output (which is in the logs)."""
     continue_: bool = False
@@ -322,6 +324,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "metrics_port": telling_options.port,
     "metrics_address": _text,
     "metrics_file": telling_options.metrics_file,
+    "otel": _switch,
     "quiet": _switch,
     "continue_": _switch,
 }
