@@ -113,6 +113,9 @@ def test_the_directory_of_another_job(job: Job, tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------- damaged checkpoints
 
+#: the finished job is made once
+FINISHED = pytest.mark.xdist_group("finished")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -175,6 +178,7 @@ DAMAGES = {
 }
 
 
+@FINISHED
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path, damage: str) -> None:
     """What the ranks are told to resume from, of checkpoints of a real training."""
@@ -188,6 +192,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path, dam
     assert reason
 
 
+@FINISHED
 def test_damaged_checkpoints_are_skipped_for_the_newest_good_one(
     finished: Path, tmp_path: Path, forty: dict[str, str]
 ) -> None:
@@ -205,6 +210,7 @@ def test_damaged_checkpoints_are_skipped_for_the_newest_good_one(
         assert digests(out) == forty
 
 
+@FINISHED
 def test_without_any_good_checkpoint_the_job_is_not_begun_anew(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "job")
     for checkpoint in (tmp_path / "job" / "checkpoints").iterdir():
@@ -217,6 +223,7 @@ def test_without_any_good_checkpoint_the_job_is_not_begun_anew(finished: Path, t
         assert not (tmp_path / "out").exists()
 
 
+@FINISHED
 def test_with_a_key_what_was_made_without_it_is_not_resumed_from(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "job")
     argv = [sys.executable, "-m", "launch.cli", "run", "--dir", str(tmp_path / "job"), "--continue",
@@ -231,6 +238,7 @@ def test_with_a_key_what_was_made_without_it_is_not_resumed_from(finished: Path,
     assert not (tmp_path / "out").exists()
 
 
+@FINISHED
 def test_a_state_that_no_longer_fits_is_named(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "job")
     with harness.job(tmp_path / "job") as job:

@@ -111,13 +111,13 @@ def test_what_is_left_out_takes_its_batches_with_it(job: Job, tmp_path: Path) ->
 def test_what_comes_again_each_time_is_given_up_and_can_be_left_out_then(job: Job, tmp_path: Path) -> None:
     command = torchrun("--out", tmp_path / "out", "--bad", "22:nan:all:all", script=GONE_WRONG)
     options = (*OFTEN, "--keep-last", "10", "--guard", "nan")
-    assert job.run(command, *options, "--guard-times", "2") == 1, job.output
+    assert job.run(command, *options, "--guard-times", "1") == 1, job.output
     resumed = [fact.step for fact in job.facts(Resumed)]
-    assert len(resumed) == 3
+    assert len(resumed) == 2
     assert max(resumed) <= 22  # how far back depends on what was saved in time: tests/decide/test_rollback.py
     reason = job.facts(Decided)[-1].reason
     assert reason.startswith("giving up: loss is nan in step 22")
-    assert "2 rollbacks did not get past it" in reason
+    assert "1 rollback did not get past it" in reason
     assert "--guard-skip" in reason
     assert job.run(command, *options, "--guard-skip", "1step") == 0, job.output
     assert job.facts(Resumed)[-1].step <= 22
