@@ -136,13 +136,14 @@ def carry_out(
     failure = record.last_failure
     step = failure.step if failure is not None else None
     limit = failure.limit if failure is not None else None
+    met = step
     if number > 1 and record.trouble_step is not None:  # two troubles in turns are not each other's progress
         step = max(step or 0, record.trouble_step)
     return record.with_(
         rollbacks=record.rollbacks + 1,
         rollbacks_in_a_row=number,
         trouble_step=step,
-        trouble_limit=limit,
+        trouble_limit=limit if step == met else None,
         rolled_from=record.resumed_step,
         skips=record.skips if skip is None else leave_out(record.skips, skip),
         levels=record.levels if level is None else (*record.levels, level),

@@ -46,7 +46,7 @@ class Supervised:
         """What the supervisor has verified and chosen for all ranks."""
         answer = self._link.ask("resume", deadline=None)
         self.skips = tuple(Skip(**skip) for skip in answer.get("skips") or ())
-        self.known = Known(**answer["known"])
+        self.known = Known(**answer.get("known") or {})
         return Candidate(Path(answer["path"]), int(answer["step"])) if answer.get("path") else None
 
     def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:
