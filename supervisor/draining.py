@@ -26,6 +26,7 @@ from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.manifest import Manifest, Origin
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage
+from supervisor.copier import Copier, drained
 from supervisor.decide.retention import RetentionPolicy, to_remove
 from supervisor.edge import clock
 from supervisor.edge.threads import in_thread
@@ -60,36 +61,6 @@ class Source(Protocol):
     def hold(self, path: Path | None) -> None:
         """The slot that must not be written; None: none."""
         ...
-
-
-class Copier(Protocol):
-    """What makes a checkpoint of a snapshot: ``CheckpointStorage.drain``, or several nodes together."""
-
-    def __call__(
-        self,
-        storage: CheckpointStorage,
-        source: Path,
-        origin: Origin,
-        *,
-        fence: Callable[[], None],
-        bandwidth: float | None,
-        cancelled: Callable[[], bool],
-    ) -> Manifest:
-        """In a thread."""
-        ...
-
-
-def drained(
-    storage: CheckpointStorage,
-    source: Path,
-    origin: Origin,
-    *,
-    fence: Callable[[], None],
-    bandwidth: float | None,
-    cancelled: Callable[[], bool],
-) -> Manifest:
-    """By this node alone."""
-    return storage.drain(source, origin, fence=fence, bandwidth=bandwidth, cancelled=cancelled)
 
 
 class Draining:

@@ -246,7 +246,6 @@ class Order:
     leader: str
     epoch: int
     run_id: str
-    job: str  # the job directory, by its inode: all nodes must see the same
     save_every: tuple[int, ...] = ()  # numbers of steps whose multiples are save points
     run: Assignment | None = None
     standby: Assignment | None = None

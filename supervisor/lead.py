@@ -72,7 +72,6 @@ class Lead:
             leader=f"{joining.report.name} {joining.report.life}",
             epoch=epoch,
             run_id=run_id,
-            job="",
             save_every=options.save_every,
             over=ledger.record.attempt if ledger.record.attempt is not None else -1,
         )
@@ -294,7 +293,7 @@ class Lead:
     # ------------------------------------------------------------------ a checkpoint
 
     async def gather(self, origin: CheckpointOrigin, bandwidth: float | None) -> None:
-        """Have every node make its part of a snapshot durable. Raises StorageError."""
+        """Have every node make its part durable. Raises StorageError."""
         members = self.roster.members
         serial = self._orders.next_serial()
         step = origin.step

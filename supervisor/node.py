@@ -29,7 +29,7 @@ from supervisor.engine import Engine
 from supervisor.errors import EverstepError, LeadershipLostError
 from supervisor.fleet import Assignment
 from supervisor.herald import Herald
-from supervisor.launching import Launcher, run_started
+from supervisor.launching import Launcher, attempt_ended, run_started
 from supervisor.ledger import Ledger
 from supervisor.lookout import Warnings
 from supervisor.model import (
@@ -51,7 +51,7 @@ from supervisor.savepoints import SavePoints
 from supervisor.standby import Standby, Waiting
 from supervisor.stopping import SIGNALS, Stopping
 from supervisor.stores import Stores
-from supervisor.with_others import WithOthers
+from supervisor.with_others import between
 
 
 class Node:
@@ -92,13 +92,7 @@ class Node:
         self._chores = Chores(console)
         self._pulse: Pulse | None = None
         self._reception: Reception | None = None
-        self._with_others = (
-            None
-            if team is None
-            else WithOthers(
-                self._stores, self._standby, self._stopping, ledger, copies=options.peer_copies == "on"
-            )
-        )
+        self._with_others = between(team, self._stores, self._standby, self._stopping, ledger, options)
 
     # ------------------------------------------------------------------ the run
 
@@ -269,7 +263,6 @@ class Node:
         assert self._pulse is not None
         assert self._reception is not None
         self._pulse.note_first_step()
-        self._pulse.tell_progress()
         self._snapshots.reset()
         self._stores.staging.clear()
         self._stores.doubt(self._reception.unloadable)
@@ -293,15 +286,14 @@ class Node:
         last_step = None  # of a training that was completed: its state must not be lost
         if failure is None and attempt.has_session and all(seat.completed for seat in attempt.seats.values()):
             last_step = attempt.total_steps
-        ended = AttemptEnded(
-            time=clock.now(),
-            attempt=attempt.number,
-            step=evidence.step,
-            total_steps=attempt.total_steps,
+        ended = attempt_ended(
+            attempt,
+            evidence,
+            failure,
             stopped=stopped,
-            finished=failure is None and not stopped and not reshaped,
-            failure=failure if not stopped else None,  # a failure while stopping is charged to nobody
-            noticed=None if failure is None or stopped else noticed,
+            reshaped=reshaped,
+            noticed=noticed,
+            metrics=self._pulse.metrics,
         )
         attempt.close()
         self._ledger.add(ended)
@@ -349,6 +341,7 @@ class Node:
                 delay=verdict.delay,
                 rollback=verdict.rollback,
                 skip=verdict.skip,
+                level=verdict.level,
             )
         )
         if verdict.action.goes_on:

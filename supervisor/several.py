@@ -226,7 +226,7 @@ class Several:
         before = joining.order
         order = Order(
             serial=(before.serial if before else 0) + 1, leader=f"{joining.report.name} {joining.report.life}", epoch=0,
-            run_id="", job="", final=FinalOrder(exit_code=0, reason=reason),
+            run_id="", final=FinalOrder(exit_code=0, reason=reason),
         )  # fmt: skip
         with contextlib.suppress(StoreError):
             await joining.command(order)

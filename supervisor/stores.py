@@ -14,8 +14,9 @@ from supervisor.checkpoint.manifest import Key
 from supervisor.checkpoint.storage import LocalStorage, Owner, open_storage
 from supervisor.company import Company, Team
 from supervisor.config import Options
+from supervisor.copier import drained
 from supervisor.decide import rollback
-from supervisor.draining import Draining, Stamp, drained
+from supervisor.draining import Draining, Stamp
 from supervisor.edge import clock, jobdir
 from supervisor.edge.console import Console
 from supervisor.edge.threads import in_thread

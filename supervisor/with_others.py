@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from supervisor.attempt import Attempt
+from supervisor.company import Team
+from supervisor.config import Options
 from supervisor.decide.causes import unfinished
 from supervisor.edge import clock
 from supervisor.errors import UsageError
@@ -221,3 +223,12 @@ class WithOthers:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def between(
+    team: Team | None, stores: Stores, standby: Standby, stopping: Stopping, ledger: Ledger, options: Options
+) -> WithOthers | None:
+    """For a node that leads others; None for one that is alone."""
+    if team is None:
+        return None
+    return WithOthers(stores, standby, stopping, ledger, copies=options.peer_copies == "on")

@@ -27,7 +27,7 @@ def report(name: str) -> Report:
 
 
 def order(serial: int, leader: str) -> Order:
-    return Order(serial=serial, leader=leader, epoch=1, run_id="run", job="job")
+    return Order(serial=serial, leader=leader, epoch=1, run_id="run")
 
 
 class Lab:
