@@ -108,6 +108,10 @@ class Options:
     """Seconds without a word from a node until it is taken for lost."""
     node_timeout: float = 600.0
     """Seconds that a job waits for nodes when there are too few, before it leaves with exit code 75."""
+    peer_copies: str = "on"
+    """Keep each node's snapshots in another node's memory, too, so that a lost node costs no steps: ``on`` or ``off``."""
+    peer_bandwidth: float | None = None
+    """Bytes a second that a node may fetch of other nodes' snapshots. None: no limit."""
     notices: str = "auto"
     """Whose notices are watched: ``auto`` (the cloud that this machine belongs to, if any), ``aws``, ``gcp``, ``azure``, or
     ``slurm`` and ``none``: no cloud's. Signals, and a scheduler's deadlines, are heeded in any case."""
@@ -330,6 +334,8 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "standby": _one_of("on", "off", "init"),
     "standby_memory": parse_size,
     **node_options.READERS,
+    "peer_copies": _one_of("on", "off"),
+    "peer_bandwidth": parse_rate,
     "notices": _one_of("auto", "aws", "gcp", "azure", "slurm", "none"),
     "requeue": _one_of("auto", "off"),
     "hook": hooks,

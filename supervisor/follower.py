@@ -17,7 +17,7 @@ from supervisor import background
 from supervisor import evidence as evidences
 from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Key
-from supervisor.company import BEAT, Team, incoming, parts_place
+from supervisor.company import BEAT, Team, incoming, parts_place, peer_copies
 from supervisor.config import Options
 from supervisor.decide import classify, restart
 from supervisor.decide.fencing import Isolation
@@ -73,16 +73,14 @@ class Follower:
             self._runtime, run_id=order.run_id, key=self._key, fact=self._ledger.add, report=console.say
         )
         place = parts_place(options, job)
+        self._copies = peer_copies(team, options, self._runtime, self._snapshots, self._key, console)
         self._hand = Hand(
-            team.joining,
-            self._snapshots,
-            lambda order, drain: incoming(place, order, drain),
-            self._key,
-            console.say,
-        )
+            team.joining, self._snapshots, lambda order, drain: incoming(place, order, drain), self._key, console.say,
+            self._copies,
+        )  # fmt: skip
         self._saves = NodeSaves(self._hand, self._snapshots)
         self._staging = Staging(self._runtime, self._runtime)
-        self._finder = Finder(options, job, self._key, self._snapshots, self._staging)
+        self._finder = Finder(options, job, self._key, self._snapshots, self._staging, self._copies)
         self._launcher = Launcher(program, job.path, order.run_id, self._runtime)
         guard = asdict(options.guard_policy) if options.guard_policy.is_on else None
         self._welcome: Message = {"save_every_steps": list(order.save_every), "guard": guard}
@@ -101,6 +99,7 @@ class Follower:
         self._solitude = Solitude(options, console)
         self._stop_forwarded = False
         self._followed = False
+        self._resume_failed: Failure | None = None
         self._work: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -110,6 +109,7 @@ class Follower:
         """Follow until the end, or until there is no leader. Raises EverstepError."""
         channel = Channel(self._runtime / "socket", self._on_message, self._console.say)
         await channel.open()
+        await self._copies.start()
         keep = True
         try:
             while True:
@@ -237,10 +237,11 @@ class Follower:
             )
         )
         self._origin.clear()
+        self._resume_failed = None
         self._stop_forwarded = False
         self._ledger.begin(number)
         self._vigil = Vigil(attempt, self._options, self._ledger, self._console)
-        resume = asyncio.ensure_future(self._resume(number))
+        resume = asyncio.ensure_future(self._resume(attempt))
         self._background(self._mind(resume))
         self._reception = Reception(
             attempt,
@@ -252,7 +253,7 @@ class Follower:
             welcome=self._welcome,
             on_saved=lambda _step, _flags: None,
             on_imported=self._standby.imported,
-            on_restored=self._staging.clear,
+            on_restored=self._on_restored,
             prefix_lines=self._program.has_ranks,
         )
         meeting = self._hand.meeting(assignment)
@@ -291,12 +292,13 @@ class Follower:
     def _report_end(self, attempt: Attempt, failure: Failure | None) -> None:
         assert self._reception is not None
         self._snapshots.reset()
-        self._staging.clear()
+        self._on_restored()
+        failure = failure or self._resume_failed
         self._world_size = attempt.world_size or self._world_size
         evidence = attempt.evidence()
         if failure is None and not attempt.called_off and not (attempt.stopping and attempt.finished):
             failure = classify.classify(evidence, clock.now())
-        if failure is not None and not attempt.called_off:
+        if failure is not None:
             self._console.say(f"attempt {attempt.number}: {failure.reason}")
             if problem := evidences.write(
                 attempt.folder, failure, evidence, name=f"failure-{attempt.node_rank}.json"
@@ -317,7 +319,11 @@ class Follower:
         self._attempt = None
         self._joining.changed.set()
 
-    async def _resume(self, number: int) -> Resume:
+    def _on_restored(self) -> None:
+        self._staging.clear()
+        self._copies.clear()
+
+    async def _resume(self, attempt: Attempt) -> Resume:
         """What the leader has chosen, as this node has it. Raises EverstepError, which ends the attempt."""
         await self._origin.wait()
         order = self._joining.order
@@ -326,16 +332,17 @@ class Follower:
         assert origin is not None
         self._ledger.skips(origin.skips)
         try:
-            return await self._finder.find(origin)
-        except EverstepError as error:
-            self._console.say(str(error))
-            if self._attempt is not None:
-                self._attempt.call_off()
+            return await self._finder.find(origin, attempt.node_rank, attempt.nodes)
+        except (EverstepError, OSError) as error:
+            self._resume_failed = Failure(
+                kind=FailureKind.STORAGE, reason=str(error), attempt=attempt.number, time=clock.now()
+            )
+            attempt.call_off()
             raise
 
     async def _mind(self, resume: asyncio.Future[Resume]) -> None:
         """What ends an attempt is told; anything else is a bug."""
-        with contextlib.suppress(EverstepError, asyncio.CancelledError):
+        with contextlib.suppress(EverstepError, OSError, asyncio.CancelledError):
             await asyncio.shield(resume)
 
     # ------------------------------------------------------------------ the standby, and what the ranks say

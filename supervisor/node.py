@@ -93,7 +93,11 @@ class Node:
         self._pulse: Pulse | None = None
         self._reception: Reception | None = None
         self._with_others = (
-            None if team is None else WithOthers(self._stores, self._standby, self._stopping, ledger)
+            None
+            if team is None
+            else WithOthers(
+                self._stores, self._standby, self._stopping, ledger, copies=options.peer_copies == "on"
+            )
         )
 
     # ------------------------------------------------------------------ the run
@@ -185,7 +189,7 @@ class Node:
             if assignment.standby and standby is None:
                 assignment = others.without_standby(assignment)
             meeting = others.begin(attempt, assignment)
-        resume = asyncio.create_task(self._choose(number))
+        resume = asyncio.create_task(self._choose(number, assignment))
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         self._warnings.begin()
         savepoints = SavePoints(attempt, record.skips) if others is None else others.saves
@@ -228,7 +232,9 @@ class Node:
             number, self._job.attempt(number), self._runtime, self._file.run_id, nodes=nodes, node_rank=rank
         )
 
-    async def _choose(self, number: int) -> Resume:
+    async def _choose(self, number: int, assignment: Assignment | None) -> Resume:
+        if self._with_others is not None and assignment is not None:
+            await self._with_others.find_state(assignment)
         resume = await self._stores.choose()
         if self._with_others is not None:
             self._with_others.tell_origin(number, resume)
@@ -310,7 +316,8 @@ class Node:
         if stopped and self._stopping.requested is not None:
             return await self._final_stop(self._stopping.requested, failure)
         if reshaped and self._with_others is not None:
-            self._unsaved = await self._draining.secure(None, may_drain=True)
+            if self._with_others.takes_state_along:
+                self._unsaved = await self._draining.secure(None, may_drain=True)
             return self._decided(Verdict(action=Action.RESTART, reason=self._with_others.reshaped()))
         if failure is not None:
             verdict = restart.decide(self._ledger.record, failure)

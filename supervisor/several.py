@@ -66,6 +66,7 @@ class Several:
         self._console = Console(quiet=options.quiet)
         self._was_follower = False
         self._warden = Warden(self._console)
+        self._secret = secret.of_job(job.path)
 
     async def run(self) -> int:
         """The exit code of ``everstep run``. Raises EverstepError."""
@@ -86,7 +87,7 @@ class Several:
                 joining.start()
                 try:
                     return await self._take_part(
-                        Team(joining, store, self._size, self._address.is_embedded), serves
+                        Team(joining, store, self._size, self._address.is_embedded, self._secret), serves
                     )
                 finally:
                     await joining.close()
@@ -96,7 +97,7 @@ class Several:
     @contextlib.asynccontextmanager
     async def _store(self) -> AsyncIterator[tuple[Store, bool]]:
         """The store, and whether this node serves it."""
-        key = secret.of_job(self._job.path)
+        key = self._secret
         address = self._address
         if not address.is_embedded:
             from supervisor.edge.store.etcd import Access, EtcdStore

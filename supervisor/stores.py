@@ -72,6 +72,7 @@ class Stores:
                 self._key,
                 epoch=file.epoch,
                 run_id=file.run_id,
+                runtime=runtime,
             )
         self.snapshots.condemn(self._is_bad)
         #: how it becomes durable

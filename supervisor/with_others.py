@@ -33,7 +33,9 @@ _SUSPICIOUS: Final = frozenset(
 class WithOthers:
     """Used by the node from the loop's thread."""
 
-    def __init__(self, stores: Stores, standby: Standby, stopping: Stopping, ledger: Ledger) -> None:
+    def __init__(
+        self, stores: Stores, standby: Standby, stopping: Stopping, ledger: Ledger, *, copies: bool
+    ) -> None:
         assert stores.company is not None
         self._stores, self._standby, self._stopping, self._ledger = stores, standby, stopping, ledger
         self._company = stores.company
@@ -42,6 +44,8 @@ class WithOthers:
         self.pulse: Pulse | None = None
         self._attempt: Attempt | None = None
         self._reshape: str | None = None  # why the attempt is stopped, to go on with other nodes
+        self._leaver = False  # … because one of these leaves
+        self._copies = copies
         self._resumed_from: Path | None = None
         self._standby_serial = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,6 +113,10 @@ class WithOthers:
         self._attempt, self._reshape = attempt, None
         return self._company.begin(attempt, assignment)
 
+    async def find_state(self, assignment: Assignment) -> None:
+        """Have here what is newest in the nodes' memory."""
+        await self._company.find_state(assignment, self._stores.draining.newest_committed)
+
     def tell_origin(self, number: int, resume: Resume) -> None:
         """Where it resumes."""
         self._resumed_from = resume.kept if isinstance(resume.kept, Path) else None
@@ -153,6 +161,11 @@ class WithOthers:
         """Whether the attempt was stopped only to go on with other nodes."""
         return self._reshape is not None and self._stopping.requested is None
 
+    @property
+    def takes_state_along(self) -> bool:
+        """Whether somebody leaves, with what is in its memory; or nobody can have what is in another's."""
+        return self._leaver or not self._copies
+
     def reshaped(self) -> str:
         """The reason, in words."""
         return f"all ranks have saved; going on {self._reshape}"
@@ -164,13 +177,13 @@ class WithOthers:
             if self._attempt is None or since is None or self._reshape or self._stopping.requested:
                 continue
             if self._attempt.in_session and self._roster.should_grow(clock.now() - since):
-                self._reshape_for(f"with {', '.join(self._roster.newcomers())}")
+                self._reshape_for(f"with {', '.join(self._roster.newcomers())}", leaver=False)
 
-    def _reshape_for(self, why: str) -> bool:
+    def _reshape_for(self, why: str, *, leaver: bool) -> bool:
         attempt = self._attempt
         if attempt is None or not attempt.in_session or self._stopping.requested is not None:
             return False
-        self._reshape = why
+        self._reshape, self._leaver = why, leaver
         attempt.stopping = True
         self._lead.drop_standby()
         self._lead.stop_for(why)
@@ -183,7 +196,7 @@ class WithOthers:
             and self._roster.without({name})
             and self._roster.may_shrink(name)
         ):
-            if self._reshape_for(f"without {name} ({notice.source})"):
+            if self._reshape_for(f"without {name} ({notice.source})", leaver=True):
                 return
             if self._attempt is None:
                 return  # it is not asked for the next one

@@ -104,6 +104,15 @@ def read_slot(directory: Path, key: Key | None = None) -> SlotRecord | None:
         return None
     except OSError as error:
         raise CheckpointError(f"{SLOT_NAME} cannot be read: {error.strerror or error}") from error
+    record = parse_slot(data, key)
+    for name, size in record.files.items():
+        if (found := entry_status(directory, name).st_size) != size:
+            raise CheckpointError(f"{name}: {found} bytes, {size} expected")
+    return record
+
+
+def parse_slot(data: bytes, key: Key | None = None) -> SlotRecord:
+    """What a ``slot.json`` says. Raises CheckpointError when it is damaged."""
     document = authenticate(data, key, kind=_FORMAT, newest=VERSION, name=SLOT_NAME)
     try:
         record = SlotRecord(
@@ -115,11 +124,9 @@ def read_slot(directory: Path, key: Key | None = None) -> SlotRecord | None:
         sizes = {name: int(size) for name, size in record.files.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{SLOT_NAME} is damaged: {error!r}") from None
-    for name, size in sizes.items():
+    for name in sizes:
         check_name(name)
-        if (found := entry_status(directory, name).st_size) != size:
-            raise CheckpointError(f"{name}: {found} bytes, {size} expected")
-    return record
+    return replace(record, files=sizes)
 
 
 def invalidate(directory: Path) -> None:
