@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from supervisor import background
 from supervisor.attempt import Attempt
 from supervisor.checkpoint import parts, slots
 from supervisor.checkpoint.copying import CancelledError
@@ -125,7 +126,7 @@ class Company:
         self._loop = asyncio.get_running_loop()
         await self.copies.start()
         self.lead.start(self._on_order)
-        self._tasks = [self._loop.create_task(work()) for work in (self._listen, self._beat)]
+        self._tasks = [background.start(work()) for work in (self._listen, self._beat)]
 
     async def close(self) -> None:
         """Lead no more."""

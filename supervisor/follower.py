@@ -11,19 +11,19 @@ import contextlib
 import signal
 from collections.abc import Coroutine
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any
 
+from supervisor import background
 from supervisor import evidence as evidences
 from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Key
 from supervisor.company import BEAT, Team, incoming, parts_place, peer_copies
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.decide.fencing import Isolation, isolated
+from supervisor.decide.fencing import Isolation
 from supervisor.edge import clock, jobdir, processes
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
-from supervisor.edge.control import Phase, Word
 from supervisor.errors import EverstepError, JobError
 from supervisor.finder import Finder
 from supervisor.fleet import Assignment, Ended, Order
@@ -37,12 +37,11 @@ from supervisor.reception import Reception
 from supervisor.resume import Resume
 from supervisor.saves import NodeSaves
 from supervisor.shared_snapshots import SharedSnapshots
+from supervisor.solitude import Solitude
 from supervisor.staging import Staging
 from supervisor.standby import Standby, Waiting
 from supervisor.vigil import Vigil
 from supervisor.warden import Warden
-
-LONGEST_ALONE: Final = 60.0  # seconds that a decision is waited for without the store
 
 
 class Follower:
@@ -97,9 +96,8 @@ class Follower:
         self._reception: Reception | None = None
         self._vigil: Vigil | None = None
         self._origin = asyncio.Event()
-        self._moved = (clock.monotonic(), 0)
+        self._solitude = Solitude(options, console)
         self._stop_forwarded = False
-        self._said_lost = False
         self._followed = False
         self._resume_failed: Failure | None = None
         self._work: asyncio.Task[None] | None = None
@@ -147,9 +145,11 @@ class Follower:
             self._hand.mind(leaving=True)
             self._console.say(order.final.reason)
             return order.final.exit_code, not order.final.saved
-        if self._joining.leader is None and self._attempt is None and not self._team.is_embedded:
-            return None, True  # somebody has to lead
         attempt = self._attempt
+        if self._joining.leader is None and not self._team.is_embedded:  # somebody has to lead
+            if attempt is None:
+                return None, True
+            attempt.call_off()  # the leader's ranks were part of it
         if attempt is not None:
             if order.over >= attempt.number or order.final is not None:
                 attempt.call_off()
@@ -185,43 +185,22 @@ class Follower:
         self._hand.beat()
         if attempt is not None and not attempt.ended.is_set():
             attempt.reap_adopted()
-            steps = sum(attempt.steps)
-            if steps != self._moved[1]:
-                self._moved = clock.monotonic(), steps
             if self._vigil is not None:
                 self._vigil.look()
 
     def _cut_off(self) -> tuple[int | None, bool] | None:
         """What to do without the store."""
         joining, attempt = self._joining, self._attempt
-        now, patience = clock.monotonic(), self._options.node_timeout
-        lease = self._options.lease
-        if joining.silent < lease:
-            self._said_lost = False
-            return None
-        if not self._said_lost:
-            self._said_lost = True
-            self._console.say(
-                f"the store is not reached ({joining.problem or 'it is silent'}); training goes on as long as it can"
-            )
-        live = attempt is not None and not attempt.ended.is_set()
-        waits = (
-            live
-            and attempt is not None
-            and any(seat.page[Word.PHASE] == Phase.RESTORE for seat in attempt.seats.values())
-        )
-        moved = now - self._moved[0] if live and not waits and self._moved[1] else None
-        match isolated(
-            silent=joining.silent, lease=lease, patience=min(patience, LONGEST_ALONE), moved=moved,
-            needs_decision=not live or self._warden.notice is not None,
-        ):  # fmt: skip
+        match self._solitude.look(
+            joining.silent,
+            joining.problem or "it is silent",
+            attempt,
+            stopping=self._warden.notice is not None,
+        ):
             case Isolation.GO_ON:
                 return None
             case Isolation.END:
                 if attempt is not None:
-                    self._console.say(
-                        "the ranks stand still and the store is not reached: they are ended here"
-                    )
                     attempt.call_off()
                 return None
             case Isolation.LEAVE:
@@ -260,10 +239,10 @@ class Follower:
         self._origin.clear()
         self._resume_failed = None
         self._stop_forwarded = False
-        self._moved = clock.monotonic(), 0
         self._ledger.begin(number)
         self._vigil = Vigil(attempt, self._options, self._ledger, self._console)
         resume = asyncio.ensure_future(self._resume(attempt))
+        self._background(self._mind(resume))
         self._reception = Reception(
             attempt,
             ledger=self._ledger,
@@ -361,6 +340,11 @@ class Follower:
             attempt.call_off()
             raise
 
+    async def _mind(self, resume: asyncio.Future[Resume]) -> None:
+        """What ends an attempt is told; anything else is a bug."""
+        with contextlib.suppress(EverstepError, OSError, asyncio.CancelledError):
+            await asyncio.shield(resume)
+
     # ------------------------------------------------------------------ the standby, and what the ranks say
 
     def _heed_standby(self, order: Order) -> None:
@@ -394,7 +378,7 @@ class Follower:
         return answer
 
     def _background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
+        task = background.start(work)
         self._tasks.add(task)  # the loop itself would forget it
         task.add_done_callback(self._tasks.discard)
         return task

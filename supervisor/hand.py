@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
+from supervisor import background
 from supervisor.attempt import Attempt
 from supervisor.checkpoint import parts
 from supervisor.checkpoint.directory import payload
@@ -201,7 +202,7 @@ class Hand:
         if (report.name, report.life) not in names:
             return
         rank = names.index((report.name, report.life))
-        self._draining = asyncio.get_running_loop().create_task(self._write_part(order, drain, rank))
+        self._draining = background.start(self._write_part(order, drain, rank))
 
     async def _write_part(self, order: Order, drain: DrainOrder, rank: int) -> None:
         cancelled, age = self._cancelled, (drain.attempt, drain.step)

@@ -119,9 +119,13 @@ class Node:
             if self._with_others is not None:
                 await self._with_others.start()
             verdict = await self._supervise()
+            if self._with_others is not None:
+                self._with_others.check()
         except EverstepError as error:
             await self._break_off(error)
             await self._herald.close()
+            if self._with_others is not None:
+                await self._with_others.close()
             raise
         finally:
             await self._standby.end()
@@ -134,6 +138,7 @@ class Node:
         self._console.say(verdict.reason)
         if self._with_others is not None:
             await self._with_others.finish(code, verdict.reason, saved=not self._unsaved)
+            await self._with_others.close()
         await self._herald.close(self._stopping.time_left(self._options.hook_timeout))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if said := self._engine.leave(code):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from supervisor import background
 from supervisor.checkpoint import slots
 from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.checkpoint.manifest import METADATA_NAME, Key
@@ -103,7 +104,7 @@ class PeerCopies:
         self._begun = order.serial
         if self._work is not None:
             self._work.cancel()
-        self._work = asyncio.get_running_loop().create_task(self._copy(order, buddy, self._work))
+        self._work = background.start(self._copy(order, buddy, self._work))
 
     async def _copy(self, order: CopyOrder, buddy: Holder, before: asyncio.Task[None] | None) -> None:
         if before is not None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Final
 
+from supervisor import background
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide.membership import Size
@@ -69,6 +70,10 @@ class Several:
 
     async def run(self) -> int:
         """The exit code of ``everstep run``. Raises EverstepError."""
+        with background.watched():
+            return await self._run()
+
+    async def _run(self) -> int:
         processes.become_subreaper()
         self._warden.listen()
         try:

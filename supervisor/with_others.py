@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from supervisor import background
 from supervisor.attempt import Attempt
 from supervisor.company import Team
 from supervisor.config import Options
@@ -63,9 +65,16 @@ class WithOthers:
     async def finish(self, code: int, reason: str, *, saved: bool) -> None:
         """Have all nodes leave with that exit code."""
         await self._lead.finish(code, reason, saved=saved)
+
+    async def close(self) -> None:
+        """Lead no more."""
         for task in self._tasks:
             task.cancel()
         await self._company.close()
+
+    def check(self) -> None:
+        """Raise LeadershipLostError if another node leads, or may lead, the job now."""
+        self._lead.check()
 
     # ------------------------------------------------------------------ an attempt
 
@@ -219,8 +228,8 @@ class WithOthers:
         except UsageError:
             self._company.hand.mind(ready=-ordered.standby)
 
-    def _background(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = background.start(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
