@@ -239,7 +239,11 @@ def _run_parser(commands: Any) -> _Parser:
     nodes.add_argument(
         "--node-rank", metavar="N", help="which of them this is (default: torchrun's or SLURM's)"
     )
-    nodes.add_argument("--node-name", metavar="NAME", help="what this one is called (default: the hostname)")
+    nodes.add_argument(
+        "--node-name",
+        metavar="NAME",
+        help="what this one is called (default: SLURM's name for it, else the hostname)",
+    )
     nodes.add_argument(
         "--store",
         metavar="URL",
@@ -278,9 +282,10 @@ def _run_parser(commands: Any) -> _Parser:
 
 def _run(given: Mapping[str, Any]) -> int:
     from launch import nodes
+    from launch.slurm.client import address_of
 
     options, program = _understood(given)
-    options = nodes.complete(options, program, os.environ)
+    options = nodes.complete(options, program, os.environ, address_of)
     return run_job(_with_directory(options, program), program)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -16,10 +16,18 @@ from supervisor.errors import ConfigError, UsageError
 PORTS: Final = range(20000, 30000)  # for the store of a SLURM job, by the job's number
 
 
-def complete(options: Options, program: Program, environ: Mapping[str, str]) -> Options:
-    """The options with all that is known about nodes. Raises UsageError for what torchrun's line or the scheduler cannot mean."""
+def complete(
+    options: Options,
+    program: Program,
+    environ: Mapping[str, str],
+    address_of: Callable[[str], str] = lambda node: node,
+) -> Options:
+    """The options with all that is known about nodes. ``address_of``: where SLURM's node of that name is reached.
+
+    Raises UsageError for what torchrun's line or the scheduler cannot mean.
+    """
     options = _from_torchrun(options, program)
-    options = _from_slurm(options, environ)
+    options = _from_slurm(options, environ, address_of)
     several = options.nnodes is not None and options.nnodes.most > 1
     if several and program.launcher is None:
         raise UsageError(
@@ -52,7 +60,7 @@ def _from_torchrun(options: Options, program: Program) -> Options:
     return options
 
 
-def _from_slurm(options: Options, environ: Mapping[str, str]) -> Options:
+def _from_slurm(options: Options, environ: Mapping[str, str], address_of: Callable[[str], str]) -> Options:
     allocation = environment.parse(environ)
     if allocation is None or allocation.step_id is None or len(allocation.nodes) == 1:
         return options
@@ -63,7 +71,12 @@ def _from_slurm(options: Options, environ: Mapping[str, str]) -> Options:
         return options
     if options.node_rank is None:
         options = replace(options, node_rank=allocation.node_rank)
+    if options.node_name is None:  # not the hostname: several nodes may share one
+        name = allocation.node_name or allocation.nodes[allocation.node_rank]
+        options = replace(options, node_name=node_options.name(name))
     if options.store is None:
         port = PORTS[allocation.job_id % len(PORTS)]
-        options = replace(options, store=address.parse(f"tcp://{allocation.address}:{port}"))
+        host = address_of(allocation.address)
+        url = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        options = replace(options, store=address.parse(url))
     return options

@@ -61,7 +61,7 @@ def answer(given: Mapping[str, Any], read: Read) -> int:
 
 def built(words: Sequence[str], read: Read, everstep: Sequence[str]) -> str:
     """The batch script that the words ask for. Raises UsageError, ConfigError."""
-    from launch.slurm import environment, options
+    from launch.slurm import options
     from launch.slurm.script import Batch, build
 
     own = _before(words)
@@ -70,8 +70,8 @@ def built(words: Sequence[str], read: Read, everstep: Sequence[str]) -> str:
         raise UsageError(f"no program given: {USAGE}")
     chain = "--chain" in own
     sbatch = options.parse([word for word in own if word not in ("--print", "--chain")])
-    environment.check_nodes(sbatch.get("nodes") or "1")
     run, program = read(command)
+    _check_nodes(sbatch.get("nodes") or "1", run, program)
     if sbatch.get("array") and run.dir is not None:
         raise UsageError(
             f"--dir {run.dir}: the tasks of an array need a directory each, so leave it to everstep"
@@ -85,11 +85,26 @@ def built(words: Sequence[str], read: Read, everstep: Sequence[str]) -> str:
             words=command,
             name=name,
             options=sbatch,
-            directory=f"everstep-runs/{name}-" if chain and run.dir is None else None,
+            directory=f"everstep-runs/{name}-" if run.dir is None else str(run.dir),
+            found=run.dir is None,
             requeue=run.requeue == "auto",
             chain=chain,
         )
     )
+
+
+def _check_nodes(nodes: str, run: Options, program: Program) -> None:
+    """Raise UsageError where the job would have fewer nodes than the training is to have, or cannot use several."""
+    from launch.nodes import complete
+
+    several = nodes not in ("1", "1-1")
+    if several and program.launcher is None:
+        raise UsageError(
+            f"--nodes={nodes}: several nodes are torchrun's to start, but this is {program.command[0]}"
+        )
+    size, most = complete(run, program, {}).nnodes, nodes.rpartition("-")[2]
+    if size is not None and most.isdecimal() and size.least > int(most):
+        raise UsageError(f"--nodes={nodes}: fewer than the training's --nnodes {size}")
 
 
 def _before(words: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Protocol
 
 from supervisor.decide.deadline import Deadline
@@ -25,8 +26,11 @@ class Engine(Protocol):
         """When the job is ended, as far as is known now; None: nobody says. Answers within seconds."""
         ...
 
-    def leave(self, code: int) -> str | None:
-        """The supervisor's last act before it exits with ``code``: have the job run again, say. One line that says what came of it."""
+    def leave(self, code: int, bad: Collection[str] = ()) -> str | None:
+        """The supervisor's last act before it exits with ``code``: have the job run again, say. One line that says what came of it.
+
+        Of several nodes the one that leads calls it, when the others have left. ``bad``: nodes that the job is better run without.
+        """
         ...
 
 
@@ -40,6 +44,6 @@ class Alone:
         """Nobody says."""
         return None
 
-    def leave(self, code: int) -> str | None:
+    def leave(self, code: int, bad: Collection[str] = ()) -> str | None:
         """Nothing is to be done."""
         return None

@@ -57,6 +57,7 @@ class Follower:
         console: Console,
         source: Source | None,
         stopping: Warden,
+        engine: str = "",
     ) -> None:
         self._options, self._program, self._job, self._team = options, program, job, team
         self._console, self._source, self._warden = console, source, stopping
@@ -66,7 +67,7 @@ class Follower:
         if file is None or file.run_id != order.run_id:
             raise JobError(f"{job.path} is not the directory that the leader has: all nodes must share it")
         self._runtime = jobdir.make_runtime(order.run_id, self._joining.report.name)
-        jobdir.lay_out_runtime(self._runtime, job.path, order.epoch, follows=True)
+        jobdir.lay_out_runtime(self._runtime, job.path, order.epoch, engine, follows=True)
         self._key = Key.from_environment()
         self._ledger = PrivateLedger()
         self._snapshots = SharedSnapshots(

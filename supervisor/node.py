@@ -141,7 +141,8 @@ class Node:
             await self._with_others.close()
         await self._herald.close(self._stopping.time_left(self._options.hook_timeout))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        if said := self._engine.leave(code):
+        bad = () if self._with_others is None else self._with_others.bad_nodes
+        if said := self._engine.leave(code, bad):
             self._console.say(said)
         if self._stopping.cut_short == "user" or threads.are_busy():
             self._leave_at_once(code)

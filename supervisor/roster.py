@@ -101,8 +101,13 @@ class Roster:
                 found.append(Present(member=member, rank=report.rank, since=since))
         return found
 
+    @property
+    def bad(self) -> frozenset[str]:
+        """The names of nodes that are better left out."""
+        return self._suspicions.excluded_at(clock.now())
+
     def _excluded(self) -> frozenset[str]:
-        return self._suspicions.excluded_at(clock.now()) - {self._orders.own}
+        return self.bad - {self._orders.own}
 
     def _with_own(self, members: tuple[Member, ...] | None) -> tuple[Member, ...] | None:
         """The leader takes part itself; with more spare nodes than places, in the place of the last."""

@@ -166,6 +166,7 @@ class Several:
                     self._console,
                     self._source,
                     self._warden,
+                    self._engine.name,
                 ).run()
                 if code is not None:
                     return code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,6 +77,11 @@ class WithOthers:
         self._lead.check()
 
     # ------------------------------------------------------------------ an attempt
+
+    @property
+    def bad_nodes(self) -> Collection[str]:
+        """Those that are left out at present."""
+        return self._roster.bad
 
     @property
     def saves(self) -> LeaderSaves:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from launch.slurm.shown import TIME_FORMAT
+from launch.slurm.shown import TIME_FORMAT, fields
 
 PATIENCE: Final = 5.0  # seconds
 _ATTEMPTS: Final = 2
@@ -42,7 +44,14 @@ class Client:
 
         It answers by ending the job, and with it this very command: only a look at the job tells for certain.
         """
-        code, output = self._call("requeue", str(job))
+        return self._change("requeue", str(job))
+
+    def exclude(self, job: int, nodes: Sequence[str]) -> str | None:
+        """Have the job run on none of these nodes; None when SLURM took that, else what it said."""
+        return self._change("update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+
+    def _change(self, *words: str) -> str | None:
+        code, output = self._call(*words)
         return None if code == 0 else (output.strip().replace("\n", " ") or f"scontrol ended with {code}")
 
     def _call(self, *words: str) -> tuple[int, str]:
@@ -63,3 +72,14 @@ class Client:
         except OSError as error:
             return -1, error.strerror or str(error)
         return result.returncode, result.stdout
+
+
+def address_of(node: str) -> str:
+    """Where a node is reached: by its name, or, where that is SLURM's alone, by what SLURM itself reaches it by."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        client = Client.found()
+        text = client.show("node", node) if client is not None else None
+        return fields(text).get("NodeAddr", node) if text else node

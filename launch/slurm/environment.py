@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from launch.slurm import hostlist
 from supervisor.errors import ConfigError, UsageError
-
-#: until there is more
-ONE_NODE: Final = "several nodes are not supported yet (--nodes=1)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +22,7 @@ class Allocation:
     step_id: str | None = None  # None: the batch script itself, or a shell of salloc
     nodes: tuple[str, ...]  # of the step, else of the job, in SLURM's order: the first one leads
     node_rank: int = 0  # this node among ``nodes``
+    node_name: str | None = None  # what SLURM calls this node; several may be on one host
     tasks: int = 1  # of the step
     array: tuple[int, int] | None = None  # the array's job id, and the number of this task
     het_leader: int | None = None  # the first component's job id, in a heterogeneous job
@@ -70,6 +67,7 @@ def parse(environ: Mapping[str, str]) -> Allocation | None:
         step_id=step_id,
         nodes=nodes,
         node_rank=rank,
+        node_name=environ.get("SLURMD_NODENAME") or None,
         tasks=(_number(environ, "SLURM_STEP_NUM_TASKS") or 1) if step_id is not None else 1,
         array=(array, task) if array is not None and task is not None else None,
         het_leader=_number(environ, "SLURM_JOB_ID_HET_GROUP_0"),
@@ -94,12 +92,6 @@ def check(allocation: Allocation) -> str | None:
     if allocation.step_id is not None:
         return None
     return f"the job has {_counted(nodes)}, of which only {allocation.address} is used (srun everstep run … uses all)"
-
-
-def check_nodes(nodes: str) -> None:
-    """Raise UsageError for ``--nodes`` that would be more than one."""
-    if nodes not in ("1", "1-1"):
-        raise UsageError(f"--nodes={nodes}: {ONE_NODE}")
 
 
 def _counted(nodes: int) -> str:

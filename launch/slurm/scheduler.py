@@ -6,11 +6,11 @@ requeues the job: it sees exit code 75 (``launch/slurm/script``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from launch.slurm import environment, shown
+from launch.slurm import environment, hostlist, shown
 from launch.slurm.client import Client
 from launch.slurm.environment import Allocation
 from supervisor.config import Options
@@ -36,6 +36,10 @@ class Asked(Protocol):
 
     def requeue(self, job: int) -> str | None:
         """None when SLURM took it, else why not."""
+        ...
+
+    def exclude(self, job: int, nodes: Sequence[str]) -> str | None:
+        """Likewise."""
         ...
 
 
@@ -82,8 +86,40 @@ class Slurm:
         source = "SLURM's time limit" if job.preempt_time is None else "a preemption by SLURM"
         return Deadline(source=source, end=job.end_time, kill=job.end_time + kill_wait)
 
-    def leave(self, code: int) -> str | None:
-        """Requeue the job if its state is saved and nobody else does so; what came of it."""
+    def leave(self, code: int, bad: Collection[str] = ()) -> str | None:
+        """Requeue the job if its state is saved and nobody else does so, on other nodes than ``bad``; what came of it."""
+        said = self._requeue(code)
+        if code != EXIT_AGAIN or not bad or not self.requeues:
+            return said
+        without = self._exclude(bad)
+        return f"{said}; {without}" if said and without else said or without
+
+    def _exclude(self, bad: Collection[str]) -> str | None:
+        """Add them to the job's ExcNodeList: SLURM takes that of a job that is pending, so once it is requeued, and not before."""
+        text = self.client.show("job", str(self.allocation.job_id)) if self.client else None
+        job = shown.parse_job(text) if text else None
+        if self.client is None or text is None or job is None or job.restarts <= self.allocation.restarts:
+            return None
+        found = shown.fields(text)
+        listed = found.get("ExcNodeList", "(null)")
+        before = () if listed == "(null)" else hostlist.expand(listed)
+        more = [name for name in self.allocation.nodes if name in bad and name not in before]
+        if not more:
+            return None
+        names, left = ", ".join(more), self._others(found, len(before) + len(more))
+        if not left:
+            return f"it may get {names} again: the partition has too few other nodes"
+        refusal = self.client.exclude(self.allocation.job_id, [*before, *more])
+        return f"without {names}" if refusal is None else f"it may get {names} again ({refusal})"
+
+    def _others(self, job: Mapping[str, str], excluded: int) -> bool:
+        """Whether the job's partition has nodes enough beside so many."""
+        assert self.client is not None
+        partition = shown.fields(self.client.show("partition", job.get("Partition", "").split(",")[0]) or "")
+        total, needed = partition.get("TotalNodes", ""), job.get("NumNodes", "").split("-")[0]
+        return total.isdecimal() and needed.isdecimal() and int(total) - excluded >= int(needed)
+
+    def _requeue(self, code: int) -> str | None:
         if code != EXIT_AGAIN or not self.requeues:
             return None
         if self.client is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -179,6 +179,9 @@ class Cluster:
                 return None
 
     def requeue(self, job: int) -> str | None:
+        raise AssertionError("a doctor changes nothing")
+
+    def exclude(self, job: int, nodes: Sequence[str]) -> str | None:
         raise AssertionError("a doctor changes nothing")
 
 

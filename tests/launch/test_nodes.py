@@ -92,6 +92,20 @@ def test_what_cannot_be(flags: Mapping[str, object], words: str, said: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_a_node_of_slurm_is_called_and_reached_as_slurm_does() -> None:
+    """Its nodes' names need not be hosts' names; and several of them may be on one host."""
+    understood = program.parse(["torchrun", "train.py"], {})
+    for environ, flags, expected in (
+        (SLURM, {}, ("n3", "tcp://10.0.0.7:24711")),
+        ({**SLURM, "SLURMD_NODENAME": "rack-3"}, {}, ("rack-3", "tcp://10.0.0.7:24711")),
+        (SLURM, {"node_name": "mine", "store": "tcp://h:1"}, ("mine", "tcp://h:1")),
+    ):
+        options = nodes.complete(config.load(flags), understood, environ, {"n1": "10.0.0.7"}.__getitem__)
+        assert (options.node_name, str(options.store)) == expected
+    options = nodes.complete(config.load({}), understood, SLURM, lambda _: "fe80::1")
+    assert str(options.store) == "tcp://[fe80::1]:24711"
+
+
 def test_without_a_place_to_meet(tmp_path: Path) -> None:
     from supervisor.run import run
 

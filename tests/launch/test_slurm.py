@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -68,15 +68,23 @@ HET = {
 @pytest.mark.parametrize(
     ("environ", "found", "label", "requeued"),
     [
-        (BATCH, Allocation(job_id=1, job_name="env.sh", nodes=("n1", "n2")), "1", 1),
+        (BATCH, Allocation(job_id=1, job_name="env.sh", nodes=("n1", "n2"), node_name="n1"), "1", 1),
         (
             STEP,
-            Allocation(job_id=1, job_name="env.sh", step_id="0", nodes=("n1", "n2"), node_rank=1, tasks=2),
+            Allocation(
+                job_id=1,
+                job_name="env.sh",
+                step_id="0",
+                nodes=("n1", "n2"),
+                node_rank=1,
+                node_name="n2",
+                tasks=2,
+            ),
             "1",
             1,
         ),
-        (ARRAY, Allocation(job_id=5, nodes=("n1",), array=(2, 1), restarts=3), "2_1", 5),
-        (HET, Allocation(job_id=4, step_id="0", nodes=("n2",), het_leader=3), "4", 3),
+        (ARRAY, Allocation(job_id=5, nodes=("n1",), node_name="n1", array=(2, 1), restarts=3), "2_1", 5),
+        (HET, Allocation(job_id=4, step_id="0", nodes=("n2",), node_name="n2", het_leader=3), "4", 3),
         (
             {"SLURM_JOBID": "7", "SLURM_JOB_END_TIME": "1764"},
             Allocation(job_id=7, nodes=("localhost",), end_time=1764),
@@ -213,20 +221,28 @@ def test_whether_it_is_ours_to_requeue(text: str, restarts: int, asks: bool, why
 
 
 class Controller:
-    """Answers in order; the last answer stands. ``refusals``: what each requeue is answered."""
+    """Answers in order; the last answer stands. ``refusals``: what each requeue is answered. The partition has 8 nodes."""
 
     def __init__(self, *jobs: str | None, refusals: tuple[str | None, ...] = (None,)) -> None:
         self.jobs, self.refusals = list(jobs), list(refusals)
         self.requeued: list[int] = []
+        self.excluded: list[tuple[int, list[str]]] = []
+        self.nodes = 8
 
     def show(self, *what: str) -> str | None:
         if what == ("config",):
             return "KillWait                = 20 sec\n"
+        if what == ("partition", "low"):
+            return f"PartitionName=low TotalCPUs=64 TotalNodes={self.nodes}\n"
         return self.jobs.pop(0) if len(self.jobs) > 1 else self.jobs[0]
 
     def requeue(self, job: int) -> str | None:
         self.requeued.append(job)
         return self.refusals.pop(0) if len(self.refusals) > 1 else self.refusals[0]
+
+    def exclude(self, job: int, nodes: Sequence[str]) -> str | None:
+        self.excluded.append((job, list(nodes)))
+        return None
 
 
 def slurm(client: Controller | None, environ: Mapping[str, str] = HET, now: float = 1764063100) -> Slurm:
@@ -294,6 +310,36 @@ def test_a_requeue_that_slurm_does_not_take_is_tried_again_and_said() -> None:
     assert said is not None
     assert "could not be requeued (Unable to contact slurm controller)" in said
     assert len(client.requeued) == 2
+
+
+@pytest.mark.parametrize(
+    ("listed", "bad", "nodes", "excluded", "said"),
+    [
+        ("(null)", {"n2"}, 8, ["n2"], "SLURM job 1 requeued; without n2"),
+        ("n[6-7]", {"n2", "n1"}, 8, ["n6", "n7", "n1", "n2"], "requeued; without n1, n2"),
+        ("n[6-7]", {"n2"}, 4, None, "it may get n2 again: the partition has too few other nodes"),
+        ("n2", {"n2"}, 8, None, "requeued"),
+        ("(null)", {"elsewhere"}, 8, None, "requeued"),
+        ("(null)", set(), 8, None, "requeued"),
+    ],
+)
+def test_bad_nodes_are_left_out_once_the_job_is_requeued(
+    listed: str, bad: set[str], nodes: int, excluded: list[str] | None, said: str
+) -> None:
+    more = f" NumNodes=2-2 ExcNodeList={listed}"
+    client = Controller(show(), show("COMPLETING", restarts=1) + more)
+    client.nodes = nodes
+    answer = slurm(client, STEP).leave(75, bad)
+    assert answer is not None
+    assert answer.endswith(said)
+    assert client.excluded == ([] if excluded is None else [(1, excluded)])
+
+
+def test_of_a_job_that_is_not_requeued_no_node_is_left_out() -> None:
+    for code, text in ((0, show()), (1, show(restarts=1)), (75, show("COMPLETING"))):
+        client = Controller(text)
+        slurm(client, STEP).leave(code, {"n2"})
+        assert client.excluded == []
 
 
 def test_without_scontrol_it_is_the_batch_scripts_to_do() -> None:

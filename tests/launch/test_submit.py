@@ -32,6 +32,11 @@ def test_the_template_is_what_is_submitted() -> None:
     assert built(words) == (ROOT / "deploy" / "slurm" / "everstep.sbatch").read_text()
 
 
+def test_several_nodes_to_the_letter() -> None:
+    words = "--nodes=2-4 --no-kill --time=60 -- --nnodes 2:4 torchrun --nproc-per-node=8 train.py"
+    assert built(words) == (GOLDEN / "nodes.sbatch").read_text()
+
+
 def test_a_chain_to_the_letter() -> None:
     words = "--chain -t 60 -J mine -c 16 -k -x n[1-2] -- --grace 30s torchrun train.py --lr 3e-4"
     assert built(words) == (GOLDEN / "chain.sbatch").read_text()
@@ -49,7 +54,18 @@ def test_a_chain_to_the_letter() -> None:
             ["everstep-runs"],
         ),
         ("-N1 -pgpu --array=0-3 -- torchrun train.py", ["--partition=gpu\n", "--array=0-3\n"], []),
-        ("--no-kill -- torchrun train.py", ["#SBATCH --no-kill\n", "--cpu-bind=none --no-kill everstep"], []),
+        ("-N 2 -- torchrun train.py", ["--nodes=2\n", "srun --ntasks-per-node=1"], ["everstep status"]),
+        (
+            "-N 2-4 --no-kill -- --requeue off --nnodes 1:4 torchrun train.py",
+            ["--nodes=2-4\n", "--no-kill everstep", '--dir everstep-runs/train-"$SLURM_JOB_ID")'],
+            ["scontrol"],
+        ),
+        (
+            "-a 1-2 -k -- torchrun train.py",
+            ['everstep-runs/train-"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}")'],
+            [],
+        ),
+        ("-k -- --dir /jobs/a torchrun train.py", ["status --json --dir /jobs/a)"], []),
     ],
 )
 def test_what_the_words_change(words: str, there: list[str], absent: list[str]) -> None:
@@ -84,7 +100,9 @@ def test_values_with_blanks_and_quotes_stay_one_value() -> None:
         ("slurm -n8 -- torchrun train.py", 64, "one task on each node"),
         ("slurm --requeue -- torchrun train.py", 64, "--chain where that is forbidden"),
         ("slurm --wrap x -- torchrun train.py", 64, "put the command behind --"),
-        ("slurm -N 2 -- torchrun train.py", 64, "several nodes are not supported yet"),
+        ("slurm -N 2 -- python train.py", 64, "several nodes are torchrun's to start"),
+        ("slurm -N 2-3 -- --nnodes 4:8 torchrun train.py", 64, "fewer than the training's --nnodes 4:8"),
+        ("slurm -- torchrun --nnodes 2 train.py", 64, "--nodes=1: fewer than the training's --nnodes 2"),
         ("slurm -- torchrun nope.py", 64, "script nope.py does not exist"),
         ("slurm -- --grcae 1s torchrun train.py", 64, "did you mean --grace?"),
         ("slurm -- --grace x torchrun train.py", 78, "--grace"),

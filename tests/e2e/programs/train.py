@@ -106,7 +106,9 @@ def main() -> None:
         "--pause", type=float, default=0.0, help="seconds of sleep a step, to be slow on purpose"
     )
     parser.add_argument("--pause-until", help="no more pauses once this file is there")
-    parser.add_argument("--hold", nargs="*", type=int, default=[], help="steps to wait in, for <out>/../go-<step>")
+    parser.add_argument(
+        "--hold", nargs="*", type=int, default=[], help="steps to wait in, for <out>/../go-<step>"
+    )
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
