@@ -256,6 +256,16 @@ def _run_parser(commands: Any) -> _Parser:
     nodes.add_argument(
         "--node-timeout", metavar="TIME", help="time to wait for nodes when there are too few (default: 600s)"
     )
+    nodes.add_argument(
+        "--peer-copies",
+        metavar="on|off",
+        help="keep each node's snapshots in another one's memory, too (default: on)",
+    )
+    nodes.add_argument(
+        "--peer-bandwidth",
+        metavar="RATE",
+        help="at most this much a second for that, as 500MB (default: no limit)",
+    )
     telling.add_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -60,6 +60,7 @@ _COSTS: Final = (
     ("drain", "drain", "from a snapshot to a committed checkpoint"),
     ("startup", "startup", "a cold launch up to the first step"),
     ("relaunch", "relaunch", "the same by the standby"),
+    ("standby", "standby", "from the first step until the next attempt waits as a standby"),
     ("detection", "detection", "to notice a death"),
     ("hang-detection", "hang_detection", "to notice a hang"),
     ("teardown", "teardown", "to clear away what is left"),

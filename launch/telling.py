@@ -25,3 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.prom",
         help="keep a file of them, for node_exporter's textfile collector",
     )
+    group.add_argument(
+        "--otel",
+        action=argparse.BooleanOptionalAction,
+        help="send the run and its attempts as OpenTelemetry spans, to OTEL_EXPORTER_OTLP_ENDPOINT",
+    )

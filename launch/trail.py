@@ -23,7 +23,7 @@ def _begins(kind: type[Fact]) -> bytes:
 
 
 _SELDOM: Final = tuple(map(_begins, (RunStarted, AttemptStarted, AttemptEnded)))
-_OFTEN: Final = _begins(Progress)
+_OFTEN: Final = tuple(map(_begins, (Progress, AttemptEnded)))
 
 
 class Trail:
@@ -52,14 +52,14 @@ class Trail:
                         offset += len(line)
                         if line.startswith(_OFTEN):
                             often.append(line)
-                        elif line.startswith(_SELDOM):
+                        if line.startswith(_SELDOM):
                             self._note(_decoded(line))
                 self._read[path.name] = offset
         except OSError as error:
             where = error.filename or self._directory
             raise JobError(f"cannot read the journal {where}: {error.strerror}") from None
         for line in often:
-            self._note(_decoded(line))
+            self._note_loss(_decoded(line))
 
     def _note(self, fact: Fact | None) -> None:
         match fact:
@@ -72,7 +72,12 @@ class Trail:
             case AttemptEnded():
                 failed = "failed" if fact.failure is not None else "stopped"
                 self.outcomes[fact.attempt] = "finished" if fact.finished else failed
-            case Progress(metrics={"loss": loss}) if math.isfinite(loss):
+
+    def _note_loss(self, fact: Fact | None) -> None:
+        match fact:
+            case Progress(metrics={"loss": loss}) | AttemptEnded(metrics={"loss": loss}) if math.isfinite(
+                loss
+            ):
                 self.losses.append(loss)
 
     def _end_last(self, outcome: str) -> None:

@@ -7,10 +7,11 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from supervisor import background
 from supervisor.attempt import Attempt
 from supervisor.checkpoint import parts, slots
 from supervisor.checkpoint.copying import CancelledError
@@ -23,17 +24,18 @@ from supervisor.edge import clock
 from supervisor.edge.console import Console
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.store.protocol import Store
-from supervisor.errors import CheckpointError
-from supervisor.fleet import Assignment, DrainOrder, Ended, Order
+from supervisor.errors import CheckpointError, EverstepError
+from supervisor.fleet import Assignment, DrainOrder, Ended, Holder, Order
 from supervisor.hand import Hand
 from supervisor.joining import Joining
 from supervisor.lead import Lead
 from supervisor.ledger import Ledger
 from supervisor.model import Failure
+from supervisor.peer_copies import PeerCopies
 from supervisor.program import Rendezvous
 from supervisor.resume import Resume
 from supervisor.saves import LeaderSaves
-from supervisor.shared_snapshots import SharedSnapshots
+from supervisor.shared_snapshots import Age, SharedSnapshots
 
 _LOOK: Final = 0.2  # seconds between two looks whether a drain is still wanted
 BEAT: Final = 0.1
@@ -47,6 +49,7 @@ class Team:
     store: Store
     size: Size
     is_embedded: bool  # only the node that serves the store can lead
+    secret: bytes = field(repr=False)
 
 
 def parts_place(options: Options, job: JobDirectory) -> Path:
@@ -58,6 +61,16 @@ def parts_place(options: Options, job: JobDirectory) -> Path:
 def incoming(place: Path, order: Order, drain: DrainOrder) -> parts.Incoming:
     """Where the parts of one checkpoint lie."""
     return parts.Incoming(checkpoints=place, step=drain.step, attempt=drain.attempt, epoch=order.epoch)
+
+
+def peer_copies(
+    team: Team, options: Options, runtime: Path, snapshots: SharedSnapshots, key: Key | None, console: Console
+) -> PeerCopies:
+    """This node's."""
+    return PeerCopies(
+        runtime, team.secret, key, snapshots, address=team.joining.report.address, bandwidth=options.peer_bandwidth,
+        say=console.say,
+    )  # fmt: skip
 
 
 class Company:
@@ -75,6 +88,7 @@ class Company:
         *,
         epoch: int,
         run_id: str,
+        runtime: Path,
     ) -> None:
         self.joining = team.joining
         self._snapshots, self._key = snapshots, key
@@ -90,13 +104,16 @@ class Company:
             epoch=epoch,
             run_id=run_id,
         )
+        self.copies = peer_copies(team, options, runtime, snapshots, key, console)
         self.hand = Hand(
             team.joining,
             snapshots,
             lambda order, drain: incoming(self._place, order, drain),
             key,
             console.say,
+            self.copies,
         )
+        self._holders: tuple[Holder, ...] = ()
         self.saves = LeaderSaves(self.hand, snapshots, self.lead)
         self._console, self._lease = console, options.lease
         self._tasks: list[asyncio.Task[None]] = []
@@ -107,8 +124,9 @@ class Company:
     async def start(self) -> None:
         """Lead from now on."""
         self._loop = asyncio.get_running_loop()
+        await self.copies.start()
         self.lead.start(self._on_order)
-        self._tasks = [self._loop.create_task(work()) for work in (self._listen, self._beat)]
+        self._tasks = [background.start(work()) for work in (self._listen, self._beat)]
 
     async def close(self) -> None:
         """Lead no more."""
@@ -143,6 +161,33 @@ class Company:
         self.lead.begin(attempt, assignment)
         return meeting
 
+    async def find_state(self, assignment: Assignment, committed: Age | None) -> None:
+        """Have here what is newest in the nodes' memory, if that is newer than what was ``committed``; from others where need be."""
+        snapshots, self._holders = self._snapshots, ()
+        direct = snapshots.whole = self.lead.held_by_all(assignment)
+        best = self.lead.copying.best_state(assignment)
+        if best is None or max(direct, default=(-1, -1)) >= best[0] or (committed or (-1, -1)) >= best[0]:
+            return
+        age, holders = best
+        rank, nodes = assignment.names.index(self.joining.report.name), len(assignment.members)
+        try:
+            if holders[0].nodes == nodes:
+                slot = snapshots.find(age, (rank, nodes))
+                slot = snapshots.next_slot(None) if slot is None else slot
+                await self.copies.bring_part(age, rank, nodes, holders, slot or 0)
+                snapshots.whole = direct | {age}
+            else:
+                snapshots.use(
+                    self.copies.assembled, await self.copies.assemble(age, holders), self.copies.clear
+                )
+        except (EverstepError, OSError) as error:
+            self._console.say(f"step {age[1]} is in the nodes' memory, and cannot be had from there: {error}")
+            return
+        self._holders = holders
+        self._console.say(
+            f"step {age[1]} comes from the memory of {', '.join(sorted({one.name for one in holders}))}"
+        )
+
     def tell_origin(self, number: int, resume: Resume) -> None:
         """Where its ranks resume, on all nodes alike."""
         newest = self._snapshots.newest()
@@ -150,7 +195,7 @@ class Company:
         if newest is not None:
             source = newest[1].attempt
             slot = self._snapshots.find((newest[1].attempt, newest[1].step)) or 0
-        self.lead.tell_origin(number, resume, source, slot)
+        self.lead.tell_origin(number, resume, source, slot, self._holders)
 
     async def end(
         self, attempt: Attempt, own: Failure | None, *, wait: bool, noticed: float | None

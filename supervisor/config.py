@@ -28,8 +28,6 @@ from supervisor.errors import ConfigError
 from supervisor.intervals import INTERVALS, Interval, Unit, parse_duration
 
 DEFAULT_FILE: Final = "everstep.yaml"
-
-
 SNAPSHOT_EVERY: Final = Interval(unit=Unit.SECONDS, value=30)
 CHECKPOINT_EVERY: Final = Interval(unit=Unit.AUTO)
 
@@ -88,7 +86,7 @@ class Options:
     guard_skip: int = 0
     """Steps to leave out after a rollback, with their data, up to the one that showed the trouble. 0: none."""
     guard_times: int = 3
-    """Give up after this many rollbacks that did not get past the trouble."""
+    """Rollbacks that do not get past the trouble; then give up, or accept the new level of a loss that jumped."""
     guard_back: int = 1
     """How many checkpoints further back each repetition goes."""
     standby: str = "on"
@@ -108,9 +106,12 @@ class Options:
     """Seconds without a word from a node until it is taken for lost."""
     node_timeout: float = 600.0
     """Seconds that a job waits for nodes when there are too few, before it leaves with exit code 75."""
+    peer_copies: str = "on"
+    """Keep each node's snapshots in another node's memory, too: ``on`` or ``off``."""
+    peer_bandwidth: float | None = None
+    """Bytes a second that a node may fetch of other nodes' snapshots. None: no limit."""
     notices: str = "auto"
-    """Whose notices are watched: ``auto`` (the cloud that this machine belongs to, if any), ``aws``, ``gcp``, ``azure``, or
-    ``slurm`` and ``none``: no cloud's. Signals, and a scheduler's deadlines, are heeded in any case."""
+    """Whose notices are watched: ``auto`` (this machine's cloud's), or no cloud's. Signals and deadlines are heeded in any case."""
     requeue: str = "auto"
     """Under a scheduler, have a job that has saved for a stop run again: ``auto`` (where that is possible) or ``off``."""
     hook: tuple[Hook, ...] = ()
@@ -123,6 +124,8 @@ class Options:
     """The address that the endpoint listens on."""
     metrics_file: Path | None = None
     """A file of metrics for node_exporter's textfile collector, ending in ``.prom``."""
+    otel: bool = False
+    """Send the run and its attempts as OpenTelemetry spans, to where ``OTEL_EXPORTER_OTLP_ENDPOINT`` says."""
     quiet: bool = False
     """Print everstep's own messages only, not the workers' output (which is in the logs)."""
     continue_: bool = False
@@ -330,6 +333,8 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "standby": _one_of("on", "off", "init"),
     "standby_memory": parse_size,
     **node_options.READERS,
+    "peer_copies": _one_of("on", "off"),
+    "peer_bandwidth": parse_rate,
     "notices": _one_of("auto", "aws", "gcp", "azure", "slurm", "none"),
     "requeue": _one_of("auto", "off"),
     "hook": hooks,
@@ -337,6 +342,7 @@ READERS: Final[Mapping[str, Callable[[object], object]]] = {
     "metrics_port": telling_options.port,
     "metrics_address": _text,
     "metrics_file": telling_options.metrics_file,
+    "otel": _switch,
     "quiet": _switch,
     "continue_": _switch,
 }

@@ -3,7 +3,8 @@
 One checkpoint is in flight; when several snapshots wait for it, the newest wins. A drain that fails is said, journalled and
 begun again with the next snapshot, after a wait that doubles: training goes on meanwhile. At the end of a run the newest
 snapshot is drained within the time that is left. Where the checkpoints' place is an object store that does not take it in
-time, it goes into the job directory instead (an *emergency copy*), and a later run resumes from there.
+time, it goes into the job directory instead (an *emergency copy*). A later run resumes from there, and stores that copy where it
+belongs, unless a newer snapshot comes first.
 
 A drain runs in a thread of its own, which nobody joins: a file system whose server hangs keeps a thread for ever, and must
 not keep the supervisor.
@@ -15,19 +16,21 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from supervisor.checkpoint import catalog, slots
+from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.manifest import Manifest, Origin
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage
+from supervisor.copier import Copier, drained
 from supervisor.decide.retention import RetentionPolicy, to_remove
 from supervisor.edge import clock
 from supervisor.edge.threads import in_thread
-from supervisor.errors import EverstepError
+from supervisor.errors import EverstepError, StorageError
 from supervisor.model import CheckpointCommitted, CheckpointFailed, CheckpointsPruned, Fact
 
 FIRST_WAIT: Final = 1.0  # seconds from a failed drain to the next attempt at one, doubling
@@ -60,36 +63,6 @@ class Source(Protocol):
         ...
 
 
-class Copier(Protocol):
-    """What makes a checkpoint of a snapshot: ``CheckpointStorage.drain``, or several nodes together."""
-
-    def __call__(
-        self,
-        storage: CheckpointStorage,
-        source: Path,
-        origin: Origin,
-        *,
-        fence: Callable[[], None],
-        bandwidth: float | None,
-        cancelled: Callable[[], bool],
-    ) -> Manifest:
-        """In a thread."""
-        ...
-
-
-def drained(
-    storage: CheckpointStorage,
-    source: Path,
-    origin: Origin,
-    *,
-    fence: Callable[[], None],
-    bandwidth: float | None,
-    cancelled: Callable[[], bool],
-) -> Manifest:
-    """By this node alone."""
-    return storage.drain(source, origin, fence=fence, bandwidth=bandwidth, cancelled=cancelled)
-
-
 class Draining:
     """The drain of one job on this node. Used from the loop's thread only.
 
@@ -120,6 +93,7 @@ class Draining:
         self._not_set_aside = [one for one in (storage, refuge) if one is not None]
         self._setting_aside = threading.Lock()
         self._waiting = False
+        self._left: CheckpointRecord | None = None  # an emergency copy that is not stored where it belongs
         self._task: asyncio.Task[None] | None = None
         self._cancelled = threading.Event()
         self._good: int | None = None
@@ -147,6 +121,11 @@ class Draining:
         self._waiting = True
         if not self.is_draining:
             self._task = asyncio.get_running_loop().create_task(self._drain_all())
+
+    def bring(self, copy: CheckpointRecord) -> None:
+        """Store an emergency copy of a former run where it belongs, in the background."""
+        self._left = copy
+        self.drain()
 
     def retry(self, now: float) -> None:
         """A new snapshot is there: drain it if the last drain failed and its wait is over."""
@@ -214,11 +193,13 @@ class Draining:
         """Make the newest snapshot durable, and see that ``last_step`` is; None when all is well, else what is not."""
         newest = self._source.newest()
         step = newest[1].step if newest is not None else -1
-        if newest is not None and not self.is_durable(step) and may_drain:
+        if may_drain and ((newest is not None and not self.is_durable(step)) or self._left is not None):
             self.drain()
         await self._settle()
         if newest is not None and not self.is_durable(step) and may_drain:
             await self._take_refuge(*newest)
+        elif self._left is not None:
+            self._say_left(self._left.step, str(self._left.path), self.failure or "there was no time")
         why = self.failure or self._source.failure or "there was no time"
         if newest is not None and not self.is_durable(step):
             return f"the snapshot of step {step} is in memory only ({why}): run again on this host"
@@ -244,7 +225,7 @@ class Draining:
             return
         why = self.failure or "there was no time"
         cancelled = threading.Event()
-        work = asyncio.ensure_future(self._commit(self._refuge, folder, record, cancelled))
+        work = asyncio.ensure_future(self._commit(self._refuge, folder, self._origin(record), cancelled))
         least = clock.monotonic() + EMERGENCY_LEAST  # late as it may be
         await self._wait(work, lambda: max(self._time_left(), least - clock.monotonic()))
         cancelled.set()
@@ -253,9 +234,10 @@ class Draining:
             await asyncio.wait({work})
         elif work.result():
             self.refuge_used = str(catalog.step_directory(self._refuge.where, record.step))
-            self._report(
-                f"{self._storage.where} did not take step {record.step} ({why}): it lies in {self.refuge_used}"
-            )
+            self._say_left(record.step, self.refuge_used, why)
+
+    def _say_left(self, step: int, where: str, why: str) -> None:
+        self._report(f"{self._storage.where} did not take step {step} ({why}): it lies in {where}")
 
     async def _wait(self, task: asyncio.Future[Any], left: Callable[[], float]) -> None:
         """Until it is done or no time is left; a deadline may come up meanwhile."""
@@ -278,12 +260,15 @@ class Draining:
         while self._waiting and not self._cancelled.is_set():
             self._waiting = False
             newest = self._source.newest()
-            if newest is None or newest[1].step == self._good:
+            if newest is not None and not self._is_settled(newest[1]):
+                origin = self._origin(newest[1])
+                stored = await self._commit(self._storage, newest[0], origin, self._cancelled)
+            elif self._left is not None:
+                stored = await self._bring(self._left)
+            else:
                 continue
-            if self._is_bad(newest[1].attempt, newest[1].step):
-                continue
-            if await self._commit(self._storage, *newest, self._cancelled):
-                self._failures = 0
+            if stored:
+                self._failures, self._left = 0, None
                 await self._prune(self._storage)
                 if self._refuge is not None:
                     await self._prune(self._refuge)
@@ -292,52 +277,84 @@ class Draining:
                 self._failures += 1
                 self._retry_at = clock.monotonic() + wait
 
-    async def _commit(
-        self, storage: CheckpointStorage, folder: Path, record: slots.SlotRecord, cancelled: threading.Event
-    ) -> bool:
-        started = clock.monotonic()
+    def _is_settled(self, record: slots.SlotRecord) -> bool:
+        """Whether nothing is to be done about a snapshot."""
+        return record.step == self._good or self._is_bad(record.attempt, record.step)
+
+    def _origin(self, record: slots.SlotRecord) -> Origin:
         stamp = self._stamp
-        origin = Origin(
+        return Origin(
             step=record.step, attempt=record.attempt, epoch=stamp.epoch, run_id=stamp.run_id,
             world_size=record.world_size, created=clock.now(), metrics=record.metrics, versions=stamp.versions,
         )  # fmt: skip
 
+    async def _bring(self, left: CheckpointRecord) -> bool:
+        """Store an emergency copy where it belongs, as what it is; True also if there is nothing to be brought."""
+        if left.manifest is None or self._is_bad(left.manifest.origin.attempt, left.step):
+            return True
+        refuge = self._refuge
+
+        def verified(storage: CheckpointStorage, source: Path, origin: Origin, **how: Any) -> Manifest:
+            if refuge is not None and (problems := refuge.verify(left)):
+                raise StorageError(f"{source} is damaged: {'; '.join(problems)}")
+            return drained(storage, source, origin, **how)
+
+        origin = replace(left.manifest.origin, epoch=self._stamp.epoch)
+        folder = catalog.local(left)
+        if not await self._commit(self._storage, folder, origin, self._cancelled, verified):
+            return False
+        self._report(f"the emergency copy of step {left.step} is in {self._storage.where} now, too")
+        return True
+
+    async def _commit(
+        self,
+        storage: CheckpointStorage,
+        folder: Path,
+        origin: Origin,
+        cancelled: threading.Event,
+        copy: Copier | None = None,
+    ) -> bool:
+        """Make a checkpoint of ``folder``: a slot, or what ``copy`` knows how to copy."""
+        started = clock.monotonic()
         bandwidth = None if storage is self._refuge else self._bandwidth
+        copier = copy or self._copy
 
         def is_off() -> bool:
-            return cancelled.is_set() or self._is_bad(record.attempt, record.step)
+            return cancelled.is_set() or self._is_bad(origin.attempt, origin.step)
 
         def work() -> Manifest:
             self._set_aside(storage)
-            manifest = self._copy(
+            manifest = copier(
                 storage, folder, origin, fence=self._fence, bandwidth=bandwidth, cancelled=is_off
             )
-            if self._is_bad(record.attempt, record.step):  # since a moment ago
+            if self._is_bad(origin.attempt, origin.step):  # since a moment ago
                 self._not_set_aside = [*self._not_set_aside, storage]
                 self._set_aside(storage)
-                raise CancelledError(f"the state of step {record.step} proved bad")
+                raise CancelledError(f"the state of step {origin.step} proved bad")
             return manifest
 
-        self._source.hold(folder)
-        self._in_flight = record.step, started
+        if copy is None:
+            self._source.hold(folder)
+        self._in_flight = origin.step, started
         try:
             manifest = await in_thread(work)
         except (EverstepError, OSError) as error:
-            if self._is_bad(record.attempt, record.step):
+            if self._is_bad(origin.attempt, origin.step):
                 return True  # there is nothing to make up for
             self.failure = str(error)
-            self._fact(CheckpointFailed(time=clock.now(), step=record.step, reason=str(error)))
+            self._fact(CheckpointFailed(time=clock.now(), step=origin.step, reason=str(error)))
             return False
         finally:
-            self._source.hold(None)
+            if copy is None:
+                self._source.hold(None)
             self._in_flight = None
-        self.failure, self._good = None, record.step
-        self.newest_committed = record.attempt, record.step
+        self.failure, self._good = None, origin.step
+        self.newest_committed = origin.attempt, origin.step
         self.seconds = clock.monotonic() - started
         self._fact(
             CheckpointCommitted(
-                time=clock.now(), attempt=record.attempt, step=record.step,
-                path=str(catalog.step_directory(storage.where, record.step)), seconds=self.seconds,
+                time=clock.now(), attempt=origin.attempt, step=origin.step,
+                path=str(catalog.step_directory(storage.where, origin.step)), seconds=self.seconds,
                 bytes=manifest.bytes, metrics=dict(manifest.origin.metrics), emergency=storage is self._refuge,
             )
         )  # fmt: skip

@@ -109,6 +109,7 @@ class Trouble:
     step: int  # the first one whose number is wrong
     value: float
     usual: float | None = None  # the mean before a spike
+    limit: float | None = None  # … and what is one
     good: int | None = None  # the last step before it whose number was in order; None: this attempt saw none
     monotonic: float = 0.0  # when the supervisor heard of it
     batches: dict[str, int] = field(default_factory=dict)  # that a step takes of each data loader
@@ -148,7 +149,9 @@ class Failure:
     signal: int | None = None
     exit_code: int | None = None
     exception: str | None = None  # type and message on one line
-    good: int | None = None  # of numbers that went wrong: the last step in which they were in order
+    trouble: TroubleKind | None = None  # of numbers that went wrong, as the guard saw it
+    limit: float | None = None  # … what the loss had to exceed to be a spike
+    good: int | None = None  # … the last step in which they were in order
     batches: dict[str, int] = field(default_factory=dict)  # … and what a step took of each data loader
 
     @property

@@ -14,6 +14,7 @@ from supervisor.edge.threads import in_thread
 from supervisor.errors import CheckpointError, StorageError
 from supervisor.fleet import Origin
 from supervisor.model import Tier
+from supervisor.peer_copies import PeerCopies
 from supervisor.resume import Resume
 from supervisor.shared_snapshots import SharedSnapshots
 from supervisor.staging import Staging
@@ -29,17 +30,26 @@ class Finder:
         key: Key | None,
         snapshots: SharedSnapshots,
         staging: Staging,
+        copies: PeerCopies,
     ) -> None:
         self._options, self._job, self._key = options, job, key
-        self._snapshots, self._staging = snapshots, staging
+        self._snapshots, self._staging, self._copies = snapshots, staging, copies
 
-    async def find(self, origin: Origin) -> Resume:
-        """As this node has it. Raises CheckpointError, StorageError."""
+    async def find(self, origin: Origin, rank: int, nodes: int) -> Resume:
+        """As this node, the ``rank``-th of ``nodes``, has it. Raises CheckpointError, StorageError, PeerError."""
         if origin.tier is None:
             self._snapshots.drop_all()
             return Resume()
         if origin.tier is Tier.RAM:
-            age = (origin.source, origin.step)
+            age, holders = (origin.source, origin.step), origin.holders
+            if holders and holders[0].nodes != nodes:
+                await self._copies.assemble(age, holders)
+                return Resume(
+                    step=origin.step, tier=Tier.RAM, path=self._copies.assembled, kept=self._copies.assembled
+                )
+            if holders:
+                folder = await self._copies.bring_part(age, rank, nodes, holders, origin.slot)
+                return Resume(step=origin.step, tier=Tier.RAM, path=folder, kept=folder)
             if not self._snapshots.move(age, origin.slot):
                 raise CheckpointError(f"the snapshot of step {origin.step} is not on this node any more")
             folder = self._snapshots.folder(origin.slot)

@@ -43,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """A snapshot's part in a node's RAM: the files of its ranks, whole."""
+    """A snapshot's part in a node's RAM: the files of its ranks, whole. ``slot`` -1: it is a copy of another node's part."""
 
     attempt: int
     step: int
@@ -125,6 +125,8 @@ class Report:
     pid: int
     address: str  # where other nodes reach it
     port: int  # reserved for the next rendezvous that it hosts
+    shown: int = 0  # the port at which it shows its snapshots; 0: it does not
+    copied: int = 0  # serial of the newest copy that it has made of its buddy's; negative: it could not
     rank: int | None = None  # what its user asked for
     seen: int = 0  # serial of the newest order that it has acted on
     course: Course | None = None  # of the newest attempt that it was part of
@@ -169,6 +171,17 @@ class Assignment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A node that has one node's part of a snapshot: the ``rank``-th of ``nodes``."""
+
+    name: str
+    address: str
+    port: int
+    rank: int
+    nodes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """Where the ranks of an attempt resume: ``source`` is the snapshot in RAM, ``path`` a checkpoint; neither: from scratch."""
 
@@ -179,6 +192,7 @@ class Origin:
     source: int = -1  # the attempt that wrote the state
     slot: int = -1  # where the leader has the snapshot; so has every node before its ranks are told
     skips: tuple[Skip, ...] = ()  # steps that are left out
+    holders: tuple[Holder, ...] = ()  # of every part of the snapshot, by rank; empty: each node has its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +219,17 @@ class DrainOrder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopyOrder:
+    """A snapshot of which every node is to keep a copy of its buddy's part: that of the node before it."""
+
+    serial: int
+    attempt: int
+    step: int
+    members: tuple[Member, ...]
+    holders: tuple[Holder, ...]  # of the parts, by rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class Final:
     """The end of the run."""
 
@@ -221,7 +246,6 @@ class Order:
     leader: str
     epoch: int
     run_id: str
-    job: str  # the job directory, by its inode: all nodes must see the same
     save_every: tuple[int, ...] = ()  # numbers of steps whose multiples are save points
     run: Assignment | None = None
     standby: Assignment | None = None
@@ -230,5 +254,6 @@ class Order:
     proposal: Proposal = field(default_factory=Proposal)
     slot: SlotOrder | None = None
     drain: DrainOrder | None = None
+    copy: CopyOrder | None = None
     stop: Notice | None = None
     final: Final | None = None

@@ -11,19 +11,19 @@ import contextlib
 import signal
 from collections.abc import Coroutine
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any
 
+from supervisor import background
 from supervisor import evidence as evidences
 from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Key
-from supervisor.company import BEAT, Team, incoming, parts_place
+from supervisor.company import BEAT, Team, incoming, parts_place, peer_copies
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.decide.fencing import Isolation, isolated
+from supervisor.decide.fencing import Isolation
 from supervisor.edge import clock, jobdir, processes
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
-from supervisor.edge.control import Phase, Word
 from supervisor.errors import EverstepError, JobError
 from supervisor.finder import Finder
 from supervisor.fleet import Assignment, Ended, Order
@@ -37,12 +37,11 @@ from supervisor.reception import Reception
 from supervisor.resume import Resume
 from supervisor.saves import NodeSaves
 from supervisor.shared_snapshots import SharedSnapshots
+from supervisor.solitude import Solitude
 from supervisor.staging import Staging
 from supervisor.standby import Standby, Waiting
 from supervisor.vigil import Vigil
 from supervisor.warden import Warden
-
-LONGEST_ALONE: Final = 60.0  # seconds that a decision is waited for without the store
 
 
 class Follower:
@@ -75,16 +74,14 @@ class Follower:
             self._runtime, run_id=order.run_id, key=self._key, fact=self._ledger.add, report=console.say
         )
         place = parts_place(options, job)
+        self._copies = peer_copies(team, options, self._runtime, self._snapshots, self._key, console)
         self._hand = Hand(
-            team.joining,
-            self._snapshots,
-            lambda order, drain: incoming(place, order, drain),
-            self._key,
-            console.say,
-        )
+            team.joining, self._snapshots, lambda order, drain: incoming(place, order, drain), self._key, console.say,
+            self._copies,
+        )  # fmt: skip
         self._saves = NodeSaves(self._hand, self._snapshots)
         self._staging = Staging(self._runtime, self._runtime)
-        self._finder = Finder(options, job, self._key, self._snapshots, self._staging)
+        self._finder = Finder(options, job, self._key, self._snapshots, self._staging, self._copies)
         self._launcher = Launcher(program, job.path, order.run_id, self._runtime)
         guard = asdict(options.guard_policy) if options.guard_policy.is_on else None
         self._welcome: Message = {"save_every_steps": list(order.save_every), "guard": guard}
@@ -100,10 +97,10 @@ class Follower:
         self._reception: Reception | None = None
         self._vigil: Vigil | None = None
         self._origin = asyncio.Event()
-        self._moved = (clock.monotonic(), 0)
+        self._solitude = Solitude(options, console)
         self._stop_forwarded = False
-        self._said_lost = False
         self._followed = False
+        self._resume_failed: Failure | None = None
         self._work: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -113,6 +110,7 @@ class Follower:
         """Follow until the end, or until there is no leader. Raises EverstepError."""
         channel = Channel(self._runtime / "socket", self._on_message, self._console.say)
         await channel.open()
+        await self._copies.start()
         keep = True
         try:
             while True:
@@ -148,9 +146,11 @@ class Follower:
             self._hand.mind(leaving=True)
             self._console.say(order.final.reason)
             return order.final.exit_code, not order.final.saved
-        if self._joining.leader is None and self._attempt is None and not self._team.is_embedded:
-            return None, True  # somebody has to lead
         attempt = self._attempt
+        if self._joining.leader is None and not self._team.is_embedded:  # somebody has to lead
+            if attempt is None:
+                return None, True
+            attempt.call_off()  # the leader's ranks were part of it
         if attempt is not None:
             if order.over >= attempt.number or order.final is not None:
                 attempt.call_off()
@@ -186,43 +186,22 @@ class Follower:
         self._hand.beat()
         if attempt is not None and not attempt.ended.is_set():
             attempt.reap_adopted()
-            steps = sum(attempt.steps)
-            if steps != self._moved[1]:
-                self._moved = clock.monotonic(), steps
             if self._vigil is not None:
                 self._vigil.look()
 
     def _cut_off(self) -> tuple[int | None, bool] | None:
         """What to do without the store."""
         joining, attempt = self._joining, self._attempt
-        now, patience = clock.monotonic(), self._options.node_timeout
-        lease = self._options.lease
-        if joining.silent < lease:
-            self._said_lost = False
-            return None
-        if not self._said_lost:
-            self._said_lost = True
-            self._console.say(
-                f"the store is not reached ({joining.problem or 'it is silent'}); training goes on as long as it can"
-            )
-        live = attempt is not None and not attempt.ended.is_set()
-        waits = (
-            live
-            and attempt is not None
-            and any(seat.page[Word.PHASE] == Phase.RESTORE for seat in attempt.seats.values())
-        )
-        moved = now - self._moved[0] if live and not waits and self._moved[1] else None
-        match isolated(
-            silent=joining.silent, lease=lease, patience=min(patience, LONGEST_ALONE), moved=moved,
-            needs_decision=not live or self._warden.notice is not None,
-        ):  # fmt: skip
+        match self._solitude.look(
+            joining.silent,
+            joining.problem or "it is silent",
+            attempt,
+            stopping=self._warden.notice is not None,
+        ):
             case Isolation.GO_ON:
                 return None
             case Isolation.END:
                 if attempt is not None:
-                    self._console.say(
-                        "the ranks stand still and the store is not reached: they are ended here"
-                    )
                     attempt.call_off()
                 return None
             case Isolation.LEAVE:
@@ -259,11 +238,12 @@ class Follower:
             )
         )
         self._origin.clear()
+        self._resume_failed = None
         self._stop_forwarded = False
-        self._moved = clock.monotonic(), 0
         self._ledger.begin(number)
         self._vigil = Vigil(attempt, self._options, self._ledger, self._console)
-        resume = asyncio.ensure_future(self._resume(number))
+        resume = asyncio.ensure_future(self._resume(attempt))
+        self._background(self._mind(resume))
         self._reception = Reception(
             attempt,
             ledger=self._ledger,
@@ -274,7 +254,7 @@ class Follower:
             welcome=self._welcome,
             on_saved=lambda _step, _flags: None,
             on_imported=self._standby.imported,
-            on_restored=self._staging.clear,
+            on_restored=self._on_restored,
             prefix_lines=self._program.has_ranks,
         )
         meeting = self._hand.meeting(assignment)
@@ -313,12 +293,13 @@ class Follower:
     def _report_end(self, attempt: Attempt, failure: Failure | None) -> None:
         assert self._reception is not None
         self._snapshots.reset()
-        self._staging.clear()
+        self._on_restored()
+        failure = failure or self._resume_failed
         self._world_size = attempt.world_size or self._world_size
         evidence = attempt.evidence()
         if failure is None and not attempt.called_off and not (attempt.stopping and attempt.finished):
             failure = classify.classify(evidence, clock.now())
-        if failure is not None and not attempt.called_off:
+        if failure is not None:
             self._console.say(f"attempt {attempt.number}: {failure.reason}")
             if problem := evidences.write(
                 attempt.folder, failure, evidence, name=f"failure-{attempt.node_rank}.json"
@@ -339,7 +320,11 @@ class Follower:
         self._attempt = None
         self._joining.changed.set()
 
-    async def _resume(self, number: int) -> Resume:
+    def _on_restored(self) -> None:
+        self._staging.clear()
+        self._copies.clear()
+
+    async def _resume(self, attempt: Attempt) -> Resume:
         """What the leader has chosen, as this node has it. Raises EverstepError, which ends the attempt."""
         await self._origin.wait()
         order = self._joining.order
@@ -348,12 +333,18 @@ class Follower:
         assert origin is not None
         self._ledger.skips(origin.skips)
         try:
-            return await self._finder.find(origin)
-        except EverstepError as error:
-            self._console.say(str(error))
-            if self._attempt is not None:
-                self._attempt.call_off()
+            return await self._finder.find(origin, attempt.node_rank, attempt.nodes)
+        except (EverstepError, OSError) as error:
+            self._resume_failed = Failure(
+                kind=FailureKind.STORAGE, reason=str(error), attempt=attempt.number, time=clock.now()
+            )
+            attempt.call_off()
             raise
+
+    async def _mind(self, resume: asyncio.Future[Resume]) -> None:
+        """What ends an attempt is told; anything else is a bug."""
+        with contextlib.suppress(EverstepError, OSError, asyncio.CancelledError):
+            await asyncio.shield(resume)
 
     # ------------------------------------------------------------------ the standby, and what the ranks say
 
@@ -388,7 +379,7 @@ class Follower:
         return answer
 
     def _background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
+        task = background.start(work)
         self._tasks.add(task)  # the loop itself would forget it
         task.add_done_callback(self._tasks.discard)
         return task

@@ -25,7 +25,7 @@ class Guarding:
 
     def hear(self, seat: Seat, message: dict[str, Any]) -> None:
         """One rank tells of trouble. ValueError, KeyError and TypeError refuse it."""
-        usual, good = message["usual"], message["good"]
+        usual, limit, good = message["usual"], message["limit"], message["good"]
         self._seen[seat.rank] = Trouble(
             kind=TroubleKind(message["finding"]),
             metric=str(message["metric"]),
@@ -33,6 +33,7 @@ class Guarding:
             step=int(message["step"]),
             value=float(message["value"]),
             usual=None if usual is None else float(usual),
+            limit=None if limit is None else float(limit),
             good=None if good is None else int(good),
             monotonic=clock.monotonic(),
             batches={str(name): int(count) for name, count in dict(message["batches"]).items()},

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
+from supervisor import background
 from supervisor.attempt import Attempt
 from supervisor.checkpoint import parts
 from supervisor.checkpoint.directory import payload
@@ -29,6 +30,7 @@ from supervisor.errors import EverstepError
 from supervisor.fleet import Answer, Assignment, Course, DrainOrder, Ended, Order, Part, Proposal, Saved
 from supervisor.joining import Joining
 from supervisor.model import ProposalState
+from supervisor.peer_copies import PeerCopies
 from supervisor.program import Rendezvous
 from supervisor.shared_snapshots import SharedSnapshots
 
@@ -45,7 +47,10 @@ class Hand:
         incoming: Callable[[Order, DrainOrder], parts.Incoming],
         key: Key | None,
         say: Callable[[str], None],
+        copies: PeerCopies,
     ) -> None:
+        self.copies = copies
+        copies.told = self.tell
         self._joining, self._snapshots, self._incoming, self._key = joining, snapshots, incoming, key
         self._say = say
         self.attempt: Attempt | None = None
@@ -120,6 +125,7 @@ class Hand:
         self._heed_proposal(order.proposal)
         self._heed_slot(order)
         self._heed_drain(order)
+        self._heed_copy(order)
 
     def _heed_proposal(self, proposal: Proposal) -> None:
         attempt = self.attempt
@@ -171,6 +177,15 @@ class Hand:
             if self.attempt is not None and self._ended is None:
                 self.attempt.offer_slot(self._snapshots.offer())
 
+    def _heed_copy(self, order: Order) -> None:
+        if order.copy is None:
+            return
+        names = [(member.name, member.life) for member in order.copy.members]
+        report = self._joining.report
+        if (report.name, report.life) in names:
+            rank = (names.index((report.name, report.life)) - 1) % len(names)
+            self.copies.heed(order.copy, next((one for one in order.copy.holders if one.rank == rank), None))
+
     # ------------------------------------------------------------------ its part of a checkpoint
 
     def _heed_drain(self, order: Order) -> None:
@@ -187,7 +202,7 @@ class Hand:
         if (report.name, report.life) not in names:
             return
         rank = names.index((report.name, report.life))
-        self._draining = asyncio.get_running_loop().create_task(self._write_part(order, drain, rank))
+        self._draining = background.start(self._write_part(order, drain, rank))
 
     async def _write_part(self, order: Order, drain: DrainOrder, rank: int) -> None:
         cancelled, age = self._cancelled, (drain.attempt, drain.step)
@@ -244,7 +259,9 @@ class Hand:
                 course=self._course(),
                 answer=self._answer,
                 prepared=self._slot,
-                held=self._snapshots.held,
+                held=self._snapshots.held + self.copies.held,
+                shown=self.copies.port,
+                copied=self.copies.copied,
                 part=self._part,
             )
         )
@@ -286,5 +303,6 @@ class Hand:
             self._draining.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._draining
+        await self.copies.close()
         for port in (self._port, *self._in_use.values()):
             port.release()

@@ -1,4 +1,4 @@
-"""Tells the world outside how the job stands: metrics for whoever collects them, events for hooks.
+"""Tells the world outside how the job stands: metrics and traces for whoever collects them, events for hooks.
 
 It listens to the ledger, so nothing is told that is not in the journal; and nothing that it does can hold up or end the run:
 what cannot be used at all is refused before the first attempt, what fails later is said in one line.
@@ -6,6 +6,8 @@ what cannot be used at all is refused before the first attempt, what fails later
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shutil
 import socket
 from collections.abc import Callable
@@ -18,12 +20,14 @@ from supervisor.edge import arenas, clock
 from supervisor.edge.hooks import Runner
 from supervisor.edge.jobdir import JobDirectory, JobFile
 from supervisor.edge.live import read_live
+from supervisor.edge.threads import in_thread
 from supervisor.errors import ConfigError
 from supervisor.ledger import Ledger
 from supervisor.model import Decided, Fact
 
 if TYPE_CHECKING:
     from supervisor.status import Status
+    from supervisor.tracing import Tracing
 
 LOG = "hooks.log"  # in the job directory
 
@@ -54,6 +58,7 @@ class Herald:
         ]
         self._closers: list[Callable[[], None]] = []
         self._expose()
+        self._tracing = self._trace() if options.otel else None
         if self._hooks:
             ledger.listen(self._heard)
 
@@ -64,6 +69,10 @@ class Herald:
             await runner.finish(max(0.0, deadline - clock.monotonic()))
         for close in self._closers:
             close()
+        if self._tracing is not None:
+            with contextlib.suppress(TimeoutError):
+                left = max(0.0, deadline - clock.monotonic())
+                await asyncio.wait_for(in_thread(self._tracing.close), left)
 
     def _heard(self, fact: Fact) -> None:
         if not isinstance(fact, Decided):
@@ -80,6 +89,18 @@ class Herald:
             for hook, runner in self._hooks:
                 if event in hook.events:
                     runner.tell(message)
+
+    def _trace(self) -> Tracing:
+        from supervisor.tracing import Tracing, otlp
+
+        about = {
+            "everstep.name": self._job.path.name,
+            "everstep.run_id": self._file.run_id,
+            "host.name": socket.gethostname(),
+        }
+        tracing = Tracing(otlp(), about, self._say)
+        self._ledger.listen(tracing.hear)
+        return tracing
 
     # ------------------------------------------------------------------ metrics
 

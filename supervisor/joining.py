@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+from supervisor import background
 from supervisor.decide.fencing import Tenure
 from supervisor.edge import clock, plain
 from supervisor.edge.store.protocol import Store, View
@@ -57,17 +58,17 @@ class Joining:
     @property
     def leads(self) -> bool:
         """Whether this node leads, as far as it may count on that now."""
-        return self.has_joined and self.leader == self._own
+        return self.has_joined and self.leader == self.own
 
     @property
-    def _own(self) -> str:
+    def own(self) -> str:
+        """This node, as it is called where it leads."""
         return f"{self.report.name} {self.report.life}"
 
     def start(self) -> None:
         """Join, and stay."""
-        loop = asyncio.get_running_loop()
         self._tasks = [
-            loop.create_task(work()) for work in (self._keep_lease, self._keep_report, self._watch)
+            background.start(work()) for work in (self._keep_lease, self._keep_report, self._watch)
         ]
 
     async def close(self) -> None:
@@ -91,9 +92,9 @@ class Joining:
         if not self.has_joined or self.lease is None:
             return False
         if self.leader is None:
-            taken = await self._store.put(LEADER, self._own, expected=0, lease=self.lease)
+            taken = await self._store.put(LEADER, self.own, expected=0, lease=self.lease)
             if taken is not None:
-                self.leader = self._own
+                self.leader = self.own
         return self.leads
 
     async def command(self, order: Order) -> bool:
@@ -102,10 +103,16 @@ class Joining:
         Raises StoreError: then it is not known, and what counts is what is there. Never done under a lease that may have run out.
         """
         if not self.leads:
-            return False
+            raise StoreError("the lease may have run out")
         revision = await self._store.put(ORDER, _encoded(order), expected=self.revision)
         if revision is None:
-            return False
+            there = (await self._store.read(JOB)).entries.get(ORDER)
+            if there is None or f'"leader":"{self.own}"' not in there.value:
+                return False
+            # it was written, and the answer was lost
+            revision = await self._store.put(ORDER, _encoded(order), expected=there.revision)
+            if revision is None:
+                return False
         self.order, self.revision = order, revision
         return True
 

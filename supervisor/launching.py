@@ -15,7 +15,7 @@ from supervisor.edge.forensics import FLIGHT_RECORDS
 from supervisor.edge.link import ATTEMPT, RUNTIME, STANDBY
 from supervisor.edge.ports import ReservedPort
 from supervisor.errors import UsageError
-from supervisor.model import RunStarted
+from supervisor.model import AttemptEnded, AttemptEvidence, Failure, RunStarted
 from supervisor.program import Program, Rendezvous
 from supervisor.settings import described
 
@@ -39,6 +39,30 @@ def run_started(options: Options, program: Program, epoch: int) -> RunStarted:
         guard_back=options.guard_back,
         guard_skip=options.guard_skip,
         settings=described(options),
+    )
+
+
+def attempt_ended(
+    attempt: Attempt,
+    evidence: AttemptEvidence,
+    failure: Failure | None,
+    *,
+    stopped: bool,
+    reshaped: bool,
+    noticed: float | None,
+    metrics: dict[str, float],
+) -> AttemptEnded:
+    """The fact that it is over. ``reshaped``: it was stopped to go on with other nodes."""
+    return AttemptEnded(
+        time=clock.now(),
+        attempt=attempt.number,
+        step=evidence.step,
+        total_steps=attempt.total_steps,
+        stopped=stopped,
+        finished=failure is None and not stopped and not reshaped,
+        failure=failure if not stopped else None,  # a failure while stopping is charged to nobody
+        noticed=None if failure is None or stopped else noticed,
+        metrics=metrics,
     )
 
 

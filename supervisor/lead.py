@@ -7,6 +7,7 @@ in ``rounds`` the agreed saves. Decisions are ``decide``'s; facts come from the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Final
 
@@ -14,21 +15,35 @@ from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Origin as CheckpointOrigin
 from supervisor.config import Options
 from supervisor.decide.causes import Departed
+from supervisor.decide.fencing import Isolation
 from supervisor.decide.membership import Size
 from supervisor.edge import clock
 from supervisor.edge.console import Console
 from supervisor.edge.store.protocol import Store
 from supervisor.errors import LeadershipLostError, StorageError
-from supervisor.fleet import Assignment, Course, DrainOrder, Ended, Member, Notice, Order, Origin, Proposal
+from supervisor.fleet import (
+    Assignment,
+    Course,
+    DrainOrder,
+    Ended,
+    Holder,
+    Member,
+    Notice,
+    Order,
+    Origin,
+    Proposal,
+)
 from supervisor.fleet import Final as FinalOrder
 from supervisor.joining import Joining
 from supervisor.ledger import Ledger
-from supervisor.model import ProposalFlag, StopCause, StopRequested
+from supervisor.model import ProposalFlag, StopCause, StopRequested, Tier
+from supervisor.ordered_copies import Copying
 from supervisor.orders import Orders
 from supervisor.resume import Resume
 from supervisor.roster import Roster
 from supervisor.rounds import Rounds
 from supervisor.shared_snapshots import Age, SharedSnapshots
+from supervisor.solitude import Solitude
 
 ENDING: Final = 75.0  # seconds that a node may take to end an attempt
 LEAVING: Final = 10.0  # seconds that nodes may take to leave in the end
@@ -59,14 +74,16 @@ class Lead:
             leader=f"{joining.report.name} {joining.report.life}",
             epoch=epoch,
             run_id=run_id,
-            job="",
             save_every=options.save_every,
             over=ledger.record.attempt if ledger.record.attempt is not None else -1,
         )
         self._orders = Orders(joining, store, first)
         self._orders.on_news = self._think
-        self._orders.on_deposed = self.call_off
+        self._orders.on_deposed = self._on_deposed
+        self._solitude = Solitude(options, console)
         self.roster = Roster(self._orders, options, console, size, before.run if before else None)
+        enabled = options.peer_copies == "on"
+        self.copying = Copying(self._orders, self.roster, ledger, snapshots, enabled=enabled)
         self.rounds = Rounds(self._orders, ledger, snapshots, before.proposal if before else Proposal())
         self._attempt: Attempt | None = None
         self._standby_at: float | None = None
@@ -93,12 +110,19 @@ class Lead:
     async def finish(self, code: int, reason: str, *, saved: bool) -> None:
         """Let every node leave, and wait a while for them to."""
         self._orders.change(final=FinalOrder(exit_code=code, reason=reason, saved=saved))
-        await self._orders.until(
-            lambda: all(
-                report.leaving for name, report in self._orders.reports.items() if name != self._orders.own
-            ),
-            LEAVING,
-        )
+        with contextlib.suppress(LeadershipLostError):  # the run is over all the same
+            await self._orders.until(
+                lambda: all(
+                    report.leaving
+                    for name, report in self._orders.reports.items()
+                    if name != self._orders.own
+                ),
+                LEAVING,
+            )
+
+    def check(self) -> None:
+        """Raise LeadershipLostError if this node leads no more."""
+        self._orders.check()
 
     # ------------------------------------------------------------------ an attempt
 
@@ -109,12 +133,13 @@ class Lead:
         self.rounds.begin(attempt.number)
         self._lost.clear()
         self._standby_at, self._standby_tries = None, 0
-        self._snapshots.whole = self.held_by_all(assignment)
+        self.copying.begin()
         self._orders.change(
             run=assignment,
             origin=None,
             slot=None,
             drain=None,
+            copy=None,
             standby=None,
             over=max(self._orders.order.over, attempt.number - 1),
             stop=None,
@@ -131,7 +156,9 @@ class Lead:
             found = own if found is None else found & own
         return frozenset(found or ())
 
-    def tell_origin(self, number: int, resume: Resume, source: int, slot: int) -> None:
+    def tell_origin(
+        self, number: int, resume: Resume, source: int, slot: int, holders: tuple[Holder, ...]
+    ) -> None:
         """Where its ranks resume."""
         origin = Origin(
             attempt=number,
@@ -141,6 +168,7 @@ class Lead:
             source=source,
             slot=slot,
             skips=self._ledger.record.skips,
+            holders=holders if resume.tier is Tier.RAM else (),
         )
         self._orders.change(origin=origin)
 
@@ -212,8 +240,9 @@ class Lead:
 
     @property
     def steps(self) -> list[int]:
-        """Completed steps, of the slowest and of the fastest rank of each other node."""
+        """Completed steps, of the slowest and of the fastest rank of each other node that is still at it."""
         courses = [self._course(member) for member in self.roster.others]
+        courses = [course for course in courses if course is None or course.ended is None]
         return [step for course in courses for step in ((course.first, course.last) if course else (0, 0))]
 
     @property
@@ -222,14 +251,37 @@ class Lead:
         courses = [self._course(member) for member in self.roster.others]
         return [course.first_step_time if course else None for course in courses]
 
+    def _on_deposed(self) -> None:
+        self._ledger.silence()  # the journal is another's now
+        self.call_off()
+
     def _think(self) -> None:
+        if self._heed_silence():
+            return
         self._heed_notices()
         attempt = self._attempt
         if attempt is not None:
             self._heed_ends(attempt)
         if attempt is not None and not attempt.ended.is_set():
             self.rounds.think({member: self._course(member) for member in self.roster.members})
+            self.copying.think()
             self._think_of_standby(attempt)
+
+    def _heed_silence(self) -> bool:
+        """Whether there is nothing to think about, as the store is not reached."""
+        match self._solitude.look(
+            self._orders.silent,
+            self._orders.problem,
+            self._attempt,
+            stopping=self._orders.order.stop is not None,
+        ):
+            case Isolation.END:
+                self.call_off()
+            case Isolation.LEAVE:
+                self._orders.depose(f"the store was not reached for {self._orders.silent:.0f} s")
+            case Isolation.GO_ON:
+                pass
+        return self._solitude.is_alone
 
     def _heed_notices(self) -> None:
         for report in list(self._orders.reports.values()):
@@ -254,7 +306,7 @@ class Lead:
     # ------------------------------------------------------------------ a checkpoint
 
     async def gather(self, origin: CheckpointOrigin, bandwidth: float | None) -> None:
-        """Have every node make its part of a snapshot durable. Raises StorageError."""
+        """Have every node make its part durable. Raises StorageError."""
         members = self.roster.members
         serial = self._orders.next_serial()
         step = origin.step

@@ -23,6 +23,7 @@ class Ledger:
         self._journal = journal
         self._folded = folded
         self._listeners: list[Callable[[Fact], None]] = []
+        self._silenced = False
 
     @property
     def record(self) -> JobRecord:
@@ -35,6 +36,8 @@ class Ledger:
 
     def add(self, fact: Fact) -> None:
         """Raises the lifecycle's error for a fact that cannot happen now (a bug of ours)."""
+        if self._silenced:
+            return
         self._folded.add(fact)
         self._folded.wrote(self._journal.path.name, fact, self._journal.append(fact))
         if self._folded.unsaved >= SAVE_EVERY:
@@ -42,9 +45,13 @@ class Ledger:
         for heard in self._listeners:
             heard(fact)
 
+    def silence(self) -> None:
+        """Another supervisor tells the story of the job from here on: nothing is added any more."""
+        self._silenced = True
+
     def close(self) -> None:
         """Wait for what was written to be on storage."""
-        if self._folded.unsaved:
+        if self._folded.unsaved and not self._silenced:
             self._save()
         self._journal.close()
 

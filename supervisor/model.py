@@ -25,17 +25,8 @@ from supervisor.failing import (
 )
 
 __all__ = [
-    "AttemptEvidence",
-    "Failure",
-    "FailureKind",
-    "Hang",
-    "HangKind",
-    "HungRank",
-    "Raised",
-    "RankEnd",
-    "Trouble",
-    "TroubleKind",
-]
+    "AttemptEvidence", "Failure", "FailureKind", "Hang", "HangKind", "HungRank", "Raised", "RankEnd", "Trouble", "TroubleKind",
+]  # fmt: skip
 
 
 class State(enum.StrEnum):
@@ -147,6 +138,7 @@ class Verdict:
     delay: float = 0.0  # seconds to wait before a restart
     rollback: int = 0  # of a ROLL_BACK: the how manieth without getting past the trouble
     skip: Skip | None = None  # … and what is left out from now on
+    level: int | None = None  # … or the step in which the loss comes to a new level, which is accepted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +240,7 @@ class SnapshotCompleted(Fact):
     step: int
     seconds: float
     bytes: int
-    stalled: float | None = (
-        None  # … and of the snapshots before it that were not journaled; None: ``seconds``
-    )
+    stalled: float | None = None  # … and of those before it that were not journaled; None: ``seconds``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +364,7 @@ class AttemptEnded(Fact):
     finished: bool = False  # every rank exited with code 0 by itself
     failure: Failure | None = None
     noticed: float | None = None  # when its end was (Unix seconds)
+    metrics: dict[str, float] = field(default_factory=dict)  # its last ones, once it has made a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +377,7 @@ class Decided(Fact):
     delay: float = 0.0
     rollback: int = 0
     skip: Skip | None = None
+    level: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

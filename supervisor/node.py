@@ -29,7 +29,7 @@ from supervisor.engine import Engine
 from supervisor.errors import EverstepError, LeadershipLostError
 from supervisor.fleet import Assignment
 from supervisor.herald import Herald
-from supervisor.launching import Launcher, run_started
+from supervisor.launching import Launcher, attempt_ended, run_started
 from supervisor.ledger import Ledger
 from supervisor.lookout import Warnings
 from supervisor.model import (
@@ -46,12 +46,11 @@ from supervisor.noticing import Source
 from supervisor.program import Program, Rendezvous
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
-from supervisor.resume import Resume
 from supervisor.savepoints import SavePoints
 from supervisor.standby import Standby, Waiting
 from supervisor.stopping import SIGNALS, Stopping
 from supervisor.stores import Stores
-from supervisor.with_others import WithOthers
+from supervisor.with_others import between
 
 
 class Node:
@@ -92,9 +91,7 @@ class Node:
         self._chores = Chores(console)
         self._pulse: Pulse | None = None
         self._reception: Reception | None = None
-        self._with_others = (
-            None if team is None else WithOthers(self._stores, self._standby, self._stopping, ledger)
-        )
+        self._with_others = between(team, self._stores, self._standby, self._stopping, ledger, options)
 
     # ------------------------------------------------------------------ the run
 
@@ -121,9 +118,13 @@ class Node:
             if self._with_others is not None:
                 await self._with_others.start()
             verdict = await self._supervise()
+            if self._with_others is not None:
+                self._with_others.check()
         except EverstepError as error:
             await self._break_off(error)
             await self._herald.close()
+            if self._with_others is not None:
+                await self._with_others.close()
             raise
         finally:
             await self._standby.end()
@@ -136,6 +137,7 @@ class Node:
         self._console.say(verdict.reason)
         if self._with_others is not None:
             await self._with_others.finish(code, verdict.reason, saved=not self._unsaved)
+            await self._with_others.close()
         await self._herald.close(self._stopping.time_left(self._options.hook_timeout))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         bad = () if self._with_others is None else self._with_others.bad_nodes
@@ -181,7 +183,8 @@ class Node:
             if assignment.standby and standby is None:
                 assignment = others.without_standby(assignment)
             meeting = others.begin(attempt, assignment)
-        resume = asyncio.create_task(self._choose(number))
+        choice = self._stores.choose() if others is None else others.choose(number, assignment)
+        resume = asyncio.create_task(choice)
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         self._warnings.begin()
         savepoints = SavePoints(attempt, record.skips) if others is None else others.saves
@@ -224,12 +227,6 @@ class Node:
             number, self._job.attempt(number), self._runtime, self._file.run_id, nodes=nodes, node_rank=rank
         )
 
-    async def _choose(self, number: int) -> Resume:
-        resume = await self._stores.choose()
-        if self._with_others is not None:
-            self._with_others.tell_origin(number, resume)
-        return resume
-
     async def _live(self, attempt: Attempt, standby: Waiting | None, meeting: Rendezvous | None) -> None:
         if not self._launched:  # torchrun greets the same way each time
             self._console.follow(attempt.launcher_log, "[torchrun] " if self._program.has_ranks else "")
@@ -264,7 +261,6 @@ class Node:
         assert self._pulse is not None
         assert self._reception is not None
         self._pulse.note_first_step()
-        self._pulse.tell_progress()
         self._snapshots.reset()
         self._stores.staging.clear()
         self._stores.doubt(self._reception.unloadable)
@@ -288,15 +284,14 @@ class Node:
         last_step = None  # of a training that was completed: its state must not be lost
         if failure is None and attempt.has_session and all(seat.completed for seat in attempt.seats.values()):
             last_step = attempt.total_steps
-        ended = AttemptEnded(
-            time=clock.now(),
-            attempt=attempt.number,
-            step=evidence.step,
-            total_steps=attempt.total_steps,
+        ended = attempt_ended(
+            attempt,
+            evidence,
+            failure,
             stopped=stopped,
-            finished=failure is None and not stopped and not reshaped,
-            failure=failure if not stopped else None,  # a failure while stopping is charged to nobody
-            noticed=None if failure is None or stopped else noticed,
+            reshaped=reshaped,
+            noticed=noticed,
+            metrics=self._pulse.metrics,
         )
         attempt.close()
         self._ledger.add(ended)
@@ -306,7 +301,8 @@ class Node:
         if stopped and self._stopping.requested is not None:
             return await self._final_stop(self._stopping.requested, failure)
         if reshaped and self._with_others is not None:
-            self._unsaved = await self._draining.secure(None, may_drain=True)
+            if self._with_others.takes_state_along:
+                self._unsaved = await self._draining.secure(None, may_drain=True)
             return self._decided(Verdict(action=Action.RESTART, reason=self._with_others.reshaped()))
         if failure is not None:
             verdict = restart.decide(self._ledger.record, failure)
@@ -343,6 +339,7 @@ class Node:
                 delay=verdict.delay,
                 rollback=verdict.rollback,
                 skip=verdict.skip,
+                level=verdict.level,
             )
         )
         if verdict.action.goes_on:

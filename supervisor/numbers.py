@@ -25,6 +25,7 @@ def guard(record: JobRecord) -> dict[str, Any]:
         "rollbacks": record.rollbacks,
         "rollbacks_left": max(0, limits.guard_times - record.rollbacks_in_a_row),
         "left_out": [[skip.first, skip.stop] for skip in record.skips],
+        "levels": list(record.levels),
     }
 
 
@@ -41,4 +42,6 @@ def rows(record: JobRecord, *, alive: bool) -> list[tuple[str, str]]:
             for skip in record.skips
         )
         parts.append(f"left out: steps {', '.join(windows)}")
+    if record.levels:
+        parts.append(f"new level of the loss: step {', '.join(map(str, record.levels))}")
     return [*lines, ("guard", ", ".join(parts))]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
+from supervisor import background
 from supervisor.edge import clock
 from supervisor.edge.store.protocol import Store
 from supervisor.errors import LeadershipLostError, StorageError, StoreError
@@ -31,15 +32,17 @@ class Orders:
         self._dirty = asyncio.Event()
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self.deposed = False
+        self._leader = joining.own
+        self._leaderless = 0.0  # since when nobody is said to lead
+        self.deposed: str | None = None  # why this node leads no more
         self.on_news: Callable[[], None] = lambda: None
         self.on_change: Callable[[], None] = lambda: None
         self.on_deposed: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Lead from now on."""
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(work()) for work in (self._watch, self._publish, self._beat)]
+        self._tasks = [background.start(work()) for work in (self._watch, self._publish, self._beat)]
+        self._leaderless = clock.monotonic()
         self._dirty.set()
 
     async def close(self) -> None:
@@ -50,8 +53,23 @@ class Orders:
 
     def fence(self) -> None:
         """Raise StorageError unless this node certainly leads: before a commit."""
-        if self.deposed or not self._joining.leads:
+        if self.deposed is not None or not self._joining.leads:
             raise StorageError("this node does not lead any more: it must not commit")
+
+    def check(self) -> None:
+        """Raise LeadershipLostError if this node leads no more."""
+        if self.deposed is not None:
+            raise LeadershipLostError(self.deposed)
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the store was last heard of."""
+        return self._joining.silent
+
+    @property
+    def problem(self) -> str:
+        """Why it was not reached."""
+        return self._joining.problem or "it is silent"
 
     @property
     def own(self) -> str:
@@ -90,7 +108,7 @@ class Orders:
             order = self.order
             try:
                 if not await self._joining.command(order):
-                    self._depose()
+                    self.depose("another node leads the job now")
                     return
             except StoreError:
                 self._dirty.set()
@@ -98,10 +116,12 @@ class Orders:
                 continue
             self.on_change()
 
-    def _depose(self) -> None:
-        self.deposed = True
-        self._news.set()
-        self.on_deposed()
+    def depose(self, why: str) -> None:
+        """This node leads no more."""
+        if self.deposed is None:
+            self.deposed = why
+            self._news.set()
+            self.on_deposed()
 
     async def _watch(self) -> None:
         while True:
@@ -116,9 +136,16 @@ class Orders:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT)
-            tenure = self._joining.tenure
-            if tenure is None or not tenure.holds(clock.monotonic()) or not self._joining.leads:
-                self._depose()
+            leader = self._joining.leader
+            if leader is not None:
+                self._leaderless = clock.monotonic()
+            if self._joining.own != self._leader:
+                self.depose("the lease has run out: another node may lead the job now")
+            elif leader not in (None, self._leader):
+                self.depose("another node leads the job now")
+            elif clock.monotonic() > self._leaderless + BEAT * 10:
+                self.depose("the store does not know of a leader any more")
+            if self.deposed is not None:
                 return
             self.on_news()
 
@@ -126,8 +153,7 @@ class Orders:
         """Wait until ``holds``, looked at with every report; False once it has taken so many seconds. Raises LeadershipLostError."""
         deadline = clock.monotonic() + seconds
         while not holds():
-            if self.deposed:
-                raise LeadershipLostError("another node leads the job now")
+            self.check()
             self._news.clear()
             left = deadline - clock.monotonic()
             if left <= 0:

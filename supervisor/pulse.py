@@ -145,20 +145,20 @@ class Pulse:
         if now - self._progress_at >= PROGRESS_PERIOD:
             self._progress_at = now
             self._snapshots.flush_fact()
-            self.tell_progress()
-
-    def tell_progress(self) -> None:
-        """Journal the step and the metrics as they are; nothing before the first step."""
-        if self._first_step_said:
             self._ledger.add(
                 Progress(
                     time=clock.now(),
                     attempt=self._attempt.number,
-                    step=min(self._attempt.steps),
+                    step=step,
                     total_steps=self._attempt.total_steps,
-                    metrics=dict(self._attempt.metrics),
+                    metrics=self.metrics,
                 )
             )
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """As they are; none before the first step."""
+        return dict(self._attempt.metrics) if self._first_step_said else {}
 
     def _line(self) -> str:
         record, steps = self._ledger.record, self._attempt.steps

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.attempt import Attempt
+from supervisor.decide import rollback
 from supervisor.edge import clock
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
@@ -120,6 +121,7 @@ class Reception:
             "step": resume.step,
             "tier": resume.tier.value if resume.tier else None,
             "skips": [asdict(skip) for skip in self._ledger.record.skips],
+            "known": rollback.known(self._ledger.record)._asdict(),
         }
 
     def _on_resumed(self, seat: Seat, message: Message) -> None:

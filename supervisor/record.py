@@ -65,9 +65,11 @@ class JobRecord:
     durable: tuple[int, ...] = ()  # steps of the checkpoints, the newest last; of the last few dozen
     condemned: tuple[Condemned, ...] = ()
     skips: tuple[Skip, ...] = ()  # in order, none touches another
+    levels: tuple[int, ...] = ()  # steps in which the loss came to a new level that is accepted
     rollbacks: int = 0  # over the job's life
     rollbacks_in_a_row: int = 0  # without getting past the trouble
     trouble_step: int | None = None  # of the newest rollback
+    trouble_limit: float | None = None  # … and what the loss may not exceed near it, if it had jumped
     rolled_from: int | None = None  # … and where the attempt had resumed that met it; None: resumed since
     warnings: tuple[WarningRaised, ...] = ()
     resumed_step: int | None = None  # where the newest attempt resumed; None: not yet, or it has no Session

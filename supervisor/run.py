@@ -7,6 +7,7 @@ import signal
 import socket
 from pathlib import Path
 
+from supervisor.bringing import bring, is_left_behind
 from supervisor.config import Options
 from supervisor.edge import jobdir, journal
 from supervisor.edge.console import Console
@@ -58,6 +59,12 @@ def _claim(
                 console.say(f"journal: {problem}")
             job.check(program.identity)
             if folded.record.state is State.COMPLETED and not options.continue_:
+                if is_left_behind(options, job, folded.record):
+                    file, ledger = _take_charge(program, job, folded, console)
+                    try:
+                        bring(options, job, file, ledger, console)
+                    finally:
+                        ledger.close()
                 console.say(f"{job.path} is finished (step {folded.record.step}); --continue runs it on")
                 return 0
             return _own(options, program, job, folded, console, engine, source)
@@ -74,16 +81,23 @@ def _own(
     engine: Engine,
     source: Source | None,
 ) -> int:
-    file = job.open_epoch(program.identity, list(program.command))
     if folded.record.command and folded.record.command != program.command:
         console.say(f"the command line has changed; it was: {' '.join(folded.record.command)}")
+    file, ledger = _take_charge(program, job, folded, console)
     runtime = Path(file.runtime)
     jobdir.lay_out_runtime(runtime, job.path, file.epoch, engine.name)
-    jobdir.sweep_runtimes(runtime)
-    written = journal.Journal(job.journal / f"{socket.gethostname()}.jsonl", console.say)
-    folded.advance()  # a torn last line has its newline now
-    ledger = Ledger(written, folded)
     try:
+        jobdir.sweep_runtimes(runtime)
         return asyncio.run(Node(options, program, job, file, ledger, console, engine, source).run())
     finally:
         ledger.close()
+
+
+def _take_charge(
+    program: Program, job: jobdir.JobDirectory, folded: Replay, console: Console
+) -> tuple[jobdir.JobFile, Ledger]:
+    """Become the job's supervisor, whose epoch is higher than that of any other; write to its journal."""
+    file = job.open_epoch(program.identity, list(program.command))
+    written = journal.Journal(job.journal / f"{socket.gethostname()}.jsonl", console.say)
+    folded.advance()  # a torn last line has its newline now
+    return file, Ledger(written, folded)

@@ -12,7 +12,7 @@ from supervisor.config import Options
 from supervisor.decide.retention import KeepBest
 
 #: where they come from is no setting, and the rest the command line of the journal says
-_LEFT_OUT: Final = frozenset({"config", "continue_", "quiet"})
+_LEFT_OUT: Final = frozenset({"config", "continue_", "otel", "quiet"})
 _SECONDS: Final = frozenset(
     {
         "storage_timeout",

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Final
 
+from supervisor import background
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide.membership import Size
@@ -65,9 +66,14 @@ class Several:
         self._console = Console(quiet=options.quiet)
         self._was_follower = False
         self._warden = Warden(self._console)
+        self._secret = secret.of_job(job.path)
 
     async def run(self) -> int:
         """The exit code of ``everstep run``. Raises EverstepError."""
+        with background.watched():
+            return await self._run()
+
+    async def _run(self) -> int:
         processes.become_subreaper()
         self._warden.listen()
         try:
@@ -81,7 +87,7 @@ class Several:
                 joining.start()
                 try:
                     return await self._take_part(
-                        Team(joining, store, self._size, self._address.is_embedded), serves
+                        Team(joining, store, self._size, self._address.is_embedded, self._secret), serves
                     )
                 finally:
                     await joining.close()
@@ -91,7 +97,7 @@ class Several:
     @contextlib.asynccontextmanager
     async def _store(self) -> AsyncIterator[tuple[Store, bool]]:
         """The store, and whether this node serves it."""
-        key = secret.of_job(self._job.path)
+        key = self._secret
         address = self._address
         if not address.is_embedded:
             from supervisor.edge.store.etcd import EtcdStore, access
@@ -220,7 +226,7 @@ class Several:
         before = joining.order
         order = Order(
             serial=(before.serial if before else 0) + 1, leader=f"{joining.report.name} {joining.report.life}", epoch=0,
-            run_id="", job="", final=FinalOrder(exit_code=0, reason=reason),
+            run_id="", final=FinalOrder(exit_code=0, reason=reason),
         )  # fmt: skip
         with contextlib.suppress(StoreError):
             await joining.command(order)

@@ -7,7 +7,11 @@ node (``whole``); of its own slots the leader resumes and drains those alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from supervisor.checkpoint import slots
+from supervisor.checkpoint.slots import SlotRecord
 from supervisor.edge.control import SLOTS
 from supervisor.errors import EverstepError
 from supervisor.fleet import Held, Saved
@@ -24,6 +28,11 @@ class SharedSnapshots(Snapshots):
     whole: frozenset[Age] = frozenset()
     _opened = False
     _part_at_work: Age | None = None
+    _assembled: tuple[Path, SlotRecord] | None = None
+    _assembled_is_drained = False
+    _when_gone: Callable[[], None] = staticmethod(lambda: None)
+    #: what is being copied to other nodes, and stays for that time; only the leader knows
+    copying: Age | None = None
     _last: SnapshotCompleted | None = None  # the newest part that became whole here
 
     @property
@@ -40,7 +49,8 @@ class SharedSnapshots(Snapshots):
     def next_slot(self, but: int | None) -> int | None:
         """The leader's choice of a slot to be written next: not the newest whole one, nor one that is drained, nor ``but``."""
         newest = self._newest_slot()
-        busy = {newest, self._draining, but}
+        copied = None if self.copying is None else self.find(self.copying)
+        busy = {newest, self._draining, copied, but}
         free = [index for index in range(SLOTS) if index not in busy]
         return min(free, key=self._age_in, default=None)
 
@@ -69,9 +79,72 @@ class SharedSnapshots(Snapshots):
         """The slot to write next; None as long as some node is not ready."""
         return self._offered if self._opened else None
 
-    def find(self, age: Age) -> int | None:
-        """The slot that holds this node's part of it."""
-        return next((slot for slot, record in self._complete.items() if age_of(record) == age), None)
+    @property
+    def slots(self) -> range:
+        """Their numbers."""
+        return range(SLOTS)
+
+    def find(self, age: Age, part: tuple[int, int] | None = None) -> int | None:
+        """The slot that holds a part of it; that of a node by its rank and of how many, if that is said."""
+        for slot, record in self._complete.items():
+            if age_of(record) == age and part in (None, (record.node_rank, record.nodes)):
+                return slot
+        return None
+
+    def vacate(self, slot: int) -> None:
+        """It is about to be filled from elsewhere."""
+        slots.invalidate(self._slots[slot])
+        self._complete.pop(slot, None)
+
+    def adopt(self, slot: int) -> None:
+        """It was filled from elsewhere. Raises CheckpointError."""
+        record = slots.read_slot(self._slots[slot], self._key)
+        if record is not None:
+            self._complete[slot] = record
+
+    # ------------------------------------------------------------------ a whole that was put together of all parts
+
+    def use(self, folder: Path, record: SlotRecord, gone: Callable[[], None]) -> None:
+        """The whole of a snapshot lies there, until there is a newer one or it is dropped: then ``gone`` is called."""
+        self._assembled = folder, record
+        self._when_gone = gone
+
+    def newest(self) -> tuple[Path, SlotRecord] | None:
+        """The newest whole snapshot and where it lies: this node's part of it, or all of it."""
+        own = super().newest()
+        if self._assembled is None or (own is not None and age_of(own[1]) >= age_of(self._assembled[1])):
+            return own
+        return self._assembled
+
+    def hold(self, path: Path | None) -> None:
+        """The slot that is being drained, which must not be written; None: none is."""
+        self._assembled_is_drained = self._assembled is not None and path == self._assembled[0]
+        super().hold(None if self._assembled_is_drained else path)
+
+    def drop(self, path: Path) -> None:
+        """Forget a snapshot that proved damaged."""
+        if self._assembled is not None and path == self._assembled[0]:
+            self._let_go()
+        else:
+            super().drop(path)
+
+    def drop_all(self) -> None:
+        """Forget every snapshot."""
+        self._let_go()
+        super().drop_all()
+
+    def condemn(self, is_bad: Callable[[int, int], bool]) -> None:
+        """Forget the snapshots that are bad, by attempt and step."""
+        if self._assembled is not None and is_bad(*age_of(self._assembled[1])):
+            self._let_go()
+        super().condemn(is_bad)
+
+    def _let_go(self) -> None:
+        if self._assembled is not None:
+            self._assembled = None
+            self._when_gone()
+
+    # ------------------------------------------------------------------ its part
 
     def move(self, age: Age, slot: int) -> bool:
         """Have its part in the slot where the leader has its own; False where it has none."""
@@ -101,8 +174,17 @@ class SharedSnapshots(Snapshots):
     def tell_whole(self, fact: SnapshotCompleted) -> None:
         """The leader has found every node's part."""
         self.whole |= {(fact.attempt, fact.step)}
+        if not self._assembled_is_drained:
+            self._let_go()
         self.failure = None
         super()._tell(fact)
+
+    def newest_part(self, nodes: int) -> Age | None:
+        """The newest whole snapshot of so many nodes."""
+        slot = self._newest_slot()
+        if slot is None or self._complete[slot].nodes != nodes:
+            return None
+        return age_of(self._complete[slot])
 
     def last_part(self, step: int) -> Saved:
         """What this node has to say of its part of ``step``, which is whole."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from supervisor.checkpoint import slots
+from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.checkpoint.manifest import Key
 from supervisor.edge import arenas, clock, jobdir
 from supervisor.edge.control import SLOTS
@@ -130,6 +131,20 @@ class Snapshots:
             if folder == path and index in self._complete:
                 slots.invalidate(folder)
                 del self._complete[index]
+
+    def drop_unsound(self) -> list[tuple[Path, str]]:
+        """Forget the newest snapshots until one is as it was when it was declared whole; which those were, and why."""
+        unsound = []
+        while (newest := self.newest()) is not None:
+            try:
+                if slots.read_slot(newest[0], self._key) is not None:
+                    break
+                problem = f"{SLOT_NAME} is gone"
+            except CheckpointError as error:
+                problem = str(error)
+            unsound.append((newest[0], problem))
+            self.drop(newest[0])
+        return unsound
 
     def drop_all(self) -> None:
         """Forget every snapshot: the attempt resumes from a checkpoint that is newer, or better."""

@@ -14,8 +14,9 @@ from supervisor.checkpoint.manifest import Key
 from supervisor.checkpoint.storage import LocalStorage, Owner, open_storage
 from supervisor.company import Company, Team
 from supervisor.config import Options
+from supervisor.copier import drained
 from supervisor.decide import rollback
-from supervisor.draining import Draining, Stamp, drained
+from supervisor.draining import Draining, Stamp
 from supervisor.edge import clock, jobdir
 from supervisor.edge.console import Console
 from supervisor.edge.threads import in_thread
@@ -72,6 +73,7 @@ class Stores:
                 self._key,
                 epoch=file.epoch,
                 run_id=file.run_id,
+                runtime=runtime,
             )
         self.snapshots.condemn(self._is_bad)
         #: how it becomes durable
@@ -106,6 +108,7 @@ class Stores:
 
     async def choose(self) -> Resume:
         """Where the next attempt resumes. Raises CheckpointError, StorageError."""
+        unsound = self.snapshots.drop_unsound()
         places = [self._storage] if self._refuge is None else [self._storage, self._refuge]
         newest = None
         if self._looked and self._refuge is not None:
@@ -118,7 +121,7 @@ class Stores:
             over.set()
         self._looked = True
         now = clock.now()
-        for path, reason in resume.rejected:
+        for path, reason in (*unsound, *resume.rejected):
             self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
             self._console.say(f"{path} is damaged: {reason}; skipping it")
         if resume.tier is None and self._ledger.record.rolled_from:
@@ -128,7 +131,19 @@ class Stores:
         if resume.tier is not Tier.RAM:
             self.snapshots.drop_all()
             self.draining.known_good(resume.step if resume.tier is Tier.CHECKPOINT else None)
+            await self.bring(resume.kept)
         return resume
+
+    async def bring(self, kept: Location | None) -> bool:
+        """If ``kept`` is an emergency copy, begin to store it where it belongs; whether it is."""
+        refuge = self._refuge
+        if refuge is None or not isinstance(kept, Path) or kept.parent != refuge.where:
+            return False
+        for record in await in_thread(refuge.records):
+            if record.path == kept and record.problem is None:
+                self.draining.bring(record)
+                return True
+        return False
 
     async def condemn(self, failure: Failure) -> None:
         """Where numbers have gone wrong, what was saved since is not used again, whatever the verdict.

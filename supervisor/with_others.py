@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from supervisor import background
 from supervisor.attempt import Attempt
+from supervisor.company import Team
+from supervisor.config import Options
 from supervisor.decide.causes import unfinished
 from supervisor.edge import clock
 from supervisor.errors import UsageError
@@ -32,7 +35,9 @@ _SUSPICIOUS: Final = frozenset(
 class WithOthers:
     """Used by the node from the loop's thread."""
 
-    def __init__(self, stores: Stores, standby: Standby, stopping: Stopping, ledger: Ledger) -> None:
+    def __init__(
+        self, stores: Stores, standby: Standby, stopping: Stopping, ledger: Ledger, *, copies: bool
+    ) -> None:
         assert stores.company is not None
         self._stores, self._standby, self._stopping, self._ledger = stores, standby, stopping, ledger
         self._company = stores.company
@@ -41,6 +46,8 @@ class WithOthers:
         self.pulse: Pulse | None = None
         self._attempt: Attempt | None = None
         self._reshape: str | None = None  # why the attempt is stopped, to go on with other nodes
+        self._leaver = False  # … because one of these leaves
+        self._copies = copies
         self._resumed_from: Path | None = None
         self._standby_serial = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -58,9 +65,16 @@ class WithOthers:
     async def finish(self, code: int, reason: str, *, saved: bool) -> None:
         """Have all nodes leave with that exit code."""
         await self._lead.finish(code, reason, saved=saved)
+
+    async def close(self) -> None:
+        """Lead no more."""
         for task in self._tasks:
             task.cancel()
         await self._company.close()
+
+    def check(self) -> None:
+        """Raise LeadershipLostError if another node leads, or may lead, the job now."""
+        self._lead.check()
 
     # ------------------------------------------------------------------ an attempt
 
@@ -106,10 +120,14 @@ class WithOthers:
         self._attempt, self._reshape = attempt, None
         return self._company.begin(attempt, assignment)
 
-    def tell_origin(self, number: int, resume: Resume) -> None:
-        """Where it resumes."""
+    async def choose(self, number: int, assignment: Assignment | None) -> Resume:
+        """Where it resumes, on all nodes alike. Raises CheckpointError, StorageError."""
+        if assignment is not None:
+            await self._company.find_state(assignment, self._stores.draining.newest_committed)
+        resume = await self._stores.choose()
         self._resumed_from = resume.kept if isinstance(resume.kept, Path) else None
         self._company.tell_origin(number, resume)
+        return resume
 
     def made_first_step(self) -> None:
         """All ranks have."""
@@ -150,6 +168,11 @@ class WithOthers:
         """Whether the attempt was stopped only to go on with other nodes."""
         return self._reshape is not None and self._stopping.requested is None
 
+    @property
+    def takes_state_along(self) -> bool:
+        """Whether somebody leaves, with what is in its memory; or nobody can have what is in another's."""
+        return self._leaver or not self._copies
+
     def reshaped(self) -> str:
         """The reason, in words."""
         return f"all ranks have saved; going on {self._reshape}"
@@ -161,13 +184,13 @@ class WithOthers:
             if self._attempt is None or since is None or self._reshape or self._stopping.requested:
                 continue
             if self._attempt.in_session and self._roster.should_grow(clock.now() - since):
-                self._reshape_for(f"with {', '.join(self._roster.newcomers())}")
+                self._reshape_for(f"with {', '.join(self._roster.newcomers())}", leaver=False)
 
-    def _reshape_for(self, why: str) -> bool:
+    def _reshape_for(self, why: str, *, leaver: bool) -> bool:
         attempt = self._attempt
         if attempt is None or not attempt.in_session or self._stopping.requested is not None:
             return False
-        self._reshape = why
+        self._reshape, self._leaver = why, leaver
         attempt.stopping = True
         self._lead.drop_standby()
         self._lead.stop_for(why)
@@ -180,7 +203,7 @@ class WithOthers:
             and self._roster.without({name})
             and self._roster.may_shrink(name)
         ):
-            if self._reshape_for(f"without {name} ({notice.source})"):
+            if self._reshape_for(f"without {name} ({notice.source})", leaver=True):
                 return
             if self._attempt is None:
                 return  # it is not asked for the next one
@@ -210,7 +233,16 @@ class WithOthers:
         except UsageError:
             self._company.hand.mind(ready=-ordered.standby)
 
-    def _background(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = background.start(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def between(
+    team: Team | None, stores: Stores, standby: Standby, stopping: Stopping, ledger: Ledger, options: Options
+) -> WithOthers | None:
+    """For a node that leads others; None for one that is alone."""
+    if team is None:
+        return None
+    return WithOthers(stores, standby, stopping, ledger, copies=options.peer_copies == "on")

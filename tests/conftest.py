@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,6 +13,16 @@ pytest_plugins = ["tests.stores.fixtures"]
 
 hypothesis.settings.register_profile("everstep", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("everstep")
+
+
+#: what takes long: first, or the last one of them would leave all processes but one with nothing to do
+SLOW = ("e2e", "trainers", "packaging", "deploy", "faults")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first. The scheduler (``--dist loadgroup``) begins with the groups, the largest first."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(here).parts[0] not in SLOW)
 
 
 @pytest.hookimpl(wrapper=True)

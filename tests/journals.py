@@ -94,6 +94,7 @@ class _Author:
                     delay=verdict.delay,
                     rollback=verdict.rollback,
                     skip=verdict.skip,
+                    level=verdict.level,
                 )
             )
             if not verdict.action.goes_on:
@@ -164,7 +165,13 @@ class _Author:
             step=step,
             exception=exception,
         )
-        self.write(AttemptEnded(time=time, attempt=number, step=step, failure=failure))
+        noticed = time - self.number(-1, 8) / 4 if self.chance(2) else None
+        metrics = {"loss": 1.0} if step is not None else {}
+        self.write(
+            AttemptEnded(
+                time=time, attempt=number, step=step, failure=failure, noticed=noticed, metrics=metrics
+            )
+        )
         if (planned := rollback.plan(self.record, failure)) is not None:
             bad = planned.bad_from
             self.write(StatesCondemned(time=time, attempt=number, step=bad, reason=failure.reason))

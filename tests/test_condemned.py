@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from supervisor.checkpoint import catalog, commit
+from supervisor.checkpoint.bucket import Limits, connect
 from supervisor.checkpoint.catalog import list_checkpoints, newest_good, set_aside
-from supervisor.checkpoint.storage import LocalStorage
+from supervisor.checkpoint.location import Remote
+from supervisor.checkpoint.objects import ObjectStorage
+from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage
 from supervisor.decide.retention import RetentionPolicy
 from supervisor.draining import Draining, Stamp
 from supervisor.errors import StorageError
@@ -18,6 +21,8 @@ from supervisor.resume import Sources, choose
 from supervisor.snapshots import Ranks, Snapshots
 from supervisor.staging import Staging
 from tests.checkpoint.tools import origin, write_source
+from tests.stores.fixtures import WITH_S3
+from tests.stores.proxy import Fault, Proxy
 from tests.test_draining import Slots
 
 
@@ -92,16 +97,18 @@ def test_snapshots_are_forgotten(tmp_path: Path) -> None:
 
 
 class Bench:
-    """A Draining into a directory; ``bad`` is what the journal condemns."""
+    """A Draining into a directory, or elsewhere; ``bad`` is what the journal condemns."""
 
-    def __init__(self, tmp_path: Path, *, keep_last: int = 3) -> None:
+    def __init__(
+        self, tmp_path: Path, *, keep_last: int = 3, storage: CheckpointStorage | None = None
+    ) -> None:
         self.where = tmp_path / "checkpoints"
         self.slots = Slots(tmp_path / "slot")
         self.bad: set[tuple[int, int]] = set()
         self.facts: list[Fact] = []
         self.said: list[str] = []
         self.draining = Draining(
-            self.slots, LocalStorage(self.where), None, stamp=Stamp("run", 1, {}),
+            self.slots, storage or LocalStorage(self.where), None, stamp=Stamp("run", 1, {}),
             policy=RetentionPolicy(keep_last=keep_last), bandwidth=None, grace=5.0, fence=lambda: None,
             fact=self.facts.append, report=self.said.append, is_bad=lambda *age: age in self.bad,
         )  # fmt: skip
@@ -154,6 +161,48 @@ def test_a_state_that_proves_bad_while_it_is_drained_does_not_stay(tmp_path: Pat
         assert bench.draining.failure is None
 
     asyncio.run(scenario())
+
+
+@WITH_S3
+def test_in_an_object_store_the_next_drain_takes_them_away_and_until_then_they_are_passed_over(
+    tmp_path: Path, reached: Proxy, url: str
+) -> None:
+    """Nothing can be renamed there, and going back must not wait for a server."""
+    where, limits = Remote(url), Limits(timeout=0.5, first_wait=0.05)
+    storage = ObjectStorage(connect(where, limits), where, None, limits)
+    for step in (10, 20, 30):
+        source = write_source(tmp_path / f"source-{step}", seed=step)
+        storage.drain(source, origin(step, attempt=3))
+
+    def told() -> list[tuple[int, int]]:
+        manifests = [record.manifest for record in storage.records()]
+        return [(one.origin.attempt, one.origin.step) for one in manifests if one is not None]
+
+    def resume() -> int:
+        staging = Staging(tmp_path / "run", tmp_path)
+        return choose(Sources(None, [storage], None, staging, None, lambda *age: age in bench.bad)).step
+
+    bench = Bench(tmp_path, storage=storage)
+    bench.bad = {(3, 20), (3, 30)}
+    bench.draining.condemn()
+    asked = len(reached.requests)
+    asyncio.run(bench.draining.set_aside())
+    assert len(reached.requests) == asked
+    assert resume() == 10
+
+    reached.set(Fault("status", only=rb"^DELETE|[?&]delete"))
+    asyncio.run(bench.drain(20))  # of attempt 0
+    assert (bench.committed(), bench.said) == ([], [])
+    assert [fact.step for fact in bench.facts if isinstance(fact, CheckpointFailed)] == [20]
+    assert (0, 20) not in told(), "it would lie beside a bad one"
+    assert resume() == 10
+
+    reached.set(None)
+    asyncio.run(bench.drain(20))
+    assert bench.committed() == [20]
+    assert told() == [(0, 20), (3, 10)]
+    assert [storage.verify(record) for record in storage.records()] == [[], []]
+    assert bench.said == ["bad checkpoints taken out of the way: step 20, 30"]
 
 
 @pytest.mark.parametrize("proven", [None, 10, 25])

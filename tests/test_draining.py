@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from supervisor.checkpoint import catalog
 from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Location, Remote
@@ -274,6 +275,74 @@ def test_without_a_refuge_it_goes_on_past_the_deadline(tmp_path: Path) -> None:
 
     run(work())
     assert bench.storage.steps == [5]
+
+
+def left_behind(bench: Bench, step: int) -> CheckpointRecord:
+    """An emergency copy that a former run has made."""
+    assert bench.refuge is not None
+    source = write_source(bench.refuge.where.parent / "source")
+    origin = Origin(
+        step=step, attempt=3, epoch=1, run_id="run-1", world_size=2, created=7.0, metrics={"loss": 2.0}
+    )
+    bench.refuge.drain(source, origin)
+    (record,) = bench.refuge.records()
+    return record
+
+
+def test_an_emergency_copy_is_stored_where_it_belongs(bench: Bench) -> None:
+    left = left_behind(bench, 5)
+
+    async def work() -> None:
+        bench.draining.known_good(5)
+        bench.draining.bring(left)
+        await bench.until(lambda: not bench.draining.is_draining)
+        assert await bench.draining.secure(5, may_drain=True) is None  # once is enough
+
+    run(work())
+    assert bench.storage.steps == [5]
+    assert bench.slots.held == [], "it is in no slot"
+    (fact,) = bench.facts
+    assert isinstance(fact, CheckpointCommitted)
+    assert (fact.path, fact.attempt, fact.emergency) == ("s3://bucket/run/step-000000005", 3, False)
+    assert dict(fact.metrics) == {"loss": 2.0}
+    assert bench.said == ["the emergency copy of step 5 is in s3://bucket/run now, too"]
+
+
+def test_a_newer_snapshot_is_stored_instead(bench: Bench) -> None:
+    left = left_behind(bench, 5)
+
+    async def work() -> None:
+        bench.draining.known_good(5)
+        bench.snapshot(10)
+        bench.draining.bring(left)
+        assert await bench.draining.secure(10, may_drain=True) is None
+
+    run(work())
+    assert bench.storage.steps == [10]
+    assert bench.said == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_emergency_copy_that_cannot_be_stored_stays(bench: Bench, damaged: bool) -> None:
+    left = left_behind(bench, 5)
+    bench.storage.fails = not damaged
+    if damaged:
+        (catalog.local(left) / "__0_0.distcp").write_bytes(b"x" * 10)
+
+    async def work() -> None:
+        bench.draining.known_good(5)
+        bench.draining.bring(left)
+        await bench.until(lambda: not bench.draining.is_draining)
+        assert bench.failures() == [5]
+        assert await bench.draining.secure(5, may_drain=True) is None  # tried again
+        assert bench.failures() == [5, 5]
+
+    run(work())
+    assert bench.storage.steps == []
+    why = f"{left.path} is damaged: __0_0.distcp" if damaged else "503 Service Unavailable"
+    (said,) = bench.said
+    assert said.startswith(f"s3://bucket/run did not take step 5 ({why}")
+    assert said.endswith(f"it lies in {left.path}")
 
 
 def test_cancelled_it_leaves_the_snapshot_in_memory(bench: Bench) -> None:

@@ -101,3 +101,13 @@ def test_the_extra_is_named_where_it_is_missing() -> None:
         "else: sys.exit('not refused')\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.xdist_group("shape")
+def test_groups_of_tests_are_kept_together(request: pytest.FixtureRequest) -> None:
+    """Else every test process would start a SLURM cluster, a store and a browser of its own, and say nothing.
+
+    pytest-xdist puts the group behind the id of a test, in a way that not every version of pytest heeds.
+    """
+    grouped = request.config.getoption("loadgroup", False)
+    assert request.node.nodeid.endswith("@shape") is bool(grouped)

@@ -38,6 +38,27 @@ def test_whole_when_every_rank_has_told(snapshots: Snapshots) -> None:
         write(snapshots, 0, 6, slot)
 
 
+def test_a_snapshot_that_proves_unsound_makes_room_for_the_one_before(snapshots: Snapshots) -> None:
+    for step in (5, 6, 7):
+        slot = snapshots.offer()
+        assert slot is not None
+        write(snapshots, 0, step, slot)
+        assert write(snapshots, 1, step, slot)
+    places = {}
+    for step, spoil in ((7, "__1_0.distcp"), (6, "slot.json")):
+        newest = snapshots.newest()
+        assert newest is not None
+        assert newest[1].step == step
+        places[step] = newest[0]
+        (newest[0] / spoil).unlink()
+        assert [path for path, _ in snapshots.drop_unsound()] == [newest[0]]
+    newest = snapshots.newest()
+    assert newest is not None
+    assert newest[1].step == 5
+    assert snapshots.drop_unsound() == []
+    assert not (places[7] / "slot.json").exists()
+
+
 @pytest.mark.parametrize("others_first", [True, False])
 def test_torn_on_one_rank(others_first: bool, snapshots: Snapshots) -> None:
     first = snapshots.offer()

@@ -369,7 +369,13 @@ def test_warnings_of_a_job_that_runs_and_what_the_guard_has_done(tmp_path: Path)
     begun, *others = facts
     skip = Skip(first=40, stop=42)
     rolled = Decided(
-        time=1100.0, attempt=0, action=Action.ROLL_BACK, reason="rolling back", rollback=1, skip=skip
+        time=1100.0,
+        attempt=0,
+        action=Action.ROLL_BACK,
+        reason="rolling back",
+        rollback=1,
+        skip=skip,
+        level=90,
     )
     others = [rolled if isinstance(fact, Decided) else fact for fact in others]
     warned = WarningRaised(
@@ -379,13 +385,16 @@ def test_warnings_of_a_job_that_runs_and_what_the_guard_has_done(tmp_path: Path)
     record = status.read_status(job.path, 1125.0).record
     alive = status.describe(job.path, record, 1125.0, alive=True)
     assert status.to_json(alive)["guard"] == {
-        "mode": "nan", "rollbacks": 1, "rollbacks_left": 2, "left_out": [[40, 42]],
+        "mode": "nan", "rollbacks": 1, "rollbacks_left": 2, "left_out": [[40, 42]], "levels": [90],
     }  # fmt: skip
     assert [(one["kind"], one["text"]) for one in status.to_json(alive)["warnings"]] == [
         ("plateau", "loss has not fallen")
     ]
     assert "warning       loss has not fallen" in status.to_text(alive)
-    assert "guard         nan, 1 rollback, left out: steps 40 to 41" in status.to_text(alive)
+    assert (
+        "guard         nan, 1 rollback, left out: steps 40 to 41, new level of the loss: step 90"
+        in status.to_text(alive)
+    )
     over = status.describe(job.path, record, 1125.0, alive=False)
     assert not status.to_json(over)["warnings"]
     assert "\nwarning " not in status.to_text(over)

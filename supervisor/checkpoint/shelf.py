@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.checkpoint.manifest import Key, check_name
 from supervisor.checkpoint.slots import read_slot
-from supervisor.edge.peers.protocol import Listing
+from supervisor.edge.peers.protocol import Listing, Part
 from supervisor.errors import CheckpointError
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -27,11 +28,15 @@ class SlotShelf:
         #: as they were last seen: most looks find what the one before did
         self._known: dict[Path, Listing] = {}
 
-    def find(self, attempt: int, step: int) -> Listing | None:
-        """A snapshot that is complete at this moment; damaged ones are as good as none."""
+    def find(self, attempt: int, step: int, part: Part | None = None) -> Listing | None:
+        """A snapshot, or a node's part of it, that is complete at this moment; damaged ones are as good as none."""
         for folder in self._folders:
             found = self._listing(folder)
-            if found is not None and (found.attempt, found.step) == (attempt, step):
+            if found is None or (found.attempt, found.step) != (attempt, step):
+                continue
+            if part is None:
+                return replace(found, part=None)
+            if found.part == part:
                 return found
         return None
 
@@ -61,7 +66,10 @@ class SlotShelf:
                 return None
         except (OSError, ValueError, CheckpointError):
             return None
-        found = Listing(attempt=record.attempt, step=record.step, record=text, files=dict(record.files))
+        found = Listing(
+            attempt=record.attempt, step=record.step, record=text, files=dict(record.files),
+            part=(record.node_rank, record.nodes),
+        )  # fmt: skip
         self._known[folder] = found
         return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -203,8 +203,7 @@ class Chronicle:
             case Progress():
                 if fact.step > (course.step or 0):
                     course.went(fact.time, fact.step)
-                for name, value in fact.metrics.items():
-                    self.metrics.setdefault(name, Values()).add(course.number, fact.step, value)
+                self._tell_metrics(course, fact.step, fact.metrics)
             case StopRequested() if course.ended is None:
                 course.stop = fact.source
             case AttemptEnded():
@@ -213,8 +212,13 @@ class Chronicle:
                 course.outcome = "finished" if fact.finished else "failed" if fact.failure else stopped
                 if fact.step is not None and course.first_time is not None and fact.step > (course.step or 0):
                     course.went(fact.noticed or fact.time, fact.step)
+                self._tell_metrics(course, course.step or 0, fact.metrics)
             case Decided():
                 course.verdict = fact
+
+    def _tell_metrics(self, course: Course, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.metrics.setdefault(name, Values()).add(course.number, step, value)
 
     def _cut_off(self, time: float) -> None:
         """A new supervisor is there: an attempt that had not ended died with the one before."""

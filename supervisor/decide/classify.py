@@ -176,6 +176,8 @@ def _trouble(evidence: AttemptEvidence, trouble: Trouble, time: float) -> Failur
         time=time,
         rank=trouble.rank,
         step=trouble.step,
+        trouble=trouble.kind,
+        limit=trouble.limit,
         good=trouble.good,
         batches=trouble.batches,
     )

@@ -75,15 +75,15 @@ def stalled(record: JobRecord, seconds: float) -> JobRecord:
 def ended(record: JobRecord, step: int | None, noticed: float | None) -> JobRecord:
     """Put down the time from the last sign of life to now, when nothing of the attempt is left.
 
-    The steps since count at the attempt's own pace, in the time there was. ``noticed``: Unix seconds of the moment its end
-    was noticed; None: it ended in order.
+    The steps since count at the attempt's own pace, in the time there was until its end was ``noticed`` (Unix seconds; None: it
+    ended in order).
     """
     now = record.last_time
     if not record.supervised or now is None:
         return record
+    since = 0.0 if noticed is None else min(noticed, now)
     if record.attempt_last_time is not None:
-        record = _last_steps(record, step, now - record.attempt_last_time)
-    since = 0.0 if noticed is None else noticed
+        record = _last_steps(record, step, max(0.0, (since or now) - record.attempt_last_time))
     begun = record.attempt_last_time if record.attempt_last_time is not None else record.attempt_time
     seconds = now - max(since, begun if begun is not None else now)
     return record.with_(

@@ -17,11 +17,17 @@ the same step.
 *proven* when the loss of step ``s``, which was computed from it, was in order. What was saved beyond the last proven state is
 not to be used again, though the trouble may show steps later (a loss that is logged every hundredth step, or a number that
 lies on an accelerator and is read about once a second).
+
+*A new level.* A jump that comes again however often the job goes back is what this training does (other data, a loss with
+another term from some step on), and no reason to end it. ``rollback`` decides that, and the next attempts' watches are told the
+step: a jump ``NEAR`` it makes them begin anew with what is usual. So that it is seen to come again though the job may have gone
+back by fewer than ``WARM_UP`` steps, the watches are told, too, what was a spike then, and judge by that near its step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
@@ -78,13 +84,26 @@ class Finding(NamedTuple):
     step: int
     value: float
     usual: float | None = None
+    limit: float | None = None
+
+
+class Known(NamedTuple):
+    """What earlier attempts have met."""
+
+    levels: Sequence[int] = ()  # steps in which the loss comes to a new level that is accepted
+    step: int = 0  # of the jump that the job has gone back for …
+    limit: float | None = None  # … and what was one; None: it has not
+
+
+NOTHING: Final = Known()
 
 
 class Watch:
     """One rank's view of its numbers: give it each in the order of steps. Tells each trouble once."""
 
-    def __init__(self, policy: GuardPolicy) -> None:
+    def __init__(self, policy: GuardPolicy, known: Known = NOTHING) -> None:
         self._spikes = policy.mode == "spike"
+        self._known = known
         self._factor, self._patience = policy.factor, policy.patience
         self._mean = self._deviation = 0.0
         self._count = 0
@@ -98,11 +117,10 @@ class Watch:
         """The loss of ``step``."""
         if value - value != 0.0:  # of nan and of the infinities this is nan
             return self._is_lost(Finding(TroubleKind.NAN, step, value))
-        if self._spikes and self._count >= WARM_UP:
-            rise = value - self._mean
-            if rise > self._factor * self._deviation and rise > LEAST * abs(self._mean):
-                return self._rises(step, value)
         if self._spikes:
+            limit = self._limit(step)
+            if value > limit:
+                return self._rises(step, value, limit)
             self._learn(value)
         self._rising = 0
         self.good = step
@@ -129,15 +147,33 @@ class Watch:
         told, self._lost = self._lost, True
         return None if told else finding
 
-    def _rises(self, step: int, value: float) -> Finding | None:
+    def _limit(self, step: int) -> float:
+        """What the loss of ``step`` must exceed to be suspect."""
+        if self._count >= WARM_UP:
+            return self._mean + max(self._factor * self._deviation, LEAST * abs(self._mean))
+        known = self._known
+        near = abs(step - known.step) <= NEAR or self._rising
+        return known.limit if known.limit is not None and near else math.inf
+
+    def _rises(self, step: int, value: float, limit: float) -> Finding | None:
         if not self._rising:
             self._rising_from = step
         self._rising += 1
         if self._rising == self._patience:
-            return Finding(TroubleKind.SPIKE, self._rising_from, value, self._mean)
-        if self._rising >= NEW_LEVEL * self._patience:
-            self._count = self._rising = 0
+            if not any(abs(self._rising_from - level) <= NEAR for level in self._known.levels):
+                usual = self._mean if self._count else None
+                return Finding(TroubleKind.SPIKE, self._rising_from, value, usual, limit)
+            self._begin_anew(step, value)
+        elif self._rising >= NEW_LEVEL * self._patience:
+            self._begin_anew(step, value)
         return None
+
+    def _begin_anew(self, step: int, value: float) -> None:
+        """This is usual from now on."""
+        self._count = self._rising = 0
+        self._known = self._known._replace(limit=None)
+        self._learn(value)
+        self.good = step
 
     def _learn(self, value: float) -> None:
         self._count += 1
@@ -159,7 +195,12 @@ def agree(seen: Mapping[int, Trouble], watching: int) -> Trouble | None:
         near = [trouble for trouble in seen.values() if 0 <= trouble.step - anchor.step <= NEAR]
         if 2 * len(near) > watching:
             known = [trouble.good for trouble in near if trouble.good is not None]
-            return replace(anchor, good=min(known) if len(known) == len(near) else None)
+            limits = [trouble.limit for trouble in near if trouble.limit is not None]
+            return replace(
+                anchor,
+                good=min(known) if len(known) == len(near) else None,
+                limit=max(limits, default=None),
+            )
     return None
 
 

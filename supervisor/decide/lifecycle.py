@@ -234,7 +234,7 @@ def _run_started(record: JobRecord, fact: RunStarted) -> JobRecord:
     if record.state is State.FAILED:
         record = record.with_(failures_since_progress=0, fingerprint=None, previous_fingerprint=None)
         record = record.with_(preemptions_since_progress=0)
-        record = record.with_(rollbacks_in_a_row=0, trouble_step=None)
+        record = record.with_(rollbacks_in_a_row=0, trouble_step=None, trouble_limit=None)
     return _between(record).with_(
         supervised=True,
         warnings=(),
@@ -368,6 +368,7 @@ def _noticed(record: JobRecord, fact: Fact) -> JobRecord:
 
 def _attempt_ended(record: JobRecord, fact: AttemptEnded) -> JobRecord:
     record = _between(goodput.ended(record, fact.step, fact.noticed))
+    record = record.with_(metrics={**record.metrics, **fact.metrics})
     if fact.total_steps is not None:
         record = record.with_(total_steps=fact.total_steps)
     if fact.failure is None:
@@ -388,7 +389,7 @@ def _decided(record: JobRecord, fact: Decided) -> JobRecord:
         return record.with_(restarts=record.restarts + 1, activity=activity)
     if fact.action is Action.ROLL_BACK:
         record = record.with_(restarts=record.restarts + 1, activity=Activity.STARTUP)
-        return rollback.carry_out(record, fact.rollback, fact.skip)
+        return rollback.carry_out(record, fact.rollback, fact.skip, fact.level)
     if fact.action is Action.STOP and record.stop is not None and record.stop.cause is StopCause.PREEMPTION:
         return record.with_(
             preemptions=record.preemptions + 1,

@@ -27,6 +27,7 @@ from supervisor.model import (
     Resumed,
     RunStarted,
     SnapshotCompleted,
+    StandbyReady,
     StopCause,
     StopRequested,
     Tier,
@@ -93,6 +94,8 @@ def _look(seen: _Seen, before: JobRecord, fact: Fact) -> None:
                 seen.note("restore" if seen.tier is Tier.RAM else "fetch", fact.restore_seconds)
         case SnapshotCompleted():
             seen.note("stall", fact.seconds)
+        case StandbyReady() if before.attempt_first_time is not None:
+            seen.note("standby", fact.time - before.attempt_first_time)
         case CheckpointCommitted():
             seen.note("drain", fact.seconds)
             if seen.committed is not None:

@@ -7,6 +7,8 @@ All of it follows from the record, after the AttemptEnded that says so was appli
 - *Again* is a trouble that comes before the numbers were in order ``PASSED`` steps beyond the last one. Steps are exact, so from the
   same state the same numbers come again unless something outside was at fault. So each repetition goes ``back`` checkpoints
   further (the state itself may have been spoilt before it was noticed), and with ``times`` of them it is over.
+- *A new level*: a jump of the loss (not a number that is none) that ``times`` rollbacks did not get past is accepted, and the job
+  goes on with it, once more from a state before it. A loss that jumps again within ``LEVELS_APART`` steps is no level: it diverges.
 - *Left out*, if that is asked for, are the ``skip`` steps up to and including the one that showed the trouble; twice as many
   at each repetition, as the cause may lie before what is seen. They stay left out for the rest of the job. A state that has
   learned from some of them is no state to go back to, if there is an older one.
@@ -20,21 +22,27 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
-from supervisor.model import Action, Condemned, Failure, FailureKind, Skip, Verdict
+from supervisor.decide.guard import Known
+from supervisor.model import Action, Condemned, Failure, FailureKind, Skip, TroubleKind, Verdict
 from supervisor.record import JobRecord
 
 PASSED: Final = 50  # steps
+LEVELS_APART: Final = 1000  # steps
 MOST_DURABLE: Final = 64  # checkpoints that are remembered
 _MOST_DOUBLINGS: Final = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """States after ``bad_from`` and more steps are bad. ``number``: the how manieth rollback in a row it would be."""
+    """States after ``bad_from`` and more steps are bad. ``number``: the how manieth rollback in a row it would be.
+
+    ``level``: the step in which the loss comes to a new level that is to be accepted.
+    """
 
     bad_from: int
     number: int
     skip: Skip | None = None
+    level: int | None = None
 
 
 def plan(record: JobRecord, failure: Failure) -> Plan | None:
@@ -54,8 +62,9 @@ def plan(record: JobRecord, failure: Failure) -> Plan | None:
     if 1 < number <= limits.guard_times:
         before = [state for state in states if state < min(bad_from, record.resumed_step)]
         bad_from = before[-min(limits.guard_back, len(before))] + 1 if before else bad_from
+    level = step if number > limits.guard_times and _is_level(record, failure, step) else None
     skip = None
-    if limits.guard_skip:
+    if limits.guard_skip and level is None:
         length = limits.guard_skip << min(number - 1, _MOST_DOUBLINGS)
         skip = Skip(first=max(0, step + 1 - length), stop=step + 1, batches=failure.batches)
         bad_from = min(bad_from, skip.first + 1)
@@ -63,7 +72,16 @@ def plan(record: JobRecord, failure: Failure) -> Plan | None:
         left = next((state for state in states if state <= step), None)
         bad_from = max(bad_from, left + 1) if left is not None else bad_from
         skip = skip and replace(skip, first=max(skip.first, left or 0))
-    return Plan(bad_from=max(0, bad_from), number=number, skip=skip)
+    return Plan(bad_from=max(0, bad_from), number=number, skip=skip, level=level)
+
+
+def _is_level(record: JobRecord, failure: Failure, step: int) -> bool:
+    """Whether what comes again is a jump of the loss, seen from the same states, and the first for long."""
+    return (
+        failure.trouble is TroubleKind.SPIKE
+        and record.rollbacks_in_a_row > 0
+        and all(step - level > LEVELS_APART for level in record.levels)
+    )
 
 
 def decide(record: JobRecord, failure: Failure) -> Verdict | None:
@@ -71,9 +89,18 @@ def decide(record: JobRecord, failure: Failure) -> Verdict | None:
     planned = plan(record, failure)
     if planned is None:
         return None
-    if planned.number > record.limits.guard_times:
-        return Verdict(action=Action.GIVE_UP, reason=f"giving up: {failure.reason}; {_in_vain(record)}")
+    if planned.number > record.limits.guard_times and planned.level is None:
+        return Verdict(
+            action=Action.GIVE_UP, reason=f"giving up: {failure.reason}; {_in_vain(record, failure)}"
+        )
     what = f"back to a state before step {planned.bad_from}" if planned.bad_from else "back to the beginning"
+    if planned.level is not None:
+        return Verdict(
+            action=Action.ROLL_BACK,
+            reason=f"rolling {what} to go on with the new level: {failure.reason}; {_count(record)} did not get past it",
+            rollback=planned.number,
+            level=planned.level,
+        )
     skip = planned.skip
     left_out = f", without {_steps(skip)}" if skip is not None else ""
     return Verdict(
@@ -102,19 +129,30 @@ def condemn(record: JobRecord, attempt: int, step: int) -> JobRecord:
     )
 
 
-def carry_out(record: JobRecord, number: int, skip: Skip | None) -> JobRecord:
+def carry_out(
+    record: JobRecord, number: int, skip: Skip | None = None, level: int | None = None
+) -> JobRecord:
     """The record after the verdict to roll back."""
     failure = record.last_failure
     step = failure.step if failure is not None else None
+    limit = failure.limit if failure is not None else None
+    met = step
     if number > 1 and record.trouble_step is not None:  # two troubles in turns are not each other's progress
         step = max(step or 0, record.trouble_step)
     return record.with_(
         rollbacks=record.rollbacks + 1,
         rollbacks_in_a_row=number,
         trouble_step=step,
+        trouble_limit=limit if step == met else None,
         rolled_from=record.resumed_step,
         skips=record.skips if skip is None else leave_out(record.skips, skip),
+        levels=record.levels if level is None else (*record.levels, level),
     )
+
+
+def known(record: JobRecord) -> Known:
+    """What the watches of the next attempt are told."""
+    return Known(levels=record.levels, step=record.trouble_step or 0, limit=record.trouble_limit)
 
 
 def leave_out(skips: tuple[Skip, ...], skip: Skip) -> tuple[Skip, ...]:
@@ -145,13 +183,18 @@ def _states(record: JobRecord) -> list[int]:
     return sorted({*record.durable, *snapshot, *begun})
 
 
-def _in_vain(record: JobRecord) -> str:
-    times = record.rollbacks_in_a_row
-    if not times:
+def _in_vain(record: JobRecord, failure: Failure) -> str:
+    if not record.rollbacks_in_a_row:
         return "--guard-times 0 allows no rollback"
-    count = "1 rollback" if times == 1 else f"{times} rollbacks"
+    if failure.trouble is TroubleKind.SPIKE and record.levels:
+        return f"{_count(record)} did not get past it, and the jump in step {record.levels[-1]} was accepted already"
     advice = "" if record.limits.guard_skip else "; --guard-skip leaves out the data before it"
-    return f"{count} did not get past it, so it would happen again{advice}"
+    return f"{_count(record)} did not get past it, so it would happen again{advice}"
+
+
+def _count(record: JobRecord) -> str:
+    times = record.rollbacks_in_a_row
+    return "1 rollback" if times == 1 else f"{times} rollbacks"
 
 
 def _steps(skip: Skip) -> str:

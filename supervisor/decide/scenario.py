@@ -37,6 +37,9 @@ class Costs:
     drain: float = interval.COST_PRIOR  # from a snapshot to a committed checkpoint
     startup: float = 60.0  # a cold launch up to the first step, without restoring
     relaunch: float = 0.2  # a launch by the standby, likewise
+    standby: float = (
+        30.0  # from an attempt's first step until the next one waits; a failure before that is a cold launch
+    )
     detection: float = 0.05  # from a death to the moment it is noticed
     hang_detection: float = 120.0
     teardown: float = 0.05

@@ -7,7 +7,7 @@ verdicts, with budgets and pauses, and ``interval`` says when a checkpoint is du
 would show at the end.
 
 Simplifications: strikes are independent of what the job does, all ranks step alike, a drain takes the same time each time, and
-while an attempt is torn down or launched a further strike costs at most its own launch. Snapshots between two other events are told
+while an attempt is torn down or launched a further strike costs at most its own launch (a cold one: the standby is made beside steps). Snapshots between two other events are told
 in one fact with their summed stall, as a supervisor does that takes them faster than it journals. What strikes a job that pauses or
 is away takes nothing but memory that is gone anyway.
 """
@@ -73,6 +73,7 @@ class _World:
         self._wait = 0.0  # before the next launch can begin
         # of the current attempt
         self._begun = 0.0  # when its first step began
+        self._ready = math.inf  # when the next one waits as a standby
         self._from = self._reached = 0  # the step it resumed at, and the furthest one asked for since
         self._stalled = 0.0
         self._snapshot_at = self._checkpoint_at = 0.0
@@ -105,7 +106,7 @@ class _World:
         self._add(AttemptStarted(time=self._now, attempt=number, standby=not self._cold))
         restoring = self._resume(number)
         launching = self._wait + (self._costs.startup if self._cold else self._costs.relaunch)
-        self._begun = self._now + launching + restoring
+        self._begun, self._ready = self._now + launching + restoring, math.inf
         first = self._begun + self._costs.step
         if self._strike is not None and self._strike.time < first:
             return self._struck(number, self._take(), step=None)
@@ -113,7 +114,7 @@ class _World:
             self._until(self._end)
             return None
         self._until(first)
-        self._wait, self._cold = 0.0, False
+        self._wait, self._cold, self._ready = 0.0, False, first + self._costs.standby
         self._stalled, self._reached = 0.0, self._from
         self._snapshot_at = self._checkpoint_at = self._begun
         self._add(WorkersReady(time=first, attempt=number, world_size=1))
@@ -243,6 +244,7 @@ class _World:
             return self._preempted(number, step)
         hangs = strike.blow is Blow.HANG
         noticed = self._now + (self._costs.hang_detection if hangs else self._costs.detection)
+        self._cold = noticed < self._ready
         if strike.blow is Blow.NODE:
             self._lose_memory()
             self._wait, self._cold = self._costs.replacement, True

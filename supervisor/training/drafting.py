@@ -25,7 +25,7 @@ from supervisor.training.items import Items
 from supervisor.training.moves import TINY, Spot
 from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, spots
 from supervisor.training.world import World
-from supervisor.training.writer import described, portable, put_index, save_with_dcp
+from supervisor.training.writer import described, mark_of, portable, put_index, save_with_dcp
 
 Owned = set[tuple[int, int]]  # address and bytes of tensors that change in ``optimizer.step()`` alone
 _PATIENCE: Final = 60.0  # seconds that the end of a Session waits for a draft that nobody needs any more
@@ -66,6 +66,7 @@ def draft(
         outcome = save_with_dcp(storage, planner, group)
         if isinstance(outcome, StorageError):
             return outcome
+        found[0].layout.mark = mark_of(outcome)
         if world.node is not None:
             problem = _index_nodes(world, world.node, group, directory, outcome, found[0].layout)
             if problem is not None:

@@ -38,6 +38,7 @@ from typing import Final
 import torch
 from torch.optim import Optimizer
 
+from supervisor.checkpoint.stamps import UNFINISHED
 from supervisor.errors import StorageError
 from supervisor.training.behind import STALE, Behind
 from supervisor.training.bindings import Bindings, Placed
@@ -112,6 +113,8 @@ class ArenaWriter:
         self._making = Helper("everstep-layout")
         self._behind = Behind(self._optimizers, completed, world.rank)
         self._prepared: _Prepared | None = None
+        self._completed = completed
+        self._step = 0  # of the snapshot that is written
 
     # ------------------------------------------------------------------ writing
 
@@ -146,6 +149,7 @@ class ArenaWriter:
         self.flush()
         self._behind.is_written_over(directory)
         self._rack.use(directory)
+        self._step = self._completed()
         prepared, self._prepared = self._prepared, None
         if agreed == READY:
             assert prepared is not None
@@ -205,21 +209,25 @@ class ArenaWriter:
         """What the training has to wait for, and, unless that may be done ``behind`` the next step, the rest."""
         assert self._layout is not None
         slot = self._rack.get(directory)
+        slot.stamp(self._layout, UNFINISHED)
         slot.fill(self._layout, archives)
         self._copy_now(slot)
+        written = functools.partial(self._written, slot)
         if behind and slot.behind.tensors and self._behind.may_fly:
-            self._behind.fly(slot, lambda: None, self._written, finished, started)
+            self._behind.fly(slot, lambda: None, written, finished, started)
             return
         slot.behind.run()
         self._behind.offer_proof(directory, slot.behind)
-        finished(self._written(time.monotonic() - started))
+        finished(written(time.monotonic() - started))
 
     def _take_off(self, directory: Path, prepared: _Prepared, finished: Finished) -> None:
         """As ``_copy`` behind the next step, with every look and all writing that can be put off done there, too."""
+        assert self._layout is not None
         slot = self._rack.get(directory)
+        slot.stamp(self._layout, UNFINISHED)
         self._copy_now(slot)
-        rest = functools.partial(self._rest, slot, prepared)
-        self._behind.fly(slot, rest, self._written, finished, prepared.started)
+        rest, written = functools.partial(self._rest, slot, prepared), functools.partial(self._written, slot)
+        self._behind.fly(slot, rest, written, finished, prepared.started)
 
     def _rest(self, slot: Slot, prepared: _Prepared) -> str | None:
         """What was put off; on the copying thread."""
@@ -235,8 +243,9 @@ class ArenaWriter:
         slot.now.run()
         slot.moves_of(self._bindings.restless, self._spots).run()
 
-    def _written(self, seconds: float) -> Written:
+    def _written(self, slot: Slot, seconds: float) -> Written:
         assert self._layout is not None
+        slot.stamp(self._layout, self._step)
         return Written(self._layout.size, seconds, self._layout.all_names)
 
     def _prepare_moves(self, slot: Slot) -> None:
@@ -290,7 +299,7 @@ class ArenaWriter:
             finished(outcome)
             return
         self._rack.make_ahead(outcome.layout, None)
-        finished(self._written(time.monotonic() - started))
+        finished(self._written(self._rack.get(directory), time.monotonic() - started))
 
     def _forget_draft(self) -> None:
         if self._drafting is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from supervisor.decide.guard import GuardPolicy
+from supervisor.decide.guard import GuardPolicy, Known
 from supervisor.edge.control import SIZE
 from supervisor.model import ProposalFlag, Skip
 
@@ -52,6 +52,8 @@ class Keeper(Protocol):
     guard: GuardPolicy | None
     #: steps that are left out; known once a candidate was asked for
     skips: tuple[Skip, ...]
+    #: what earlier attempts have met; likewise
+    known: Known
 
     def candidate(self) -> Candidate | None:
         """Where to resume, alike on all ranks; asked again after a rejection. Collective."""
@@ -123,6 +125,7 @@ class Unkept:
         self.settled = 0
         self.guard: GuardPolicy | None = None
         self.skips: tuple[Skip, ...] = ()
+        self.known = Known()
 
     def candidate(self) -> Candidate | None:
         """None."""

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from supervisor.checkpoint import stamps
 from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.checkpoint.slots import COPIES
 from supervisor.training.copies import is_copy, without_copies
@@ -79,6 +80,13 @@ class Layout:
     sizes: list[int] = field(default_factory=lambda: [0] * FILES)
     index: bytes | None = None  # ``.metadata``, on rank 0
     all_names: frozenset[str] = frozenset()  # of all ranks' files, on rank 0
+    rank: int = 0
+    mark: bytes = stamps.NO_LAYOUT  # that its files bear in their stamps, once all ranks have agreed on it
+
+    def stamp(self, number: int, step: int) -> tuple[int, bytes]:
+        """Where the stamp of a file goes, and what it is."""
+        stamp = stamps.Stamp(self.rank, number, step, self.mark)
+        return self.sizes[number] - stamps.SIZE, stamp.encode()
 
     @property
     def size(self) -> int:
@@ -149,6 +157,7 @@ class ArenaStorage(Storage):
             file_names(rank),
             dict(items.paths),
             {key: signature(value) for key, value in items.values.items() if isinstance(value, torch.Tensor)},
+            rank=rank,
         )
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -203,6 +212,7 @@ def _lay_out(
         layout.tensors.append(TensorPlace(key, tuple(local.shape), local.dtype, file, offset, archive))
         layout.sizes[file] = offset + archive.length
         results.append(_result(item.index, archive.payload, layout.names[file], offset, archive.length))
+    layout.sizes = [aligned(size, 0) + stamps.SIZE if size else 0 for size in layout.sizes]
     return results
 
 

@@ -19,6 +19,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Final, TypeVar
 
@@ -36,10 +37,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from supervisor.checkpoint import stamps
+from supervisor.checkpoint.slots import numbers_of_file
 from supervisor.errors import CheckpointError, StateMismatchError, StorageError
 from supervisor.training.collecting import without_collection
 from supervisor.training.direct import DirectReader
 from supervisor.training.items import STATE, Path, owner_of
+from supervisor.training.writer import mark_of
 
 T = TypeVar("T")
 
@@ -107,6 +111,7 @@ def read_metadata(directory: FilePath, may_lack: Callable[[str], bool] = lambda 
         size = sizes[name]
         if size is not None and (info.offset < 0 or info.length < 0 or info.offset + info.length > size):
             raise CheckpointError(f"{directory / name} is truncated: {size} bytes")
+    _check_stamps(directory, metadata, {name: size for name, size in sizes.items() if size is not None})
     if None in sizes.values():
         metadata.storage_data = {
             index: info
@@ -115,6 +120,20 @@ def read_metadata(directory: FilePath, may_lack: Callable[[str], bool] = lambda 
         }
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     return metadata
+
+
+def _check_stamps(directory: FilePath, metadata: Metadata, sizes: Mapping[str, int]) -> None:
+    """Each file that bears a stamp is that which its name says, and of the layout that the index is of."""
+    mark = mark_of(metadata)
+    for name, size in sizes.items():
+        numbers = numbers_of_file(name)
+        stamp = (
+            None
+            if numbers is None
+            else _patiently(directory / name, partial(stamps.read, directory / name, size))
+        )
+        if stamp is not None and numbers is not None:
+            stamps.check(str(directory / name), stamp, stamps.Stamp(*numbers, stamp.step, mark))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from supervisor.decide.guard import Finding, GuardPolicy, Watch
+from supervisor.decide.guard import NOTHING, Finding, GuardPolicy, Known, Watch
 from supervisor.edge.control import Word
 from supervisor.training.loaders import LoaderState
 
@@ -28,8 +28,9 @@ class Sentinel:
         words: memoryview,
         tell: Callable[..., None],
         loaders: Mapping[str, LoaderState],
+        known: Known = NOTHING,
     ) -> None:
-        self._watch = Watch(policy)
+        self._watch = Watch(policy, known)
         self._judges = {policy.loss: self._watch.loss, policy.norm: self._watch.norm}
         self._loss = policy.loss
         self._words, self._tell = words, tell
@@ -71,7 +72,7 @@ class Sentinel:
         good = self._watch.good
         self._tell(
             "trouble", finding=finding.kind.value, metric=metric, step=finding.step, value=finding.value,
-            usual=finding.usual, batches=self._batches,
+            usual=finding.usual, limit=finding.limit, batches=self._batches,
             good=good if good is None or metric == self._loss else min(good, finding.step - 1),
         )  # fmt: skip
 

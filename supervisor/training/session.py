@@ -209,10 +209,9 @@ class Session:
             self._keeper.tell("resumed", step=step, seconds=time.monotonic() - started)
         self._gradients = Gradients(self._training.optimizers, self._training.modules, self._training.others)
         self._saver = Saver(self._keeper, self._training, self._gradients, world, self._metrics)
-        if self._keeper.guard is not None:
-            sentinel = Sentinel(
-                self._keeper.guard, self._keeper.words, self._keeper.tell, self._training.loaders
-            )
+        keeper = self._keeper
+        if keeper.guard is not None:
+            sentinel = Sentinel(keeper.guard, keeper.words, keeper.tell, self._training.loaders, keeper.known)
             self._metrics.watch, self._metrics.settle = partial(self._watch, sentinel), sentinel.settle
         self._keeper.words[Word.STEP] = self._step
         os.environ[STEP] = str(self._step)  # for what reads where to go on from its environment

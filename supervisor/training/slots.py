@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from supervisor.checkpoint.stamps import CONSTANT, UNFINISHED
 from supervisor.training.arena import Arena
 from supervisor.training.bindings import Placed
 from supervisor.training.flight import Samples
@@ -42,6 +43,9 @@ def _new_arena(path: Path, file: int, layout: Layout, made: list[Path]) -> Arena
     for place in tensors:
         arena.put(place.offset, place.archive.head)
         arena.put(place.payload + place.archive.payload, place.archive.tail)
+    at, stamp = layout.stamp(file, UNFINISHED)
+    arena.put(end, bytes(at - end))
+    arena.put(at, stamp)
     return arena
 
 
@@ -75,6 +79,12 @@ class Slot:
             if (arena := self.arenas[place.file]) is not None and self.blobs[number] is not data:
                 arena.put(place.offset, data)
                 self.blobs[number] = data
+
+    def stamp(self, layout: Layout, step: int) -> None:
+        """Say of what step it is: ``UNFINISHED`` before anything is written, the step when all is."""
+        for number, arena in enumerate(self.arenas):
+            if arena is not None and (step != UNFINISHED or number != CONSTANT):
+                arena.put(*layout.stamp(number, step))
 
 
 class Ahead:

@@ -22,7 +22,7 @@ import torch
 from supervisor.about import version
 from supervisor.checkpoint import catalog
 from supervisor.checkpoint.manifest import Origin
-from supervisor.decide.guard import GuardPolicy
+from supervisor.decide.guard import GuardPolicy, Known
 from supervisor.decide.retention import RetentionPolicy
 from supervisor.edge.control import SIZE
 from supervisor.errors import ConfigError, EverstepError
@@ -67,6 +67,7 @@ class Standalone:
         self.settled = 0
         self.guard: GuardPolicy | None = None  # this is the supervisor's
         self.skips: tuple[Skip, ...] = ()
+        self.known = Known()
         self._checkpoints = root / "checkpoints"
         self._every = every
         self._world = world

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from supervisor.decide.guard import GuardPolicy
+from supervisor.decide.guard import GuardPolicy, Known
 from supervisor.decide.savepoint import Move, judge_word
 from supervisor.edge.control import SLOTS, Phase, ProposalFlag, ProposalState, Word
 from supervisor.edge.link import Link
@@ -37,6 +37,7 @@ class Supervised:
         guard = link.welcome.get("guard")
         self.guard = GuardPolicy(**guard) if guard else None
         self.skips: tuple[Skip, ...] = ()
+        self.known = Known()
         self._served = 0
         self._requested: int | None = None
         self._last_slot = 0  # plus one
@@ -45,6 +46,7 @@ class Supervised:
         """What the supervisor has verified and chosen for all ranks."""
         answer = self._link.ask("resume", deadline=None)
         self.skips = tuple(Skip(**skip) for skip in answer.get("skips") or ())
+        self.known = Known(**answer.get("known") or {})
         return Candidate(Path(answer["path"]), int(answer["step"])) if answer.get("path") else None
 
     def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:

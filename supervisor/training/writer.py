@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import hashlib
 import io
 import os
 import pickle
@@ -277,6 +278,12 @@ class _Pickler(pickle.Pickler):
             fields = properties.__getstate__()
             return copyreg.__newobj__, (TensorProperties,), fields[:5]  # type: ignore[attr-defined]
         return NotImplemented
+
+
+def mark_of(metadata: Metadata) -> bytes:
+    """What files bear in their stamps that belong to this index; an index made by others may have none."""
+    meta = metadata.storage_meta
+    return hashlib.sha256(str(meta.save_id if meta is not None else None).encode()).digest()[:16]
 
 
 def put_index(directory: Path, index: bytes) -> None:

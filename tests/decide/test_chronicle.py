@@ -13,6 +13,7 @@ from supervisor.decide.ribbon import ACTIVITIES, Ribbon
 from supervisor.decide.thinning import m4
 from supervisor.errors import ProtocolError
 from supervisor.model import (
+    AttemptEnded,
     AttemptStarted,
     CheckpointCommitted,
     CheckpointRejected,
@@ -171,14 +172,15 @@ def test_a_long_way_is_thinned_and_keeps_its_ends() -> None:
 
 
 def test_a_value_that_is_told_twice_is_one() -> None:
-    """As the last Progress of an attempt is: same step, newest metrics."""
+    """As an attempt's last ones may be: same step, newest metrics."""
     story = Story()
     story.run(1)
     story.attempt(0, 0, 2, 10, every=1, pace=1.0)
-    for value in (3.0, 2.5):
-        story.facts.append(Progress(time=story.time, attempt=0, step=5, metrics={"acc": value}))
+    story.facts.append(Progress(time=story.time, attempt=0, step=10, metrics={"acc": 3.0}))
+    story.facts.append(AttemptEnded(time=story.time, attempt=0, step=10, metrics={"acc": 2.5}))
     values = told(story.facts).metrics["acc"]
-    assert (list(values.steps), list(values.values)) == ([5], [2.5])
+    assert (list(values.steps), list(values.values)) == ([10], [2.5])
+    assert told(story.facts).record.metrics["acc"] == 2.5
 
 
 def test_an_attempt_whose_supervisor_was_killed_is_cut_off() -> None:

@@ -112,6 +112,14 @@ def test_steps_between_the_last_sign_of_life_and_the_end_count_at_the_attempts_o
     assert stuck.spent.productive == pytest.approx(10)
 
 
+def test_what_comes_after_the_end_was_noticed_is_not_productive() -> None:
+    end = AttemptEnded(time=31.25, attempt=0, step=21, failure=FAILURE, noticed=31)
+    known = lifecycle.fold([run(0), *attempt(0, 0, 0, 10, (20, 11)), end]).spent  # one second a step
+    assert known == Timesheet(productive=20, startup=10, detection=1, teardown=0.25)
+    unknown = lifecycle.fold([run(0), *attempt(0, 0, 0, 10), end]).spent  # no pace is known
+    assert unknown == Timesheet(productive=21, startup=10, teardown=0.25)
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_the_gap_between_two_runs_is_nobodys(closed: bool) -> None:
     facts: list[Fact] = [run(0), *attempt(0, 0, 0, 0, (100, 100))]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.decide import guard
-from supervisor.decide.guard import WARM_UP, Finding, GuardPolicy, Watch
+from supervisor.decide.guard import NEAR, WARM_UP, Finding, GuardPolicy, Known, Watch
 from supervisor.errors import ConfigError
 from supervisor.failing import Trouble, TroubleKind
 
@@ -80,6 +80,42 @@ class TestSpike:
         assert len(fed(watch, losses)) == 1
         assert not watch.is_rising
         assert watch.good == len(losses) - 1
+
+    def test_a_level_that_was_accepted_is_usual_from_there_on(self) -> None:
+        higher = [value + 20 for value in noisy(4, 300)]
+        later = [value + 90 for value in noisy(4, 100)]
+        losses = [*noisy(4, 300), *higher, *later]
+        assert [found.step for found in fed(Watch(SPIKE), losses[:600])] == [300]
+        watch = Watch(SPIKE, Known(levels=[300 - NEAR]))  # another rank saw it so much sooner
+        (found,) = fed(watch, losses)
+        assert (found.kind, found.step) == (TroubleKind.SPIKE, 600), "the next jump is one again"
+        assert found.usual == pytest.approx(22, abs=0.5)
+        assert watch.good is not None
+
+    def test_another_jump_than_the_accepted_one_is_found(self) -> None:
+        losses = [*noisy(4, 300), *(value + 20 for value in noisy(4, 300))]
+        watch = Watch(SPIKE, Known(levels=[299 - NEAR]))
+        assert [found.step for found in fed(watch, losses)] == [300]
+
+    def test_the_jump_gone_back_for_is_known_again_before_the_warm_up_is_over(self) -> None:
+        losses = [*noisy(4, 300), *(value + 20 for value in noisy(4, 300))]
+        (first,) = fed(Watch(SPIKE), losses)
+        assert first.limit is not None
+        for resumed in (300, 290, 251):
+            later = Watch(SPIKE, Known(step=first.step, limit=first.limit))
+            found = [later.loss(step, losses[step]) for step in range(resumed, 400)]
+            assert [one.step for one in found if one is not None] == [300]
+            accepted = Watch(SPIKE, Known(levels=[300], step=first.step, limit=first.limit))
+            assert not any(accepted.loss(step, losses[step]) for step in range(resumed, 400))
+            assert accepted.good == 399
+
+    def test_what_was_a_jump_is_none_elsewhere(self) -> None:
+        watch = Watch(SPIKE, Known(step=10 + NEAR, limit=2.0))
+        assert not any(watch.loss(step, 3.0) for step in range(10))
+
+    def test_a_level_is_no_excuse_for_nan(self) -> None:
+        (found,) = fed(Watch(SPIKE, Known(levels=[300])), [*noisy(4, 300), math.nan])
+        assert found.kind is TroubleKind.NAN
 
     @pytest.mark.parametrize("tails", [False, True])
     @pytest.mark.parametrize("noise", [0.01, 0.2, 1.0])

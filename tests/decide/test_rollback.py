@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.decide import restart, rollback
-from supervisor.decide.rollback import PASSED
-from supervisor.model import Action, Failure, FailureKind, Limits, Skip, StopCause, StopRequested
+from supervisor.decide.guard import GuardPolicy, Watch
+from supervisor.decide.rollback import LEVELS_APART, PASSED
+from supervisor.model import (
+    Action,
+    Failure,
+    FailureKind,
+    Limits,
+    Skip,
+    StopCause,
+    StopRequested,
+    TroubleKind,
+    Verdict,
+)
 from supervisor.record import JobRecord, Point
 
 ON = Limits(guard="nan", guard_times=3)
@@ -15,6 +27,10 @@ ON = Limits(guard="nan", guard_times=3)
 
 def failure(step: int | None, good: int | None = None, *, kind: FailureKind = FailureKind.NUMERIC) -> Failure:
     return Failure(kind=kind, reason="loss is nan", attempt=4, time=0, step=step, good=good)
+
+
+def jump(step: int) -> Failure:
+    return replace(failure(step, step - 1), reason="loss has jumped", trouble=TroubleKind.SPIKE)
 
 
 def record(
@@ -36,7 +52,9 @@ def rolled_back(before: JobRecord, wrong: Failure, resumed: int, durable: tuple[
     """The record when the attempt after a rollback has come to trouble again."""
     verdict = restart.decide(before, wrong)
     assert verdict.action is Action.ROLL_BACK, verdict
-    after = rollback.carry_out(before.with_(last_failure=wrong), verdict.rollback, verdict.skip)
+    after = rollback.carry_out(
+        before.with_(last_failure=wrong), verdict.rollback, verdict.skip, verdict.level
+    )
     return after.with_(resumed_step=resumed, durable=durable)
 
 
@@ -102,6 +120,47 @@ class TestVerdict:
             now = rolled_back(now, failure(step, step - 1), 10, (10,))
         assert restart.decide(now, failure(200, 199)).rollback == 3
 
+    def test_a_jump_that_comes_again_each_time_is_accepted(self) -> None:
+        now = record(120, 90)
+        for _ in range(3):
+            now = rolled_back(now, jump(123), 120, (90, 120))
+            assert now.levels == ()
+        verdict = restart.decide(now, jump(123))
+        assert (verdict.action, verdict.level) == (Action.ROLL_BACK, 123)
+        assert (
+            "to go on with the new level: loss has jumped; 3 rollbacks did not get past it" in verdict.reason
+        )
+        assert bad_from(now, jump(123)) == 123, "no further back: the state was not to blame"
+        accepted = rolled_back(now, jump(123), 120, (90, 120))
+        assert accepted.levels == (123,)
+
+    def test_what_jumps_again_soon_diverges_and_is_given_up(self) -> None:
+        now = record(120).with_(levels=(123,))
+        step = 123 + LEVELS_APART
+        for _ in range(3):
+            now = rolled_back(now, jump(step), 120, (120,))
+        verdict = restart.decide(now, jump(step))
+        assert verdict.action is Action.GIVE_UP
+        assert "the jump in step 123 was accepted already" in verdict.reason
+        assert restart.decide(now, jump(step + 1)).level == step + 1
+
+    def test_a_level_is_accepted_of_a_jump_alone(self) -> None:
+        now = record(120)
+        for _ in range(3):
+            now = rolled_back(now, jump(123), 120, (120,))
+        assert restart.decide(now, replace(jump(123), trouble=TroubleKind.NAN)).action is Action.GIVE_UP
+        raised = replace(jump(123), trouble=None, exception="FloatingPointError: loss is nan")
+        assert restart.decide(now, raised).action is Action.GIVE_UP
+        none = replace(ON, guard_times=0)
+        assert restart.decide(record(120, limits=none), jump(123)).action is Action.GIVE_UP
+
+    def test_nothing_more_is_left_out_for_a_level(self) -> None:
+        now = record(60, limits=replace(ON, guard_skip=4))
+        for _ in range(3):
+            now = rolled_back(now, jump(123), 60, (60,))
+        verdict = restart.decide(now, jump(123))
+        assert (verdict.level, verdict.skip) == (123, None)
+
     def test_the_window_doubles(self) -> None:
         limits = replace(ON, guard_skip=4)
         now = record(60, limits=limits)
@@ -152,6 +211,43 @@ class TestVerdict:
         assert after.durable or not usable or not min(resumed, step)
         if one.skip is not None:
             assert one.skip.first <= step < one.skip.stop
+
+
+def lived(loss: Callable[[int], float], steps: int) -> tuple[list[Verdict], JobRecord]:
+    """Verdicts on a training with a checkpoint after every 60 steps, until it has its steps or is given up."""
+    now, verdicts = record(limits=replace(ON, guard="spike")), []
+    for number in range(50):
+        watch = Watch(GuardPolicy(mode="spike"), rollback.known(now))
+        now = now.with_(resumed_step=max(now.durable, default=0))
+        for step in range(now.resumed_step or 0, steps):
+            if (found := watch.loss(step, loss(step))) is not None:
+                break
+            if (step + 1) % 60 == 0:
+                now = now.with_(durable=(*now.durable, step + 1))
+        else:
+            return verdicts, now
+        wrong = replace(jump(found.step), attempt=number, good=watch.good, limit=found.limit)
+        planned = rollback.plan(now, wrong)
+        assert planned is not None
+        now = rollback.condemn(now, number, planned.bad_from).with_(last_failure=wrong)
+        verdicts.append(restart.decide(now, wrong))
+        if not verdicts[-1].action.goes_on:
+            return verdicts, now
+        now = rollback.carry_out(now, verdicts[-1].rollback, verdicts[-1].skip, verdicts[-1].level)
+    raise AssertionError("it goes round and round")
+
+
+class TestLives:
+    def test_a_loss_with_a_new_level_comes_to_its_end(self) -> None:
+        verdicts, now = lived(lambda step: 2.0 + (30.0 if step >= 417 else 0.0) + step % 7 / 100, 3000)
+        assert [verdict.level for verdict in verdicts] == [None, None, None, 417]
+        assert now.levels == (417,)
+
+    def test_a_loss_that_diverges_is_given_up(self) -> None:
+        verdicts, now = lived(lambda step: 2.0 * 3.0 ** max(0, (step - 200) // 100) + step % 7 / 100, 3000)
+        assert verdicts[-1].action is Action.GIVE_UP
+        assert len(now.levels) == 1
+        assert len(verdicts) == 8
 
 
 class TestSkips:

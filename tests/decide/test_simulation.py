@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from supervisor.decide import lifecycle
 from supervisor.decide.measured import measure
 from supervisor.decide.simulation import Blow, Costs, Plan, Strike, simulate
-from supervisor.model import Action, CheckpointCommitted, Decided, Fact, Limits, Resumed, State
+from supervisor.model import (
+    Action,
+    AttemptStarted,
+    CheckpointCommitted,
+    Decided,
+    Fact,
+    FirstStep,
+    Limits,
+    Resumed,
+    RunStarted,
+    StandbyReady,
+    State,
+)
 
 DAY = 86400.0
 COSTS = Costs(step=5.0, drain=20.0)
@@ -44,6 +56,7 @@ def worlds(draw: st.DrawFn) -> tuple[Plan, Costs, list[Strike]]:
         "drain",
         "startup",
         "relaunch",
+        "standby",
         "detection",
         "hang_detection",
         "teardown",
@@ -152,12 +165,37 @@ def test_a_journal_tells_its_costs_back() -> None:
     assert seen.mtbf == pytest.approx(outcome.record.spent.supervised / sum(seen.blows.values()))
     assert set(seen.blows) == set(Blow)
     for name, value in costs.__dict__.items():
-        if name not in ("detection", "replacement", "startup", "relaunch"):  # a step more or less
+        # a step more or less; and of the standby nothing is told
+        if name not in ("detection", "replacement", "startup", "relaunch", "standby"):
             assert seen.costs[name] == pytest.approx(value, rel=0.1), name
     assert seen.snapshot_every == pytest.approx(30.0, rel=0.1)
     assert seen.checkpoint_every == pytest.approx(400.0, rel=0.01)
     again = simulate(plan, Costs(**{**costs.__dict__, **seen.costs}), poisson(DAY / 12, *Blow))
     assert again.goodput == pytest.approx(outcome.goodput, abs=0.03)
+
+
+@pytest.mark.parametrize(("died", "launch"), [(109.0, 60.0), (111.0, 1.0)])
+def test_a_failure_before_the_standby_waits_is_answered_by_a_cold_launch(died: float, launch: float) -> None:
+    costs = Costs(
+        step=1.0, startup=60.0, relaunch=1.0, standby=49.0, detection=0.0, teardown=0.0, restore=0.0, stall=0.0
+    )  # fmt: skip
+    facts: list[Fact] = []
+    simulate(Plan(seconds=400.0, snapshot_every=1.0), costs, [Strike(died, Blow.PROCESS)], facts.append)
+    first, again = (fact.time for fact in facts if isinstance(fact, FirstStep))
+    assert first + costs.standby == 110.0
+    assert again == died + launch + costs.step
+
+
+def test_how_long_a_standby_takes_is_measured_from_the_first_step_on() -> None:
+    facts: list[Fact] = [
+        RunStarted(
+            time=0, epoch=1, host="", pid=1, command=(), version="", max_failures=5, max_preemptions=5
+        ),
+        AttemptStarted(time=0, attempt=0),
+        FirstStep(time=10, attempt=0, step=1),
+        StandbyReady(time=17, attempt=1, seconds=5),
+    ]
+    assert measure(facts).costs["standby"] == 7
 
 
 @pytest.mark.parametrize(

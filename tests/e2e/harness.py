@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 import psutil
 
+from launch import cli
 from supervisor.decide import lifecycle
 from supervisor.edge import journal
 from supervisor.model import Fact
@@ -51,7 +53,10 @@ class Job:
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
         self.environ: dict[str, str] = {}  # beside ours
-        self._seen = -1
+        self._read: tuple[list[tuple[str, int]], list[Fact]] = (
+            [],
+            [],
+        )  # the journal, when its files were so long
 
     def start(
         self, command: Sequence[str], *options: object, faults: Sequence[dict[str, object]] = ()
@@ -115,8 +120,10 @@ class Job:
 
     def facts(self, kind: type[F] | None = None) -> list[F]:
         """The journal so far."""
-        facts = journal.read(self.folder / "journal", lambda problem: None)
-        return [fact for fact in facts if kind is None or isinstance(fact, kind)]  # type: ignore[misc]
+        sizes = [(path.name, path.stat().st_size) for path in (self.folder / "journal").glob("*.jsonl")]
+        if sizes != self._read[0]:
+            self._read = sizes, journal.read(self.folder / "journal", lambda problem: None)
+        return [fact for fact in self._read[1] if kind is None or isinstance(fact, kind)]  # type: ignore[misc]
 
     @property
     def record(self) -> JobRecord:
@@ -124,13 +131,11 @@ class Job:
         return lifecycle.fold(self.facts())
 
     def status(self) -> dict[str, object]:
-        """``everstep status --json``."""
-        result = subprocess.run(
-            [sys.executable, "-m", "launch.cli", "status", "--json", "--dir", str(self.folder)],
-            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)  # type: ignore[no-any-return]
+        """``everstep status --json``, without a process of its own: it is asked often."""
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert cli.call(["status", "--json", "--dir", str(self.folder)]) == 0
+        return json.loads(said.getvalue())  # type: ignore[no-any-return]
 
     @property
     def output_path(self) -> Path:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.model import CheckpointFailed, CheckpointRejected, FailureKind, Resumed, State
+from supervisor.checkpoint.storage import LocalStorage
+from supervisor.model import CheckpointFailed, CheckpointRejected, FailureKind, Resumed, State, Tier
+from supervisor.resume import Sources, choose
+from supervisor.staging import Staging
 from tests.e2e import harness
 from tests.e2e.harness import Job, digests, torchrun
 
@@ -110,6 +113,9 @@ def test_the_directory_of_another_job(job: Job, tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------- damaged checkpoints
 
+#: the finished job is made once
+FINISHED = pytest.mark.xdist_group("finished")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -172,24 +178,39 @@ DAMAGES = {
 }
 
 
+@FINISHED
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_skipped_for_the_newest_good_one(
-    finished: Path, tmp_path: Path, forty: dict[str, str], damage: str
+def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path, damage: str) -> None:
+    """What the ranks are told to resume from, of checkpoints of a real training."""
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(finished / "checkpoints", checkpoints)
+    DAMAGES[damage](checkpoints / "step-000000030")
+    resume = choose(Sources(None, [LocalStorage(checkpoints)], None, Staging(tmp_path / "run", tmp_path)))
+    assert (resume.step, resume.tier) == (20, Tier.CHECKPOINT)
+    ((path, reason),) = resume.rejected
+    assert path == checkpoints / "step-000000030"
+    assert reason
+
+
+@FINISHED
+def test_damaged_checkpoints_are_skipped_for_the_newest_good_one(
+    finished: Path, tmp_path: Path, forty: dict[str, str]
 ) -> None:
     shutil.copytree(finished, tmp_path / "job")
-    DAMAGES[damage](tmp_path / "job" / "checkpoints" / "step-000000030")
+    DAMAGES["a bit of the payload"](tmp_path / "job" / "checkpoints" / "step-000000030")
+    DAMAGES["a newer version's manifest"](tmp_path / "job" / "checkpoints" / "step-000000020")
     with harness.job(tmp_path / "job") as job:
         out = tmp_path / "out"
         assert job.run(torchrun("--out", out, "--steps", 40), "--continue") == 0, job.output
-        assert job.facts(Resumed)[-1].step == 20
+        assert job.facts(Resumed)[-1].step == 10
         rejected = job.facts(CheckpointRejected)
-        assert [Path(fact.path).name for fact in rejected] == ["step-000000030"]
-        assert rejected[0].reason in job.output
-        if damage == "a newer version's manifest":
-            assert "99" in rejected[0].reason
+        assert [Path(fact.path).name for fact in rejected] == ["step-000000030", "step-000000020"]
+        assert all(fact.reason in job.output for fact in rejected)
+        assert "99" in rejected[1].reason
         assert digests(out) == forty
 
 
+@FINISHED
 def test_without_any_good_checkpoint_the_job_is_not_begun_anew(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "job")
     for checkpoint in (tmp_path / "job" / "checkpoints").iterdir():
@@ -202,6 +223,7 @@ def test_without_any_good_checkpoint_the_job_is_not_begun_anew(finished: Path, t
         assert not (tmp_path / "out").exists()
 
 
+@FINISHED
 def test_with_a_key_what_was_made_without_it_is_not_resumed_from(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "job")
     argv = [sys.executable, "-m", "launch.cli", "run", "--dir", str(tmp_path / "job"), "--continue",
@@ -216,6 +238,7 @@ def test_with_a_key_what_was_made_without_it_is_not_resumed_from(finished: Path,
     assert not (tmp_path / "out").exists()
 
 
+@FINISHED
 def test_a_state_that_no_longer_fits_is_named(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "job")
     with harness.job(tmp_path / "job") as job:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import shutil
 import signal
 import time
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launch import cli
 from supervisor.model import CheckpointCommitted, CheckpointFailed, Resumed, SnapshotCompleted, State, Tier
 from tests.e2e.conftest import STEPS
 from tests.e2e.harness import Job, digests, torchrun
@@ -22,17 +26,11 @@ EVERY = ("--snapshot-every", "5steps", "--checkpoint-every", "5steps", "--keep-l
 
 
 def kept_listing(job: Job, *words: str) -> Any:
-    """``everstep checkpoints … --json``."""
-    import json
-    import subprocess
-    import sys
-
-    from tests.e2e.harness import ROOT, environment
-
-    argv = [sys.executable, "-m", "launch.cli", "checkpoints", *words, "--json", "--dir", str(job.folder)]
-    result = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout)
+    """``everstep checkpoints … --json``, without a process of its own."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert cli.call(["checkpoints", *words, "--json", "--dir", str(job.folder)]) == 0, said.getvalue()
+    return json.loads(said.getvalue())
 
 
 def test_resume_from_s3_after_memory_is_lost(
@@ -129,6 +127,34 @@ def test_preempted_while_the_store_is_gone(
     assert (last.step, last.tier, last.path) == (copy.step, Tier.CHECKPOINT, copy.path)
     assert digests(out) == undisturbed
     assert kept_listing(job, "list")[0]["step"] == STEPS
+
+
+def test_finished_while_the_store_is_gone(
+    job: Job, tmp_path: Path, undisturbed: dict[str, str], reached: Proxy, url: str
+) -> None:
+    """The last checkpoint is an emergency copy, until a later command finds the store again."""
+    out, go = tmp_path / "out", tmp_path / "go"
+    options = (*EVERY, "--checkpoints", url, "--storage-timeout", "1s")
+    job.start(torchrun("--out", out, "--pause", "0.2", "--pause-until", go), *options)
+    job.until_fact(CheckpointCommitted)
+    reached.set(Fault("status", status=503))
+    go.touch()
+    assert job.wait() == 0, job.output
+    copy = job.facts(CheckpointCommitted)[-1]
+    assert (copy.step, copy.emergency) == (STEPS, True)
+    assert digests(out) == undisturbed
+    command = torchrun("--out", out)
+    assert job.run(command, *options) == 0, job.output
+    assert f"the emergency copy in {copy.path} could not be stored elsewhere" in job.output
+    reached.set(None)
+    assert job.run(command, *options) == 0, job.output
+    assert f"the emergency copy of step {STEPS} is in {url} now" in job.output
+    assert f"is finished (step {STEPS})" in job.output
+    newest = kept_listing(job, "verify", "latest")[0]
+    assert (newest["path"], newest["problem"]) == (f"{url}/step-{STEPS:09d}", None)
+    assert job.run(command, *options) == 0, job.output
+    assert job.output.count("the emergency copy of step") == 1, "once is enough"
+    assert job.record.state is State.COMPLETED
 
 
 def test_a_hung_store_does_not_hold_up_the_next_attempt(

@@ -21,6 +21,8 @@ from supervisor import config
 from supervisor.config import READERS
 from tests.e2e.harness import BIN, ROOT, Job
 
+pytestmark = pytest.mark.xdist_group("docs")  # its job is made once
+
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

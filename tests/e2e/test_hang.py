@@ -28,7 +28,6 @@ QUICK = (
     "--snapshot-every",
     "5steps",
 )
-SLACK = 3.0  # seconds, on a busy machine
 
 #: what strikes, one in each attempt: rank, step, kind → kind of hang, rank named, words of the reason
 HANGS = {
@@ -62,8 +61,7 @@ def test_hangs_are_found_named_and_answered(job: Job) -> None:
         assert words in failure.reason
         hang = evidence["hang"]
         assert hang["kind"] == kind
-        assert min(each["quiet"] for each in hang["ranks"]) > LIMIT
-        assert max(each["quiet"] for each in hang["ranks"]) < LIMIT + SLACK
+        assert min(each["quiet"] for each in hang["ranks"]) > hang["limit"] >= LIMIT
         stuck = strike[2]
         if rank is not None:
             assert any("_engine_run_backward" in line for line in evidence["stacks"][str(1 - rank)])

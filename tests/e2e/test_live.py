@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from supervisor.model import CheckpointCommitted, FirstStep
+from supervisor.model import AttemptStarted, CheckpointCommitted, FirstStep, StandbyReady
 from tests.e2e import harness
 from tests.e2e.conftest import STEPS
 from tests.e2e.harness import Job, torchrun
@@ -32,7 +32,7 @@ def listed(job: Job, *options: object) -> list[dict[str, Any]]:
 
 def test_status_of_a_live_job_follows_it(job: Job, tmp_path: Path) -> None:
     job.start(
-        torchrun("--out", tmp_path / "out", "--pause", "0.1"), "--snapshot-every", "2steps", "--checkpoint-every", "5steps",
+        torchrun("--out", tmp_path / "out", "--pause", "0.1"), "--snapshot-every", "2steps", "--checkpoint-every", "5steps", "--standby", "off",
         faults=[{"attempt": 0, "rank": 1, "step": 9, "kind": "SIGKILL"}],
     )  # fmt: skip
     job.until_fact(FirstStep)
@@ -40,6 +40,8 @@ def test_status_of_a_live_job_follows_it(job: Job, tmp_path: Path) -> None:
     assert first["state"] in ("running", "restarting")
     assert first["total_steps"] == STEPS
     job.until_fact(FirstStep, lambda fact: fact.attempt == 1)
+    assert not any(fact.standby for fact in job.facts(AttemptStarted)), "there is none"
+    assert not job.facts(StandbyReady)
     job.until_fact(CheckpointCommitted, lambda fact: fact.step >= 10)
     second = job.status()
     assert second["state"] == "running"
@@ -69,7 +71,16 @@ def test_status_of_a_live_job_follows_it(job: Job, tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_a_finished_job(job: Job, tmp_path: Path) -> None:
-    options = ("--checkpoint-every", "5steps", "--keep-last", "4", "--keep-best", "loss:min:1")
+    options = (
+        "--checkpoint-every",
+        "5steps",
+        "--keep-last",
+        "4",
+        "--keep-best",
+        "loss:min:1",
+        "--standby",
+        "off",
+    )
     assert job.run(torchrun("--out", tmp_path / "out", "--pause", "0.05"), *options) == 0, job.output
     found = listed(job)
     assert [one["step"] for one in found][:4] == [30, 25, 20, 15]
@@ -93,7 +104,7 @@ def test_checkpoints_of_a_finished_job(job: Job, tmp_path: Path) -> None:
 
 
 def test_watching_a_job_ends_with_it(job: Job, tmp_path: Path) -> None:
-    job.start(torchrun("--out", tmp_path / "out", "--pause", "0.1"))
+    job.start(torchrun("--out", tmp_path / "out", "--pause", "0.1"), "--standby", "off")
     job.until_fact(FirstStep)
     watching = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", "status", "--watch", "--dir", str(job.folder)],

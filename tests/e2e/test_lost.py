@@ -17,7 +17,7 @@ from tests.e2e.conftest import STEPS
 from tests.e2e.harness import Job, digests, torchrun
 
 SNAPSHOTS = ("--snapshot-every", "1step", "--checkpoint-every", "5steps")
-SLOW = ("--checkpoint-bandwidth", "2MB")
+SLOW = ("--checkpoint-bandwidth", "2MB", "--standby", "off")
 LARGE = ("--ballast", 2 << 20)
 
 

@@ -21,7 +21,7 @@ from tests.notices.emulators import Answer, Asked, AwsEmulator, AzureEmulator, G
 
 SLOW = ("--pause", "0.05")
 ENDLESS = ("--steps", 100_000, *SLOW)
-SNAPSHOTS = ("--snapshot-every", "never", "--checkpoint-every", "never")
+SNAPSHOTS = ("--snapshot-every", "never", "--checkpoint-every", "never", "--standby", "off")
 
 
 def test_aws_takes_the_instance_and_the_next_one_carries_on(

@@ -1,4 +1,4 @@
-"""Killed in every basic way, at three moments each, and back to the same bits.
+"""Killed in every basic way, at three moments, and back to the same bits.
 
 The moments: in the first step (nothing saved yet), in the middle, in the last step. A snapshot is taken every five steps
 (one may be skipped while a slot is busy: steps here take milliseconds), so that a death loses some. After each run: exit code,
@@ -30,8 +30,27 @@ MOMENTS = (0, 17, STEPS - 1)
 SNAPSHOTS = ("--snapshot-every", f"{EVERY}steps")
 
 
-def faults(rank: int, **fault: object) -> list[dict[str, object]]:
-    return [{"attempt": attempt, "rank": rank, "step": step, **fault} for attempt, step in enumerate(MOMENTS)]
+#: every basic way to die, as the script under test is told it, and what it must be taken for
+WAYS: dict[str, tuple[dict[str, object], FailureKind]] = {
+    "rank 0 killed": ({"rank": 0, "kind": "SIGKILL"}, FailureKind.CRASH),
+    "rank 1 killed": ({"rank": 1, "kind": "SIGKILL"}, FailureKind.CRASH),
+    "segmentation fault": ({"rank": 1, "kind": "SIGSEGV"}, FailureKind.CRASH),
+    "torchrun killed": ({"rank": 0, "kind": "SIGKILL", "target": "torchrun"}, FailureKind.LAUNCHER),
+    "exception": ({"rank": 1, "kind": "raise"}, FailureKind.EXCEPTION),
+    "exit code 0": ({"rank": 1, "kind": "exit"}, FailureKind.EARLY_EXIT),
+}
+#: one job each, with a death at each of the moments; every way to die comes at two of them
+LIVES = [
+    ("rank 0 killed", "rank 1 killed", "rank 0 killed"),
+    ("torchrun killed", "segmentation fault", "exception"),
+    ("exception", "torchrun killed", "exit code 0"),
+    ("rank 1 killed", "exit code 0", "segmentation fault"),
+]
+
+
+def faults(*ways: str) -> list[dict[str, object]]:
+    struck = zip(MOMENTS, ways, strict=True)
+    return [{"attempt": attempt, "step": step, **WAYS[way][0]} for attempt, (step, way) in enumerate(struck)]
 
 
 def check_resumes(job: Job, moments: Sequence[int]) -> list[int]:
@@ -52,22 +71,28 @@ def check_resumes(job: Job, moments: Sequence[int]) -> list[int]:
     return resumes
 
 
-def check_recovered(
-    job: Job, out: Path, undisturbed: dict[str, str], kinds: set[FailureKind], rank: int | None
+@pytest.mark.parametrize("life", LIVES, ids=", ".join)
+def test_three_deaths(
+    job: Job, tmp_path: Path, undisturbed: dict[str, str], life: tuple[str, str, str]
 ) -> None:
+    out = tmp_path / "out"
+    assert job.run(torchrun("--out", out), *SNAPSHOTS, faults=faults(*life)) == 0, job.output
     record = job.record
     assert record.state is State.COMPLETED, job.output
     resumes = check_resumes(job, MOMENTS)
     failures = [fact.failure for fact in job.facts(AttemptEnded) if fact.failure]
-    assert {failure.kind for failure in failures} == kinds, failures
-    assert {failure.rank for failure in failures} == {rank}, failures
+    assert [failure.kind for failure in failures] == [WAYS[way][1] for way in life], failures
+    ranks = [None if way == "torchrun killed" else WAYS[way][0]["rank"] for way in life]
+    assert [failure.rank for failure in failures] == ranks, failures
     assert record.restarts == len(MOMENTS)
     assert digests(out) == undisturbed
     status = job.status()
     assert status["state"] == "completed"
     assert status["step"] == status["total_steps"] == STEPS
     assert status["restarts"] == len(MOMENTS)
-    assert status["last_failure"]["rank"] == rank  # type: ignore[index]
+    assert status["last_failure"]["rank"] == ranks[-1]  # type: ignore[index]
+    if life[-1] == "exception":
+        assert "scripted failure" in status["last_failure"]["reason"]  # type: ignore[index]
     assert status["checkpoint"]["step"] == STEPS  # type: ignore[index]
     for attempt in range(len(MOMENTS)):
         assert (job.folder / "attempts" / f"{attempt:06d}" / "failure.json").exists()
@@ -76,40 +101,6 @@ def check_recovered(
             assert f"rank {each} attempt {attempt} begins at step {resumes[attempt]}" in log.read_text()
     job.until_no_processes()
     assert not job.runtime.exists()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank(job: Job, tmp_path: Path, undisturbed: dict[str, str], rank: int) -> None:
-    out = tmp_path / "out"
-    code = job.run(torchrun("--out", out), *SNAPSHOTS, faults=faults(rank, kind="SIGKILL"))
-    assert code == 0, job.output
-    check_recovered(job, out, undisturbed, {FailureKind.CRASH}, rank)
-
-
-def test_a_segmentation_fault(job: Job, tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    out = tmp_path / "out"
-    assert job.run(torchrun("--out", out), *SNAPSHOTS, faults=faults(1, kind="SIGSEGV")) == 0, job.output
-    check_recovered(job, out, undisturbed, {FailureKind.CRASH}, 1)
-
-
-def test_torchrun_killed(job: Job, tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    out = tmp_path / "out"
-    code = job.run(torchrun("--out", out), *SNAPSHOTS, faults=faults(0, kind="SIGKILL", target="torchrun"))
-    assert code == 0, job.output
-    check_recovered(job, out, undisturbed, {FailureKind.LAUNCHER}, None)
-
-
-def test_an_exception(job: Job, tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    out = tmp_path / "out"
-    assert job.run(torchrun("--out", out), *SNAPSHOTS, faults=faults(1, kind="raise")) == 0, job.output
-    check_recovered(job, out, undisturbed, {FailureKind.EXCEPTION}, 1)
-    assert "scripted failure" in job.status()["last_failure"]["reason"]  # type: ignore[index]
-
-
-def test_one_rank_leaves_with_code_zero(job: Job, tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    out = tmp_path / "out"
-    assert job.run(torchrun("--out", out), *SNAPSHOTS, faults=faults(1, kind="exit")) == 0, job.output
-    check_recovered(job, out, undisturbed, {FailureKind.EARLY_EXIT}, 1)
 
 
 def test_killed_during_a_save(job: Job, tmp_path: Path, undisturbed: dict[str, str]) -> None:
@@ -130,7 +121,10 @@ def test_killed_during_a_save(job: Job, tmp_path: Path, undisturbed: dict[str, s
 def test_the_supervisor_killed(job: Job, tmp_path: Path, undisturbed: dict[str, str]) -> None:
     """Its workers die with it; the same command carries on from the snapshot in memory."""
     out = tmp_path / "out"
-    scripted = faults(0, kind="SIGKILL", target="supervisor")
+    scripted: list[dict[str, object]] = [
+        {"attempt": attempt, "rank": 0, "step": step, "kind": "SIGKILL", "target": "supervisor"}
+        for attempt, step in enumerate(MOMENTS)
+    ]
     for _ in MOMENTS:
         assert job.run(torchrun("--out", out), *SNAPSHOTS, faults=scripted) == -9
         job.until_no_processes()
@@ -165,15 +159,15 @@ def test_the_same_exception_at_the_same_step_twice_is_deterministic(job: Job, tm
 
 
 def test_the_budget_is_spent_without_progress_and_refilled_by_it(job: Job, tmp_path: Path) -> None:
-    """Five failures under a budget of two: four with progress between them, and then two without."""
-    steps = (6, 11, 16, 17, 18)
+    """Three failures under a budget of one: two with progress between them, and then one without."""
+    steps = (6, 11, 12)
     scripted: list[dict[str, object]] = [
         {"attempt": attempt, "rank": 0, "step": step, "kind": "SIGKILL"} for attempt, step in enumerate(steps)
     ]
-    assert job.run(torchrun("--out", tmp_path / "out"), *SNAPSHOTS, "--max-failures", 2, faults=scripted) == 1
+    assert job.run(torchrun("--out", tmp_path / "out"), *SNAPSHOTS, "--max-failures", 1, faults=scripted) == 1
     actions = [fact.action for fact in job.facts(Decided)]
-    assert actions == [Action.RESTART] * 4 + [Action.GIVE_UP]
+    assert actions == [Action.RESTART] * 2 + [Action.GIVE_UP]
     assert "--max-failures" in job.output
     # its newest state was made durable before it gave up, and the user may try again
-    assert job.status()["checkpoint"]["step"] == 15  # type: ignore[index]
+    assert job.status()["checkpoint"]["step"] == 10  # type: ignore[index]
     assert job.run(torchrun("--out", tmp_path / "out"), *SNAPSHOTS) == 0, job.output

@@ -71,7 +71,7 @@ def test_every_fault_one_after_the_other(job: Job, tmp_path: Path) -> None:
         assert (report["failure"], report["as_expected"]) == (taken_for, True), report
         assert (report["kind"], report["attempt"]) == (kind, attempt)
         assert report["rank"] == (None if kind == "kill-torchrun" else 1)
-        assert report["detection"] < (1.0 if taken_for != "hang" else LIMIT + 3.0)
+        assert report["detection"] >= (LIMIT if taken_for == "hang" else 0), report
         assert report["total"] > report["relaunch"] > report["restore"] > 0
         assert report["total"] == pytest.approx(
             report["detection"] + report["teardown"] + report["relaunch"] + report["pause"], abs=2.0

@@ -80,16 +80,6 @@ def test_three_kills_in_a_row_are_answered_by_the_standby(
     assert not job.runtime.exists()
 
 
-def test_without_a_standby(job: Job, tmp_path: Path) -> None:
-    job.start(torchrun("--out", tmp_path / "out", *SLOW), *SNAPSHOTS, "--standby", "off")
-    job.until_fact(SnapshotCompleted)
-    workers(job, 0)[1].kill()
-    recovered(job, 1, standby=False)
-    assert not job.facts(StandbyReady)
-    job.signal(signal.SIGTERM)
-    assert job.wait() == 75, job.output
-
-
 def test_a_standby_that_is_killed_is_replaced_and_disturbs_nothing(job: Job, tmp_path: Path) -> None:
     job.start(torchrun("--out", tmp_path / "out", *SLOW), *SNAPSHOTS)
     first = ready(job, 1)

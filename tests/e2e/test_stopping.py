@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import psutil
-import pytest
 
 from supervisor.model import FirstStep, Resumed, SnapshotCompleted, State, StopCause, WorkersReady
 from tests.e2e.conftest import STEPS
@@ -29,16 +28,15 @@ def stop(job: Job, how: str) -> None:
         job.signal(signal.Signals[how])
 
 
-@pytest.mark.parametrize(
-    ("how", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("tree", 75), ("SIGHUP", 75), ("ctrl-c", 130)]
-)
-def test_a_stop_saves_and_the_same_command_carries_on(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str], how: str, code: int
+def test_each_stop_saves_and_the_same_command_carries_on(
+    job: Job, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
-    out = tmp_path / "out"
-    command = torchrun("--out", out, *SLOW)
+    """Each as soon as its first step is seen, and so further on than the one before."""
+    out, go = tmp_path / "out", tmp_path / "go"
+    command = torchrun("--out", out, "--pause", "0.2", "--pause-until", go)
     resumed_from = []
-    for attempt in range(3):  # as soon as its first step is seen; then twice more, further on
+    stops = (("SIGTERM", 75), ("ctrl-c", 130), ("SIGUSR1", 75), ("tree", 75), ("SIGHUP", 75))
+    for attempt, (how, code) in enumerate(stops):
         job.start(command, "--snapshot-every", "never")
         first = job.until_fact(FirstStep, lambda fact, n=attempt: fact.attempt == n)
         stop(job, how)
@@ -54,28 +52,29 @@ def test_a_stop_saves_and_the_same_command_carries_on(
         job.until_no_processes()
         assert not job.runtime.exists()
         assert not out.exists(), "what follows the loop must not run as if the training had finished"
+    go.touch()
     assert job.run(command) == 0, job.output
     assert [fact.step for fact in job.facts(Resumed)] == [0, *resumed_from]
     assert job.record.lost_steps == 0
     assert digests(out) == undisturbed
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_signal_to_the_whole_tree_spares_the_data_loaders_workers(
-    job: Job, tmp_path: Path, method: str
-) -> None:
+def test_a_signal_to_the_whole_tree_spares_the_data_loaders_workers(job: Job, tmp_path: Path) -> None:
     """torch would raise in the training loop, before the agreed save, were one of them to die of it."""
     script = str(PROGRAMS / "loader.py")
-    out, plain = tmp_path / "out", tmp_path / "plain"
-    command = torchrun("--out", out, "--method", method, script=script)
-    for attempt in range(2):
-        job.start([*command, *SLOW], "--snapshot-every", "never")
+    out, plain, go = tmp_path / "out", tmp_path / "plain", tmp_path / "go"
+    for attempt, method in enumerate(("fork", "spawn", "forkserver")):
+        command = torchrun(
+            "--out", out, "--method", method, "--pause", "0.2", "--pause-until", go, script=script
+        )
+        job.start(command, "--snapshot-every", "never")
         first = job.until_fact(FirstStep, lambda fact, n=attempt: fact.attempt == n)
         stop(job, "tree")
         assert job.wait() == 75, job.output
         assert job.record.checkpoint is not None
         assert job.record.checkpoint.step >= first.step
         job.until_no_processes()
+    go.touch()
     assert job.run(command) == 0, job.output
     assert job.record.lost_steps == 0
     undisturbed = torchrun("--out", plain, "--no-session", script=script)

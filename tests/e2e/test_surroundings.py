@@ -22,7 +22,7 @@ def test_a_copy_of_a_running_jobs_directory_is_a_job_of_its_own(
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     job.start(
-        torchrun("--out", first, "--pause", "0.3"), *SNAPSHOTS,
+        torchrun("--out", first, "--pause", "0.3"), *SNAPSHOTS, "--standby", "off",
         faults=[{"attempt": 0, "rank": 1, "step": 22, "kind": "SIGKILL"}],
     )  # fmt: skip
     job.until_fact(CheckpointCommitted)

@@ -47,8 +47,10 @@ while True:
     except ChildProcessError:
         pass
 """
+#: names are looked up in the file alone: a name server that nobody reaches is waited for
 BOOT = (
-    'mount --bind "$1" /etc/hosts && mount -t tmpfs -o mode=1777 tmpfs /dev/shm && exec "$2" -S -c "$3" "$0"'
+    'mount --bind "$1" /etc/hosts && { [ ! -e /etc/resolv.conf ] || mount --bind /dev/null /etc/resolv.conf; } && '
+    'mount -t tmpfs -o mode=1777 tmpfs /dev/shm && exec "$2" -S -c "$3" "$0"'
 )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("wheel")  # it is built once
 ROOT = Path(__file__).parent.parent.parent
 SUPERVISORD = "supervisor==4.3.0"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import pty
 import re
@@ -23,7 +24,18 @@ from launch.trail import MOST_LOSSES, Trail
 from launch.view import View
 from supervisor.decide import lifecycle
 from supervisor.edge.journal import encode
-from supervisor.model import DeadlineSet, Fact, State, StopCause, StopRequested, WarningKind, WarningRaised
+from supervisor.model import (
+    AttemptEnded,
+    AttemptStarted,
+    DeadlineSet,
+    Fact,
+    Progress,
+    State,
+    StopCause,
+    StopRequested,
+    WarningKind,
+    WarningRaised,
+)
 from supervisor.status import Status, describe
 from tests.journals import journals
 from tests.report.stories import Story, job_directory, life
@@ -81,6 +93,21 @@ def test_what_it_shows(tmp_path: Path, width: int) -> None:
     assert "busiest of 16 ranks; a step takes 500 ms" in words
     assert "of 5 failures" in words
     assert "7 restarts" in words
+
+
+def test_the_losses_are_in_their_order_the_last_ones_of_attempts_too(tmp_path: Path) -> None:
+    facts: list[Fact] = []
+    for number in range(3):
+        facts.append(AttemptStarted(time=float(number), attempt=number))
+        for step, loss in ((1, 9.0), (2, 8.0)):
+            facts.append(
+                Progress(time=float(number), attempt=number, step=step, metrics={"loss": loss - number})
+            )
+        ended = {"loss": math.nan if number == 1 else 7.0 - number}
+        facts.append(AttemptEnded(time=float(number), attempt=number, step=3, metrics=ended))
+    trail = trail_of(tmp_path, facts)
+    assert list(trail.losses) == [9, 8, 7, 8, 7, 7, 6, 5]
+    assert trail.outcomes == dict.fromkeys(range(3), "stopped")
 
 
 def test_a_stop_is_counted_down(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from supervisor.errors import StorageError
+from supervisor.checkpoint.slots import SlotRecord, read_slot, write_slot
+from supervisor.errors import CheckpointError, StorageError
 from supervisor.training import planning
 from supervisor.training.engine import ArenaWriter, Way
 from supervisor.training.items import Items, Owner
+from supervisor.training.reader import read_metadata
 from supervisor.training.world import World
 from supervisor.training.writer import Written
 
@@ -31,7 +34,8 @@ class Engine:
     """An engine of one rank, and what it wrote."""
 
     def __init__(self) -> None:
-        self.writer = ArenaWriter(World(), cleans=True)
+        self.step = 0
+        self.writer = ArenaWriter(World(), cleans=True, completed=lambda: self.step)
         self.outcomes: list[Written | StorageError | None] = []
 
     def write(self, directory: Path, values: dict[str, Any]) -> Written:
@@ -91,6 +95,39 @@ def test_every_dtype_and_shape_bit_for_bit(engine: Engine, tmp_path: Path) -> No
             assert found[key].dtype == value.dtype
             assert found[key].shape == value.shape
             assert raw(found[key]) == raw(value), key
+
+
+def test_files_say_of_which_step_and_layout_they_are(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(step: int) -> SlotRecord:
+        return SlotRecord(step=step, attempt=0, world_size=1, created=1.0)
+
+    values = {"weight": torch.ones(300), "seen": 1}
+    for engine.step, slot in ((3, "0"), (4, "1"), (5, "0")):  # laid out, laid out again, written over
+        engine.write(tmp_path / slot, values)
+        assert write_slot(tmp_path / slot, record(engine.step)).layout
+        with pytest.raises(CheckpointError, match=f"is of step {engine.step}, not 9"):
+            write_slot(tmp_path / slot, record(9))
+    others = {"weighs": torch.ones(300), "seen": 1}  # of the same sizes
+    engine.write(tmp_path / "2", others)
+    assert read_slot(tmp_path / "1") is not None
+    shutil.copy(tmp_path / "2" / ".metadata", tmp_path / "1")
+    shutil.copy(tmp_path / "2" / "__0_0.distcp", tmp_path / "0")
+    for slot in ("0", "1"):
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp: is of another layout"):
+            read_metadata(tmp_path / slot)
+
+    def dies(*_: object) -> None:
+        raise OSError("in the middle")
+
+    monkeypatch.setattr("supervisor.training.moves.Moves.run", dies)
+    with pytest.raises(OSError, match="in the middle"):
+        engine.write(tmp_path / "2", others)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: was not written to its end"):
+        write_slot(tmp_path / "2", record(engine.step))
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: was not written to its end"):
+        read_metadata(tmp_path / "2")
 
 
 def odd_tensors(seed: int) -> dict[str, torch.Tensor]:

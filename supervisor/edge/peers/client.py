@@ -13,22 +13,24 @@ from pathlib import Path
 from supervisor.edge import clock
 from supervisor.edge.files import Pace, leads_inside
 from supervisor.edge.peers import pump
-from supervisor.edge.peers.protocol import ANSWER, SERVICE, Listing, Peer
+from supervisor.edge.peers.protocol import ANSWER, SERVICE, Listing, Part, Peer
 from supervisor.edge.peers.pump import BrokenOffError
 from supervisor.edge.store import wire
 from supervisor.edge.store.wire import Message, Wire, WireError
 from supervisor.errors import PeerError, SnapshotGoneError
 
 
-async def listing(peer: Peer, attempt: int, step: int, *, patience: float = ANSWER) -> Listing:
-    """What the node holds of a step. Raises SnapshotGoneError, PeerError."""
+async def listing(
+    peer: Peer, attempt: int, step: int, part: Part | None = None, *, patience: float = ANSWER
+) -> Listing:
+    """What the node holds of a step, or its copy of another's ``part``. Raises SnapshotGoneError, PeerError."""
     what = f"step {step} of attempt {attempt}"
-    request = {"op": "listing", "attempt": attempt, "step": step}
+    request = {"op": "listing", "attempt": attempt, "step": step, "part": part}
     async with _asking(peer, request, patience, what) as (_, answer):
         files = {str(name): int(size) for name, size in answer["files"].items()}
         if odd := [name for name, size in files.items() if not leads_inside(name) or size < 0]:
             raise PeerError(f"{peer}: {what}: {odd[0]!r} is no file name that can be used")
-        return Listing(attempt=attempt, step=step, record=str(answer["record"]), files=files)
+        return Listing(attempt=attempt, step=step, record=str(answer["record"]), files=files, part=part)
 
 
 async def fetch(
@@ -50,7 +52,7 @@ async def fetch(
     until, what = clock.monotonic() + patience, f"{name} of step {listing.step}"
     request = {
         "op": "file", "attempt": listing.attempt, "step": listing.step, "stamp": listing.stamp, "name": name,
-        "patience": patience,
+        "patience": patience, "part": listing.part,
     }  # fmt: skip
     size = listing.files[name]
     partial = destination.with_name(f"{destination.name}.{secrets.token_hex(4)}.partial")
@@ -80,7 +82,9 @@ async def fetch(
 async def _check_is_there(peer: Peer, wanted: Listing, patience: float) -> None:
     """Raise SnapshotGoneError if that is why a transfer broke off; a node that does not say so is another matter."""
     try:
-        found = await listing(peer, wanted.attempt, wanted.step, patience=max(0.0, min(ANSWER, patience)))
+        found = await listing(
+            peer, wanted.attempt, wanted.step, wanted.part, patience=max(0.0, min(ANSWER, patience))
+        )
     except SnapshotGoneError:
         raise
     except PeerError:

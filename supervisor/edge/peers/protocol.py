@@ -11,6 +11,8 @@ from blake3 import blake3
 from supervisor.edge.store.wire import Service
 
 SERVICE: Final = Service(b"EVPEERS1", "peer")
+#: a node's rank, and of how many
+Part = tuple[int, int]
 ANSWER: Final = 5.0  # seconds for a connection, and for each frame that is waited for
 
 
@@ -22,6 +24,7 @@ class Listing:
     step: int
     record: str
     files: Mapping[str, int]
+    part: Part | None = None  # which node's part it is, where that was asked for
 
     @property
     def stamp(self) -> str:
@@ -32,8 +35,8 @@ class Listing:
 class Shelf(Protocol):
     """The snapshots that a node shows to its peers. Called in threads, several at once."""
 
-    def find(self, attempt: int, step: int) -> Listing | None:
-        """A snapshot that is complete at this moment; None: there is none."""
+    def find(self, attempt: int, step: int, part: Part | None = None) -> Listing | None:
+        """A snapshot that is complete at this moment, or one node's part of it; None: there is none."""
         ...
 
     def open(self, listing: Listing, name: str) -> int:

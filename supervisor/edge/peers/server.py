@@ -53,9 +53,10 @@ class PeerServer:
         connection.send(answer)
 
     async def _answer(self, connection: Wire, message: Message) -> Message:
-        attempt, step = int(message["attempt"]), int(message["step"])
+        attempt, step, asked = int(message["attempt"]), int(message["step"]), message.get("part")
+        part = None if asked is None else (int(asked[0]), int(asked[1]))
         async with asyncio.timeout(ANSWER):
-            found = await in_thread(lambda: self._shelf.find(attempt, step))
+            found = await in_thread(lambda: self._shelf.find(attempt, step, part))
         if found is None:
             raise SnapshotGoneError(f"it holds no snapshot of step {step} of attempt {attempt}")
         match message["op"]:
@@ -79,7 +80,7 @@ class PeerServer:
             await connection.receive(REQUEST)  # "go": so all that was sent has been read
 
         def look() -> None:
-            _check_is(self._shelf.find(listing.attempt, listing.step), listing.stamp)
+            _check_is(self._shelf.find(listing.attempt, listing.step, listing.part), listing.stamp)
 
         try:
             digest = await pump.transfer(

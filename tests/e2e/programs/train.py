@@ -75,6 +75,12 @@ def strike(fault: dict) -> None:
         time.sleep(60)  # it must be the signal that ends this step
 
 
+def hold(folder: str, here: str, until: str) -> None:
+    open(os.path.join(folder, f"at-{here}"), "w").close()
+    while not os.path.exists(os.path.join(folder, until)):
+        time.sleep(0.01)
+
+
 def kill_in_save(victim: int) -> None:
     """Kill it in the middle of the next save: when this rank's page says that one is under way."""
     from supervisor.edge import link
@@ -100,6 +106,9 @@ def main() -> None:
         "--pause", type=float, default=0.0, help="seconds of sleep a step, to be slow on purpose"
     )
     parser.add_argument("--pause-until", help="no more pauses once this file is there")
+    parser.add_argument(
+        "--hold", nargs="*", type=int, default=[], help="steps to wait in, for <out>/../go-<step>"
+    )
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -120,6 +129,8 @@ def main() -> None:
         loss = (wrapped(batch(step, rank)) - 1).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
+        if step in options.hold:
+            hold(os.path.dirname(options.out), f"{step}-{attempt}-{rank}", f"go-{step}")
         for fault in faults:
             if fault["step"] == step:
                 strike(fault)

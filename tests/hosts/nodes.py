@@ -1,0 +1,136 @@
+"""``everstep run`` on the hosts of a lab, one job among them, in a directory that all of them share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from tests.e2e.harness import DEADLINE, ROOT, TRAIN, Job, environment, torchrun
+from tests.hosts.lab import Host, Lab, Process
+
+PORT = 7077
+T = TypeVar("T")
+#: a host's processes that are the job's, or were left by it, and what is in its RAM
+LOOK = """
+import os, sys
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        environ = open(f"/proc/{pid}/environ", "rb").read()
+        state = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+    except OSError:
+        continue
+    if b"EVERSTEP_RUN_ID=" in environ and state != "Z":
+        print("process", open(f"/proc/{pid}/cmdline").read().replace(chr(0), " "))
+for folder, _, names in os.walk("/dev/shm"):
+    for name in names:
+        print("memory", os.path.join(folder, name))
+"""
+KILL = """
+import os, signal, sys
+victims = []
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        words = open(f"/proc/{pid}/environ", "rb").read().split(bytes(1))
+    except OSError:
+        continue
+    if f"EVERSTEP_ATTEMPT={sys.argv[1]}".encode() in words and any(word.startswith(b"RANK=") for word in words):
+        victims.append(int(pid))
+assert len(victims) == 1, victims
+os.kill(victims[0], signal.SIGKILL)
+"""
+
+
+class Nodes(Job):
+    """One job on the hosts of ``lab``; ``process`` is None: there are several."""
+
+    def __init__(self, lab: Lab, folder: Path, store: str | None = None) -> None:
+        super().__init__(folder)
+        self.lab = lab
+        self.runs: dict[str, Process] = {}  # the newest on each host
+        self._store = store or f"tcp://{lab.hosts[0].address}:{PORT}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def begin(
+        self,
+        host: Host,
+        *arguments: object,
+        options: Sequence[object] = (),
+        faults: Sequence[dict[str, object]] = (),
+        key: str | None = None,
+    ) -> Process:
+        """Start ``everstep run`` there. ``arguments`` are the training's, ``options`` everstep's."""
+        argv = [
+            sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, "--store", self._store,
+            "--notices", "none", *options, *torchrun(*arguments, ranks=1, script=TRAIN),
+        ]  # fmt: skip
+        environ = environment(faults) | ({} if key is None else {"EVERSTEP_KEY": key})
+        with open(self.output_of(host), "ab") as sink:
+            self.runs[host.name] = host.popen(argv, environ, cwd=ROOT, stdout=sink, stderr=sink)
+        return self.runs[host.name]
+
+    def begin_all(
+        self, *arguments: object, options: Sequence[object] = (), faults: Sequence[dict[str, object]] = ()
+    ) -> None:
+        """… on every host that is up."""
+        for host in self.lab.hosts:
+            if host.is_up:
+                self.begin(host, *arguments, options=options, faults=faults)
+
+    def codes(self, *hosts: Host, deadline: float = DEADLINE) -> list[int]:
+        """The exit codes on these hosts, once all have ended."""
+        limit = time.monotonic() + deadline
+        found = []
+        for host in hosts:
+            try:
+                found.append(self.runs[host.name].wait(max(0.01, limit - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"{host} still runs after {deadline} s:\n{self.told}") from None
+        return found
+
+    def output_of(self, host: Host) -> Path:
+        return self.folder.with_name(f"{self.folder.name}-{host.name}.out")
+
+    def until_said(self, host: Host, text: str, times: int = 1) -> None:
+        """Wait until a host's supervisor has said something."""
+        self.until(lambda: self.output_of(host).read_text(errors="replace").count(text) >= times or None)
+
+    @property
+    def output(self) -> str:
+        """Of all hosts."""
+        return self.told
+
+    @property
+    def told(self) -> str:
+        found = []
+        for host in self.lab.hosts:
+            path = self.output_of(host)
+            if path.exists():
+                found.append(f"---- {host}\n{path.read_text(errors='replace')}")
+        return "\n".join(found)
+
+    def left_on(self, host: Host) -> list[str]:
+        """What the job has left on a host."""
+        return host.run(sys.executable, "-S", "-c", LOOK).splitlines()
+
+    def until_at(self, step: int, *ranks: int) -> int:
+        """Wait until these ranks hold at ``step`` in one attempt; the newest such attempt."""
+
+        def found() -> int | None:
+            names = [path.name.split("-")[1:] for path in self.folder.parent.glob(f"at-{step}-*")]
+            attempts = {int(attempt) for _, attempt, _ in names}
+            whole = [n for n in attempts if all([str(step), str(n), str(rank)] in names for rank in ranks)]
+            return max(whole) + 1 if whole else None
+
+        return self.until(found) - 1
+
+    def let_go(self, step: int) -> None:
+        """Have ranks that hold at ``step`` go on."""
+        (self.folder.parent / f"go-{step}").touch()
+
+    def kill_rank(self, host: Host, attempt: int) -> None:
+        """SIGKILL for the rank of an attempt there."""
+        host.run(sys.executable, "-S", "-c", KILL, attempt)
