@@ -166,7 +166,7 @@ class Company:
         """Have here what is newest in the nodes' memory, if that is newer than what was ``committed``; from others where need be."""
         snapshots, self._holders = self._snapshots, ()
         direct = snapshots.whole = self.lead.held_by_all(assignment)
-        best = self.lead.best_state(assignment)
+        best = self.lead.copying.best_state(assignment)
         if best is None or max(direct, default=(-1, -1)) >= best[0] or (committed or (-1, -1)) >= best[0]:
             return
         age, holders = best

@@ -14,7 +14,6 @@ from typing import Final
 from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Origin as CheckpointOrigin
 from supervisor.config import Options
-from supervisor.decide import rollback
 from supervisor.decide.causes import Departed
 from supervisor.decide.fencing import Isolation
 from supervisor.decide.membership import Size
@@ -24,7 +23,6 @@ from supervisor.edge.store.protocol import Store
 from supervisor.errors import LeadershipLostError, StorageError
 from supervisor.fleet import (
     Assignment,
-    CopyOrder,
     Course,
     DrainOrder,
     Ended,
@@ -39,6 +37,7 @@ from supervisor.fleet import Final as FinalOrder
 from supervisor.joining import Joining
 from supervisor.ledger import Ledger
 from supervisor.model import ProposalFlag, StopCause, StopRequested, Tier
+from supervisor.ordered_copies import Copying
 from supervisor.orders import Orders
 from supervisor.resume import Resume
 from supervisor.roster import Roster
@@ -83,11 +82,12 @@ class Lead:
         self._orders.on_deposed = self._on_deposed
         self._solitude = Solitude(options, console)
         self.roster = Roster(self._orders, options, console, size, before.run if before else None)
+        enabled = options.peer_copies == "on"
+        self.copying = Copying(self._orders, self.roster, ledger, snapshots, enabled=enabled)
         self.rounds = Rounds(self._orders, ledger, snapshots, before.proposal if before else Proposal())
         self._attempt: Attempt | None = None
         self._standby_at: float | None = None
         self._standby_tries = 0
-        self._copied: Age | None = None  # what was last to be copied
         self._lost: set[str] = set()
         self._notices: set[Member] = set()
         self.on_notice: Callable[[str, Notice], None] = lambda _name, _notice: None
@@ -133,7 +133,7 @@ class Lead:
         self.rounds.begin(attempt.number)
         self._lost.clear()
         self._standby_at, self._standby_tries = None, 0
-        self._snapshots.copying, self._copied = None, None
+        self.copying.begin()
         self._orders.change(
             run=assignment,
             origin=None,
@@ -155,27 +155,6 @@ class Lead:
             own = {(one.attempt, one.step) for one in held if (one.node_rank, one.nodes) == (rank, count)}
             found = own if found is None else found & own
         return frozenset(found or ())
-
-    def best_state(self, assignment: Assignment) -> tuple[Age, tuple[Holder, ...]] | None:
-        """The newest snapshot of which every part is on some node, and on which; rather one of as many nodes as there are."""
-        found: dict[tuple[Age, int], dict[int, Holder]] = {}
-        for report in self._orders.reports.values():
-            for held in sorted(report.held, key=lambda one: one.slot):
-                age = (held.attempt, held.step)
-                if report.shown and not rollback.is_condemned(self._ledger.record, *age):
-                    holder = Holder(
-                        name=report.name,
-                        address=report.address,
-                        port=report.shown,
-                        rank=held.node_rank,
-                        nodes=held.nodes,
-                    )
-                    found.setdefault((age, held.nodes), {})[held.node_rank] = holder
-        whole = [key for key, parts in found.items() if len(parts) == key[1]]
-        if not whole:
-            return None
-        best = max(whole, key=lambda key: (key[0], key[1] == len(assignment.members)))
-        return best[0], tuple(holder for _, holder in sorted(found[best].items()))
 
     def tell_origin(
         self, number: int, resume: Resume, source: int, slot: int, holders: tuple[Holder, ...]
@@ -285,7 +264,7 @@ class Lead:
             self._heed_ends(attempt)
         if attempt is not None and not attempt.ended.is_set():
             self.rounds.think({member: self._course(member) for member in self.roster.members})
-            self._think_of_copies()
+            self.copying.think()
             self._think_of_standby(attempt)
 
     def _heed_silence(self) -> bool:
@@ -369,31 +348,6 @@ class Lead:
         """No part is wanted any more."""
         if self._orders.order.drain is not None:
             self._orders.change(drain=None)
-
-    def _think_of_copies(self) -> None:
-        members, order = self.roster.members, self._orders.order.copy
-        reports = [self._orders.report(member) for member in members]
-        if order is not None and any(
-            report is not None and abs(report.copied) != order.serial for report in reports
-        ):
-            return
-        self._snapshots.copying = None
-        newest = self._snapshots.newest_part(len(members))
-        ready = all(report is not None and report.shown for report in reports)
-        if self._options.peer_copies == "off" or len(members) < 2 or newest is None or not ready:
-            return
-        if self._copied is not None and newest <= self._copied:
-            return
-        self._copied = self._snapshots.copying = newest
-        holders = tuple(
-            Holder(name=report.name, address=report.address, port=report.shown, rank=rank, nodes=len(members))
-            for rank, report in enumerate(reports)
-            if report is not None
-        )
-        serial = self._orders.next_serial()
-        self._orders.change(
-            copy=CopyOrder(serial=serial, attempt=newest[0], step=newest[1], members=members, holders=holders)
-        )
 
     # ------------------------------------------------------------------ the standby
 

@@ -46,7 +46,6 @@ from supervisor.noticing import Source
 from supervisor.program import Program, Rendezvous
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
-from supervisor.resume import Resume
 from supervisor.savepoints import SavePoints
 from supervisor.standby import Standby, Waiting
 from supervisor.stopping import SIGNALS, Stopping
@@ -184,7 +183,8 @@ class Node:
             if assignment.standby and standby is None:
                 assignment = others.without_standby(assignment)
             meeting = others.begin(attempt, assignment)
-        resume = asyncio.create_task(self._choose(number, assignment))
+        choice = self._stores.choose() if others is None else others.choose(number, assignment)
+        resume = asyncio.create_task(choice)
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         self._warnings.begin()
         savepoints = SavePoints(attempt, record.skips) if others is None else others.saves
@@ -226,14 +226,6 @@ class Node:
         return Attempt(
             number, self._job.attempt(number), self._runtime, self._file.run_id, nodes=nodes, node_rank=rank
         )
-
-    async def _choose(self, number: int, assignment: Assignment | None) -> Resume:
-        if self._with_others is not None and assignment is not None:
-            await self._with_others.find_state(assignment)
-        resume = await self._stores.choose()
-        if self._with_others is not None:
-            self._with_others.tell_origin(number, resume)
-        return resume
 
     async def _live(self, attempt: Attempt, standby: Waiting | None, meeting: Rendezvous | None) -> None:
         if not self._launched:  # torchrun greets the same way each time

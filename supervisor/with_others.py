@@ -120,14 +120,14 @@ class WithOthers:
         self._attempt, self._reshape = attempt, None
         return self._company.begin(attempt, assignment)
 
-    async def find_state(self, assignment: Assignment) -> None:
-        """Have here what is newest in the nodes' memory."""
-        await self._company.find_state(assignment, self._stores.draining.newest_committed)
-
-    def tell_origin(self, number: int, resume: Resume) -> None:
-        """Where it resumes."""
+    async def choose(self, number: int, assignment: Assignment | None) -> Resume:
+        """Where it resumes, on all nodes alike. Raises CheckpointError, StorageError."""
+        if assignment is not None:
+            await self._company.find_state(assignment, self._stores.draining.newest_committed)
+        resume = await self._stores.choose()
         self._resumed_from = resume.kept if isinstance(resume.kept, Path) else None
         self._company.tell_origin(number, resume)
+        return resume
 
     def made_first_step(self) -> None:
         """All ranks have."""

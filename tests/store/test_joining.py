@@ -13,6 +13,7 @@ from supervisor.edge import clock
 from supervisor.edge.store.memory import MemoryStore
 from supervisor.edge.store.server import Server
 from supervisor.edge.store.tcp import TcpStore
+from supervisor.errors import StoreError
 from supervisor.fleet import Order, Report
 from supervisor.joining import Joining, Roll, new_life, until
 
