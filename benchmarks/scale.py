@@ -122,7 +122,7 @@ async def lead(store: MemoryStore, roll: Roll, pipes: Sequence[Connection], node
     began = time.monotonic()
     await asyncio.sleep(5.0)
     idle = cpu(quiet) / (time.monotonic() - began)
-    order = Order(serial=0, leader="leader", epoch=1, run_id="run", job="job")
+    order = Order(serial=0, leader="leader", epoch=1, run_id="run")
     state = Agreement(attempt=0)
     latencies, costs, aborted = [], [], 0
     changes = store.table.revision
