@@ -76,11 +76,12 @@ class Nodes(Job):
         options: Sequence[object] = (),
         faults: Sequence[dict[str, object]] = (),
         key: str | None = None,
+        script: object = TRAIN,
     ) -> Process:
         """Start ``everstep run`` there. ``arguments`` are the training's, ``options`` everstep's."""
         argv = [
             sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, "--store", self._store,
-            "--notices", "none", *options, *torchrun(*arguments, ranks=1, script=TRAIN),
+            "--notices", "none", *options, *torchrun(*arguments, ranks=1, script=str(script)),
         ]  # fmt: skip
         environ = environment(faults) | ({} if key is None else {"EVERSTEP_KEY": key})
         with open(self.output_of(host), "ab") as sink:
