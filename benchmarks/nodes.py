@@ -87,11 +87,7 @@ def lose(host: Host, watch: Watch, cap: float, back: Callable[[], None] | None =
         back()
 
     def first_after(times: list[float]) -> float | None:
-        gaps = [
-            later
-            for before, later in itertools.pairwise(times)
-            if later > lost and later - before > 1.0
-        ]
+        gaps = [later for before, later in itertools.pairwise(times) if later > lost and later - before > 1.0]
         return gaps[0] - lost if gaps else None
 
     return watch.until(first_after, cap)
