@@ -116,6 +116,7 @@ class Company:
         self._holders: tuple[Holder, ...] = ()
         self.saves = LeaderSaves(self.hand, snapshots, self.lead)
         self._console, self._lease = console, options.lease
+        self.say = console.say
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         #: what is to be done about a standby that is ordered, or (None) not wanted

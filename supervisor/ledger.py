@@ -24,6 +24,8 @@ class Ledger:
         self._folded = folded
         self._listeners: list[Callable[[Fact], None]] = []
         self._silenced = False
+        #: whether the story of the job is still this supervisor's to tell; asked before each fact
+        self.is_ours: Callable[[], bool] = lambda: True
 
     @property
     def record(self) -> JobRecord:
@@ -36,7 +38,8 @@ class Ledger:
 
     def add(self, fact: Fact) -> None:
         """Raises the lifecycle's error for a fact that cannot happen now (a bug of ours)."""
-        if self._silenced:
+        if self._silenced or not self.is_ours():
+            self._silenced = True
             return
         self._folded.add(fact)
         self._folded.wrote(self._journal.path.name, fact, self._journal.append(fact))

@@ -137,7 +137,8 @@ class PeerCopies:
         await self._stop()
         held = self._snapshots.find(age, (rank, nodes))
         if held is not None:
-            self._snapshots.move(age, slot)
+            self._snapshots.move_slot(held, slot)
+            self._snapshots.forget_others(slot)
             return self._snapshots.folder(slot)
         folder = self._snapshots.folder(slot)
         self._snapshots.vacate(slot)
@@ -150,6 +151,7 @@ class PeerCopies:
         else:
             await self._bring(_holder_of(holders, rank), age, (rank, nodes), folder)
         self._snapshots.adopt(slot)
+        self._snapshots.forget_others(slot)
         return folder
 
     async def assemble(self, age: Age, holders: Sequence[Holder]) -> slots.SlotRecord:

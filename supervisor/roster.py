@@ -114,8 +114,8 @@ class Roster:
         own = self._orders.own_member
         if members is None or own in members:
             return members
-        if self._orders.own not in self._orders.reports:
-            return None
+        if own not in [one.member for one in self._present()]:
+            return None  # its report is on its way: it keeps its place
         return (*members[:-1], own)
 
     def blame(self, name: str | None, *, progressed: bool) -> None:

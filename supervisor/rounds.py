@@ -124,6 +124,8 @@ class Rounds:
 
     def _choose_slot(self, courses: Mapping[Member, Course | None]) -> None:
         slot = self._orders.order.slot
+        if slot is None and not all(course is not None and course.in_session for course in courses.values()):
+            return  # what lies in it may be what some node resumes from
         reports = [self._orders.report(member) for member in courses]
         refused = slot is not None and any(
             report is not None and report.prepared == -slot.serial for report in reports

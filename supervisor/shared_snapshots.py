@@ -102,6 +102,14 @@ class SharedSnapshots(Snapshots):
         if record is not None:
             self._complete[slot] = record
 
+    def forget_others(self, slot: int) -> None:
+        """Of that snapshot, this slot's part is ours now: another one's, from when this node had another rank, is there for others alone."""
+        if slot not in self._complete:
+            return
+        age = age_of(self._complete[slot])
+        for other in [one for one, record in self._complete.items() if age_of(record) == age and one != slot]:
+            del self._complete[other]
+
     # ------------------------------------------------------------------ a whole that was put together of all parts
 
     def use(self, folder: Path, record: SlotRecord, gone: Callable[[], None]) -> None:
@@ -149,8 +157,14 @@ class SharedSnapshots(Snapshots):
     def move(self, age: Age, slot: int) -> bool:
         """Have its part in the slot where the leader has its own; False where it has none."""
         found = self.find(age)
-        if found is None or found == slot:
-            return found is not None
+        if found is not None:
+            self.move_slot(found, slot)
+        return found is not None
+
+    def move_slot(self, found: int, slot: int) -> None:
+        """Have the two slots change places."""
+        if found == slot:
+            return
         one, other = self._slots[found], self._slots[slot]
         spare = one.with_name("moving")
         one.rename(spare)
@@ -160,7 +174,6 @@ class SharedSnapshots(Snapshots):
         self._complete[slot] = record
         if displaced is not None:
             self._complete[found] = displaced
-        return True
 
     def work_on(self, age: Age | None) -> None:
         """This node's part of it is being made durable; None: no more."""

@@ -34,6 +34,8 @@ class Solitude:
             if (attempt.number, steps) != (self._attempt, self._steps):
                 self._attempt, self._steps, self._moved = attempt.number, steps, now
         if silent < self._lease:
+            if self.is_alone:
+                self._console.say("the store is reached again")
             self.is_alone = False
             return Isolation.GO_ON
         if not self.is_alone:

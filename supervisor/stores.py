@@ -20,7 +20,7 @@ from supervisor.draining import Draining, Stamp
 from supervisor.edge import clock, jobdir
 from supervisor.edge.console import Console
 from supervisor.edge.threads import in_thread
-from supervisor.errors import CheckpointError
+from supervisor.errors import CheckpointError, EverstepError
 from supervisor.ledger import Ledger
 from supervisor.model import CheckpointRejected, Failure, StatesCondemned, Tier
 from supervisor.resume import Resume, Sources, choose
@@ -75,6 +75,7 @@ class Stores:
                 run_id=file.run_id,
                 runtime=runtime,
             )
+            ledger.is_ours = self._is_ours
         self.snapshots.condemn(self._is_bad)
         #: how it becomes durable
         self.draining = Draining(
@@ -95,6 +96,17 @@ class Stores:
         )
         #: what was fetched for the ranks to read
         self.staging = Staging(runtime, job.path)
+
+    def _is_ours(self) -> bool:
+        """Whether no other node leads the job: certainly under a lease that holds, else as far as the directory tells."""
+        assert self.company is not None
+        if self.company.joining.leads:
+            return True
+        try:
+            self._job.fence(self._epoch)
+        except EverstepError:
+            return False
+        return True
 
     async def sweep(self) -> list[Location]:
         """Find out that the checkpoints' place can be used, and remove what was never finished there; what was removed.

@@ -191,6 +191,7 @@ class WithOthers:
         if attempt is None or not attempt.in_session or self._stopping.requested is not None:
             return False
         self._reshape, self._leaver = why, leaver
+        self._company.say(f"all ranks save the same step, to go on {why}")
         attempt.stopping = True
         self._lead.drop_standby()
         self._lead.stop_for(why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -42,6 +43,20 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
 assert len(victims) == 1, victims
 os.kill(victims[0], signal.SIGKILL)
 """
+#: what the nodes tell, from the store that h1 serves
+REPORTS = """
+import asyncio, json, sys
+from pathlib import Path
+from supervisor.edge import secret
+from supervisor.edge.store.tcp import TcpStore
+async def main():
+    host, port = sys.argv[3].split(":")
+    store = TcpStore(host, int(port), secret.of_job(Path(sys.argv[1])))
+    view = await store.read("node/")
+    print(json.dumps({key[5:]: json.loads(entry.value) for key, entry in view.entries.items()}))
+    await store.close()
+asyncio.run(main())
+"""
 
 
 class Nodes(Job):
@@ -61,11 +76,12 @@ class Nodes(Job):
         options: Sequence[object] = (),
         faults: Sequence[dict[str, object]] = (),
         key: str | None = None,
+        script: object = TRAIN,
     ) -> Process:
         """Start ``everstep run`` there. ``arguments`` are the training's, ``options`` everstep's."""
         argv = [
             sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, "--store", self._store,
-            "--notices", "none", *options, *torchrun(*arguments, ranks=1, script=TRAIN),
+            "--notices", "none", *options, *torchrun(*arguments, ranks=1, script=str(script)),
         ]  # fmt: skip
         environ = environment(faults) | ({} if key is None else {"EVERSTEP_KEY": key})
         with open(self.output_of(host), "ab") as sink:
@@ -116,16 +132,28 @@ class Nodes(Job):
         """What the job has left on a host."""
         return host.run(sys.executable, "-S", "-c", LOOK).splitlines()
 
-    def until_at(self, step: int, *ranks: int) -> int:
-        """Wait until these ranks hold at ``step`` in one attempt; the newest such attempt."""
+    def until_at(self, step: int, *ranks: int, after: int = -1) -> int:
+        """Wait until these ranks hold at ``step`` in one attempt after ``after``; the newest such attempt."""
 
         def found() -> int | None:
             names = [path.name.split("-")[1:] for path in self.folder.parent.glob(f"at-{step}-*")]
             attempts = {int(attempt) for _, attempt, _ in names}
             whole = [n for n in attempts if all([str(step), str(n), str(rank)] in names for rank in ranks)]
-            return max(whole) + 1 if whole else None
+            return max(whole) + 1 if whole and max(whole) > after else None
 
         return self.until(found) - 1
+
+    def until_standby(self, *hosts: Host) -> None:
+        """Wait until these hosts have said in their reports that their ranks of the next attempt stand at the gate."""
+        names = [host.name for host in hosts]
+
+        def ready() -> bool | None:
+            found = json.loads(
+                hosts[0].run(sys.executable, "-c", REPORTS, self.folder, *self._store.split("//"), cwd=ROOT)
+            )
+            return all(found.get(name, {}).get("ready", 0) > 0 for name in names) or None
+
+        self.until(ready)
 
     def let_go(self, step: int) -> None:
         """Have ranks that hold at ``step`` go on."""

@@ -1,0 +1,186 @@
+"""One job on several hosts: what fails, is cut off, comes back and is asked to leave, and the weights of an undisturbed run in the end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from supervisor.model import (
+    AttemptEnded,
+    AttemptStarted,
+    FailureKind,
+    FirstStep,
+    Resumed,
+    SnapshotCompleted,
+    Tier,
+    WorkersReady,
+)
+from tests.e2e.conftest import STEPS
+from tests.e2e.harness import ROOT, digests
+from tests.hosts.lab import WHY_NOT, Lab
+from tests.hosts.nodes import Nodes
+from tests.store import etcd
+
+pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+
+OPTIONS = ("--snapshot-every", "1step", "--checkpoint-every", "5steps", "--lease", "3s")
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab(2) as one:
+        yield one
+
+
+def test_two_hosts_fail_stop_and_lose_the_one_that_leads(
+    lab: Lab, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    one, other = lab.hosts
+    job = Nodes(lab, tmp_path / "job")
+    out = tmp_path / "out"
+    arguments = ("--out", out, "--hold", 6, 25, "--pause", 0.2, "--pause-until", tmp_path / "go-25")
+    options = ("--nnodes", 2, "--node-timeout", "15s", *OPTIONS)
+    faults = [{"attempt": 1, "rank": 0, "step": 12, "kind": "raise"}]
+    job.begin_all(*arguments, options=options, faults=faults)
+
+    # a rank is killed on one host while the standby waits, then one raises on the other
+    assert job.until_at(6, 0, 1) == 0
+    job.until_standby(one, other)
+    job.kill_rank(other, 0)
+    job.let_go(6)
+    job.until_fact(FirstStep, lambda fact: fact.attempt == 2)
+    assert [fact.standby for fact in job.facts(AttemptStarted)] == [False, True, False], job.output
+    assert [fact.failure.kind for fact in job.facts(AttemptEnded) if fact.failure] == [
+        FailureKind.CRASH,
+        FailureKind.EXCEPTION,
+    ]
+    assert "on h2" in job.output
+    for resumed in job.facts(Resumed)[1:]:
+        assert resumed.tier is Tier.RAM
+        assert resumed.step == newest_before(job, resumed)
+
+    # one host is asked to leave: one agreed save, and the same command carries on
+    job.runs[other.name].send_signal(signal.SIGTERM)
+    assert job.codes(one, other) == [75, 75], job.output
+    saved = job.record.checkpoint
+    assert saved is not None
+    assert [job.left_on(host) for host in (one, other)] == [[], []]
+    assert not out.exists()
+    job.begin_all(*arguments, options=options)
+    assert job.until_at(25, 0, 1) == 3
+    assert job.facts(Resumed)[-1].step == saved.step
+
+    # the one that leads loses its power: the other keeps what it has, and with that they carry on
+    one.crash()
+    assert job.codes(other) == [75], job.output
+    assert job.left_on(other)
+    one.boot()
+    job.let_go(25)
+    job.begin_all(*arguments, options=options)
+    assert job.codes(one, other) == [0, 0], job.output
+    assert job.facts(Resumed)[-1].tier is Tier.RAM
+    assert job.facts(Resumed)[-1].step >= 23, "h2 has had a copy of what h1 stored"
+    assert digests(out) == undisturbed
+    assert [job.left_on(host) for host in (one, other)] == [[], []]
+
+
+def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_crashes(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    with Lab(4) as lab:
+        one, other, spare, store = lab.hosts
+        port, data = etcd.free_port(), tmp_path / "etcd"
+        inside = ("nsenter", f"--target={store.first}", "--net", "--")
+        job = Nodes(lab, tmp_path / "job", f"etcd://{store.address}:{port}")
+        out = tmp_path / "out"
+        arguments = ("--out", out, "--hold", 5, 10, 16, 22, "--pause", 0.1)
+        options = ("--nnodes", 2, "--node-timeout", "60s", *OPTIONS)
+        with etcd.running(store.address, inside, port, data):
+            job.begin(one, *arguments, options=options)
+            job.until_said(one, "job started")
+            job.begin(other, *arguments, options=options)
+            assert job.until_at(5, 0, 1) == 0
+            job.begin(spare, *arguments, options=options)
+            job.until_said(spare, "follows h1")
+            double = job.begin(store, *arguments, options=(*options, "--node-name", spare.name))
+            job.until_said(store, "a node called h3 is part of the job already")
+            double.send_signal(signal.SIGTERM)
+            assert job.codes(store) == [75]
+
+        # nobody reaches the store: the ranks go on
+        for host in (one, other):
+            job.until_said(host, "the store is not reached")
+        job.let_go(5)
+        assert job.until_at(10, 0, 1) == 0
+        with etcd.running(store.address, inside, port, data):
+            for host in (one, other):
+                job.until_said(host, "the store is reached again")
+            job.let_go(10)
+            assert job.until_at(16, 0, 1) == 0
+
+            # the leader is cut off: another one leads, the spare takes its place; healed, it is the spare
+            lab.cut(one)
+            assert job.until_at(16, 0, 1, after=0) == 1
+            assert job.facts(Resumed)[-1].tier is Tier.RAM, "h2 has had a copy of what h1 stored"
+            lab.heal(one)
+            leader, rest = (
+                (other, spare) if "job resumed" in job.output_of(other).read_text() else (spare, other)
+            )
+            job.until_said(one, f"follows {leader}")
+            job.let_go(16)
+            assert job.until_at(22, 0, 1) == 1
+            leader.crash()
+            job.let_go(22)
+            assert job.codes(one, rest) == [0, 0], job.output
+        assert digests(out) == undisturbed
+        assert [fact.attempt for fact in job.facts(AttemptStarted)] == [0, 1, 2]
+        assert job.record.epoch == 3
+        assert [job.left_on(host) for host in (one, rest)] == [[], []]
+        verified = one.run(
+            sys.executable, "-m", "launch.cli", "checkpoints", "verify", "--dir", job.folder, cwd=ROOT
+        )
+        assert "damaged" not in verified
+
+
+def test_a_job_of_two_to_three_hosts_shrinks_and_grows_and_strangers_stay_out(tmp_path: Path) -> None:
+    with Lab(4) as lab:
+        one, other, third, stranger = lab.hosts
+        job = Nodes(lab, tmp_path / "job")
+        out = tmp_path / "out"
+        arguments = ("--out", out, "--hold", 5, 8, "--pause", 0.1)
+        options = ("--nnodes", "2:3", "--node-timeout", "60s", *OPTIONS)
+        for host in (one, other, third):
+            job.begin(host, *arguments, options=options)
+        assert job.until_at(5, 0, 1, 2) == 0
+        elsewhere = Nodes(lab, tmp_path / "elsewhere" / "job")
+        elsewhere.begin(
+            stranger, *arguments, options=("--nnodes", "2:3", "--node-timeout", "5s"), key="another"
+        )
+        assert elsewhere.codes(stranger) == [75], elsewhere.output
+        assert "another EVERSTEP_KEY" in elsewhere.output
+        third.crash()
+        job.let_go(5)
+        assert job.until_at(8, 0, 1, after=0) == 1
+        lost = [fact.failure for fact in job.facts(AttemptEnded) if fact.failure]
+        assert [failure.kind for failure in lost] == [FailureKind.NODE_LOST]
+        assert "h3" in lost[0].reason
+        assert job.facts(Resumed)[-1].tier is Tier.RAM
+        third.boot()
+        job.begin(third, *arguments, options=options)
+        job.until_said(one, "to go on with h3")
+        job.let_go(8)
+        assert job.codes(one, other, third) == [0, 0, 0], job.output
+        assert [fact.world_size for fact in job.facts(WorkersReady)] == [3, 2, 3]
+        for resumed in job.facts(Resumed)[1:]:
+            assert resumed.step == newest_before(job, resumed)
+        assert job.record.step == STEPS
+        assert [job.left_on(host) for host in (one, other, third)] == [[], [], []]
+
+
+def newest_before(job: Nodes, resumed: Resumed) -> int:
+    """The newest step that was whole everywhere when that attempt began."""
+    return max(fact.step for fact in job.facts(SnapshotCompleted) if fact.attempt < resumed.attempt)
