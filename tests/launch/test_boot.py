@@ -181,7 +181,7 @@ def test_hello_and_the_page(listener: Listener) -> None:
     pid = listener.start([PYTHON, name])
     hello = listener.expect("hello")
     assert hello == {
-        "kind": "hello", "rank": 0, "local_rank": 0, "world_size": 1, "attempt": 7, "standby": 0, "pid": pid, "from": 0,
+        "kind": "hello", "rank": 0, "local_rank": 0, "world_size": 1, "local_world_size": 1, "attempt": 7, "standby": 0, "pid": pid, "from": 0,
         "ask": True,
     }  # fmt: skip
     listener.expect("ready")
