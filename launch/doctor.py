@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from supervisor.checkpoint.location import Location
     from supervisor.config import Options
     from supervisor.decide.fitness import Finding
+    from supervisor.edge.store.address import StoreAddress
+    from supervisor.noticing import Source
     from supervisor.record import JobRecord
 
 PATIENCE: Final = 20.0  # seconds for all checks, which are made side by side
@@ -44,6 +46,12 @@ def add_parser(commands: Any, add_job: Callable[[argparse.ArgumentParser], None]
         metavar="PATH|URL",
         default=argparse.SUPPRESS,
         help="where they are to go, if elsewhere",
+    )
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        default=argparse.SUPPRESS,
+        help="where several nodes are to meet (default: as `run`)",
     )
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="file of options")
     add_job(parser)
@@ -139,6 +147,12 @@ def _checks(options: Options, job: Path | None) -> dict[str, Check]:
     elif options.checkpoints is not None or (job is not None and not place.is_relative_to(job)):
         checks["checkpoints"] = lambda: _directory("checkpoints", place.absolute())
     client = Client.found()
+    store = _store(options)
+    if store is not None:
+        checks["store"] = lambda: _reach_store(store)
+    cloud = _cloud(options)
+    if cloud is not None:
+        checks["notices"] = lambda: _reach_cloud(cloud)
     if client is not None:
         checks["slurm"] = lambda: _slurm(client, _save(record))
     return checks
@@ -236,6 +250,31 @@ def _torch() -> Iterable[Finding]:
     from supervisor.decide import fitness
 
     yield fitness.torch(*probes.torch(), *probes.gpus())
+
+
+def _store(options: Options) -> StoreAddress | None:
+    from launch import nodes
+    from launch.slurm.client import address_of
+
+    return nodes.from_slurm(options, os.environ, address_of).store
+
+
+def _reach_store(store: StoreAddress) -> Iterable[Finding]:
+    from launch import reach
+
+    return reach.store(store)
+
+
+def _cloud(options: Options) -> Source | None:
+    from launch.notices import found
+
+    return found.source(options.notices)
+
+
+def _reach_cloud(cloud: Source) -> Iterable[Finding]:
+    from launch import reach
+
+    return reach.notices(cloud)
 
 
 def _slurm(client: Any, save: float | None) -> Iterable[Finding]:

@@ -27,7 +27,7 @@ def complete(
     Raises UsageError for what torchrun's line or the scheduler cannot mean.
     """
     options = _from_torchrun(options, program)
-    options = _from_slurm(options, environ, address_of)
+    options = from_slurm(options, environ, address_of)
     several = options.nnodes is not None and options.nnodes.most > 1
     if several and program.launcher is None:
         raise UsageError(
@@ -60,7 +60,8 @@ def _from_torchrun(options: Options, program: Program) -> Options:
     return options
 
 
-def _from_slurm(options: Options, environ: Mapping[str, str], address_of: Callable[[str], str]) -> Options:
+def from_slurm(options: Options, environ: Mapping[str, str], address_of: Callable[[str], str]) -> Options:
+    """What a SLURM step says of its nodes, where the options leave it open."""
     allocation = environment.parse(environ)
     if allocation is None or allocation.step_id is None or len(allocation.nodes) == 1:
         return options

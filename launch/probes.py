@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -15,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from supervisor.decide.fitness import BucketProbe, DirectoryProbe
+from supervisor.decide.fitness import BucketProbe, DirectoryProbe, Door
 from supervisor.errors import EverstepError
 
 if TYPE_CHECKING:
@@ -60,6 +61,26 @@ def ports() -> tuple[int | None, int, int]:
     except (OSError, ValueError):
         first, last = 32768, 60999
     return free, first, last
+
+
+def door(host: str, port: int, timeout: float) -> tuple[Door, str]:
+    """What is at an address where a node is to serve, or serves, the job's store; and why it is not reached."""
+    from supervisor.edge.store import address
+
+    if address.is_ours(host):
+        try:
+            socket.create_server((address.listening_host(host) or "", port)).close()
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            return (Door.TAKEN if taken else Door.UNREACHED), error.strerror or str(error)
+        return Door.FREE, ""
+    try:
+        socket.create_connection((host, port), timeout).close()
+    except ConnectionRefusedError:
+        return Door.SHUT, ""
+    except OSError as error:
+        return Door.UNREACHED, error.strerror or str(error)
+    return Door.ANSWERS, ""
 
 
 def skew(folder: Path) -> float | None:

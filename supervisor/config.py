@@ -99,7 +99,7 @@ class Options:
     node_rank: int | None = None
     """This node's rank among them, if it matters. None: what torchrun or the scheduler says, else as they come."""
     node_name: str | None = None
-    """What this node is called. None: its hostname."""
+    """What this node is called. None: what SLURM calls it, else its hostname."""
     store: StoreAddress | None = None
     """Where the nodes of a job meet: ``tcp://host:port`` (served by the node of that name) or ``etcd://host:port``."""
     lease: float = 5.0

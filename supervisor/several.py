@@ -100,15 +100,9 @@ class Several:
         key = self._secret
         address = self._address
         if not address.is_embedded:
-            from supervisor.edge.store.etcd import Access, EtcdStore
+            from supervisor.edge.store.etcd import EtcdStore, access
 
-            files = addresses.etcd_files()
-            access = Access(
-                hosts=address.hosts, prefix=address.prefix or f"/everstep/{self._job.path.name}/", tls=address.scheme == "etcds",
-                user=address.user, password=address.password, ca=files["ca"], key=files["key"],
-                certificate=files["certificate"],
-            )  # fmt: skip
-            etcd = EtcdStore(access, key)
+            etcd = EtcdStore(access(address, self._job.path.name), key)
             try:
                 yield etcd, False
             finally:

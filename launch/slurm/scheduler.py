@@ -19,6 +19,7 @@ from supervisor.decide.restart import EXIT_AGAIN
 from supervisor.edge import clock
 from supervisor.edge.threads import in_thread
 from supervisor.engine import Alone, Engine
+from supervisor.errors import ConfigError
 
 PERIOD: Final = (
     120.0  # seconds between two looks: limits change seldom, and thousands of jobs have one controller
@@ -91,7 +92,12 @@ class Slurm:
         said = self._requeue(code)
         if code != EXIT_AGAIN or not bad or not self.requeues:
             return said
-        without = self._exclude(bad)
+        try:
+            without = self._exclude(bad)
+        except (
+            ConfigError
+        ) as error:  # lists that are written in another way than we know: the job is requeued all the same
+            without = str(error)
         return f"{said}; {without}" if said and without else said or without
 
     def _exclude(self, bad: Collection[str]) -> str | None:
@@ -101,9 +107,12 @@ class Slurm:
         if self.client is None or text is None or job is None or job.restarts <= self.allocation.restarts:
             return None
         found = shown.fields(text)
-        listed = found.get("ExcNodeList", "(null)")
-        before = () if listed == "(null)" else hostlist.expand(listed)
-        more = [name for name in self.allocation.nodes if name in bad and name not in before]
+        before, asked_for = (_hosts(found.get(name)) for name in ("ExcNodeList", "ReqNodeList"))
+        more = [
+            name
+            for name in self.allocation.nodes
+            if name in bad and name not in before and name not in asked_for
+        ]
         if not more:
             return None
         names, left = ", ".join(more), self._others(found, len(before) + len(more))
@@ -152,6 +161,10 @@ class Slurm:
             seconds = None if text is None else shown.seconds(shown.parse_config(text), "KillWait")
             self._kill_wait = KILL_WAIT if seconds is None else seconds
         return KILL_WAIT if self._kill_wait is None else self._kill_wait
+
+
+def _hosts(listed: str | None) -> tuple[str, ...]:
+    return () if listed in (None, "(null)") else hostlist.expand(listed)
 
 
 def engine(options: Options, environ: Mapping[str, str], say: Callable[[str], None]) -> Engine:

@@ -147,6 +147,38 @@ def ports(free: int | None, first: int, last: int) -> Finding:
     return ok("ports", f"free ({first} to {last})")
 
 
+class Door(enum.Enum):
+    """What was found at the address of a store that a node serves."""
+
+    FREE = enum.auto()  # it is this host's, and could be listened at
+    TAKEN = enum.auto()  # it is this host's, and somebody listens there
+    ANSWERS = enum.auto()  # it is another host's, and somebody listens there
+    SHUT = enum.auto()  # … and nobody does so far
+    UNREACHED = enum.auto()
+
+
+def door(where: str, found: Door, why: str = "") -> Finding:
+    """Where the nodes of a job meet, at a port of one of them."""
+    name = "store"
+    match found:
+        case Door.FREE:
+            return ok(name, f"{where}: this host's, and free")
+        case Door.ANSWERS:
+            return ok(name, f"{where}: answers")
+        case Door.SHUT:
+            return ok(name, f"{where}: the host is reached; nobody serves there yet")
+        case Door.TAKEN:
+            return warning(
+                name, f"{where}: taken on this host", "unless that is the job itself: another port (--store)"
+            )
+        case Door.UNREACHED:
+            return broken(
+                name,
+                f"{where}: {why}",
+                "the nodes must reach it: firewall, routes, or another host (--store)",
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DirectoryProbe:
     """What a file of ``bytes`` went through in a directory. Times in seconds."""

@@ -46,8 +46,9 @@ class Stories:
 
     def close(self) -> None:
         for story, _ in self._told.values():
-            for file in story.folder.glob("everstep-runs/*/job.json"):
-                shutil.rmtree(jobs.harness.Job(file.parent).runtime, ignore_errors=True)
+            for file in story.folder.rglob("everstep-runs/*/job.json"):
+                for runtime in in_memory(jobs.harness.Job(file.parent)):
+                    shutil.rmtree(runtime, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,12 @@ def test_the_doctor_knows_the_cluster(stories: Stories) -> None:
     assert found["slurm /dev/shm"]["level"] == "ok"
 
 
+def in_memory(job: jobs.harness.Job) -> list[Path]:
+    """What any node has in memory of a job."""
+    name = job.runtime.name.partition("@")[0]
+    return [path for path in job.runtime.parent.glob(f"{name}*") if path.name.partition("@")[0] == name]
+
+
 def check_finished(story: Story) -> None:
     """It ended well, in more than one allocation, and no step was done twice."""
     assert (story.shown["JobState"], story.shown["ExitCode"]) == ("COMPLETED", "0:0"), story.log
@@ -82,7 +89,7 @@ def check_finished(story: Story) -> None:
     resumed = [fact.step for fact in story.job.facts(Resumed)]
     assert resumed[0] == 0
     assert resumed[-1] > 0, "nothing was saved at the stop"
-    assert not story.job.runtime.exists()
+    assert not in_memory(story.job)
 
 
 @pytest.mark.parametrize("name", ["preemption", "limit"])
@@ -101,6 +108,59 @@ def test_it_is_requeued_once_and_ends_on_the_same_bits(
         assert stop.source == "SLURM's time limit"
         assert stop.deadline is not None
         assert stop.deadline > stop.time
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "said"),
+    [
+        ("at_once", "SIGTERM", "SLURM has requeued the job"),
+        ("user_signal", "SIGUSR2", "SLURM job {} requeued"),
+    ],
+)
+def test_preempted_without_a_grace_or_by_a_signal_of_its_own(
+    stories: Stories, name: str, source: str, said: str
+) -> None:
+    story = stories[name]
+    check_finished(story)
+    assert story.shown["Restarts"] == "1"
+    assert [stop.source for stop in story.job.facts(StopRequested)] == [source]
+    assert story.log.count(said.format(story.number)) == 1
+    assert digests(story.out) == digests(stories["chain"].out), (
+        "stopped elsewhere, and ended on the same bits"
+    )
+
+
+def test_slurms_daemons_come_and_go_and_two_nodes_are_requeued(
+    stories: Stories, undisturbed: dict[str, str]
+) -> None:
+    story = stories["restarts"]
+    check_finished(story)
+    assert digests(story.out) == undisturbed
+    assert story.shown["Restarts"] == "1"
+    assert story.log.count("SLURM has requeued the job") == 1, "by the node that leads alone"
+    assert len(story.job.facts(Resumed)) == 2, "nothing else has ended an attempt"
+    assert [file.name for file in (story.job.folder / "journal").glob("*.jsonl")] == ["n1.jsonl"]
+
+
+def test_with_no_kill_a_lost_node_costs_only_itself(stories: Stories) -> None:
+    story = stories["lost"]
+    assert (story.shown["JobState"], story.shown["ExitCode"]) == ("COMPLETED", "0:0"), story.log
+    assert story.shown["Restarts"] == "0"
+    record = story.job.record
+    assert (record.state, record.step, record.world_size) == (State.COMPLETED, STEPS, 1)
+    assert record.lost_steps <= 1
+    assert story.job.facts(Resumed)[-1].step > 0
+    assert not in_memory(story.job)
+
+
+def test_else_slurm_runs_the_job_again_which_resumes(stories: Stories, undisturbed: dict[str, str]) -> None:
+    story = stories["lost"].beside
+    assert story is not None
+    assert (story.shown["JobState"], story.shown["ExitCode"]) == ("COMPLETED", "0:0"), story.log
+    assert story.shown["Restarts"] == "1"
+    assert story.job.facts(Resumed)[-1].step > 0
+    assert digests(story.out) == undisturbed
+    assert not in_memory(story.job)
 
 
 def test_an_operators_requeue_is_not_answered_by_another(stories: Stories) -> None:

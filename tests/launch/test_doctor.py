@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 
 from launch import cli, doctor, probes
 from launch.slurm import examining, fitness, shown
-from supervisor.decide.fitness import Finding, Level, ok
+from supervisor.decide import fitness as judgements
+from supervisor.decide.fitness import Door, Finding, Level, ok
 from supervisor.errors import StorageError
 from tests.launch.test_slurm import HET, show
+from tests.notices.emulators import AwsEmulator, AzureEmulator, Emulator, GcpEmulator
+from tests.store import etcd as etcds
 from tests.stores import proxy as proxies
 from tests.stores.fixtures import WITH_S3
 
@@ -118,6 +122,66 @@ def test_an_object_store_is_tried(
     code, found = call(capsys, "--checkpoints", url)
     assert (code, found["checkpoints"]["level"]) == (1, "broken")
     assert "403" in found["checkpoints"]["found"]
+
+
+# --------------------------------------------------------------------------- where nodes meet, and the cloud
+
+
+def test_where_several_nodes_would_meet(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert call(capsys, "--store", f"tcp://127.0.0.1:{port}")[1]["store"]["level"] == "warning"
+    found = call(capsys, "--store", f"tcp://127.0.0.1:{port}")[1]["store"]
+    assert (found["level"], found["found"]) == ("ok", f"tcp://127.0.0.1:{port}: this host's, and free")
+    code, found_all = call(capsys, "--store", "tcp://no-such-host.invalid:1")
+    assert (code, found_all["store"]["level"]) == (1, "broken")
+    for what, level in (
+        (Door.ANSWERS, Level.OK),
+        (Door.SHUT, Level.OK),
+        (Door.UNREACHED, Level.BROKEN),
+    ):
+        assert judgements.door("tcp://h:1", what, "timed out").level is level
+
+
+def test_within_a_step_on_several_nodes_it_is_slurms_first_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = {
+        "SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "localhost,other",
+        "SLURM_STEP_NUM_TASKS": "2",
+    }  # fmt: skip
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    assert call(capsys)[1]["store"]["found"].startswith("tcp://localhost:20005")
+
+
+def test_an_etcd_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with etcds.running() as port:
+        found = call(capsys, "--store", f"etcd://127.0.0.1:{port}")[1]["store"]
+        assert (found["level"], found["mend"]) == ("ok", None)
+        assert f"etcd://127.0.0.1:{port}: healthy" in found["found"]
+    code, found_all = call(capsys, "--store", f"etcd://127.0.0.1:{port}")
+    assert (code, found_all["store"]["level"]) == (1, "broken")
+
+
+@pytest.mark.parametrize(
+    ("cloud", "emulator"), [("aws", AwsEmulator), ("gcp", GcpEmulator), ("azure", AzureEmulator)]
+)
+def test_whether_the_cloud_would_be_heard(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, nowhere: Path, cloud: str,
+    emulator: type[Emulator],
+) -> None:  # fmt: skip
+    (nowhere / "everstep.yaml").write_text(f"notices: {cloud}\n")
+    one = emulator()
+    with one.serving():
+        monkeypatch.setenv("EVERSTEP_METADATA_URL", one.url)
+        found = call(capsys)[1]["notices"]
+        assert found["level"] == "ok"
+        assert found["found"].lower().startswith(f"{cloud}: the metadata service answers")
+        one.faults.extend([403, 403, 403, 403])
+        found = call(capsys)[1]["notices"]
+        assert found["level"] == "warning"
+        assert "403" in found["found"]
 
 
 # --------------------------------------------------------------------------- clusters

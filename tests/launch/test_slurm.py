@@ -320,6 +320,8 @@ def test_a_requeue_that_slurm_does_not_take_is_tried_again_and_said() -> None:
         ("n[6-7]", {"n2"}, 4, None, "it may get n2 again: the partition has too few other nodes"),
         ("n2", {"n2"}, 8, None, "requeued"),
         ("(null)", {"elsewhere"}, 8, None, "requeued"),
+        ("(null) ReqNodeList=n2", {"n2"}, 8, None, "requeued"),
+        ("n[", {"n2"}, 8, None, "requeued; 'n[' is no list of hosts"),
         ("(null)", set(), 8, None, "requeued"),
     ],
 )

@@ -22,6 +22,7 @@ from tests.slurm.lab import Lab
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "deploy" / "slurm" / "everstep.sbatch"
 DEADLINE = 240.0
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
 LOADER = str(harness.PROGRAMS / "loader.py")
 
 
@@ -33,7 +34,7 @@ class Story:
     folder: Path
     number: str = ""
     shown: dict[str, str] = field(default_factory=dict)
-    code: int | None = None
+    beside: Story | None = None  # another job on the same nodes
 
     @property
     def go(self) -> Path:
@@ -90,6 +91,13 @@ class Story:
             assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}: {self.log}"
             time.sleep(0.1)
 
+    def until_it_has_saved(self) -> None:
+        """Wait for a checkpoint."""
+        limit = time.monotonic() + DEADLINE
+        while self.job.record.checkpoint is None:
+            assert time.monotonic() < limit, self.log
+            time.sleep(0.1)
+
     def _has_stepped(self) -> bool:
         if not list((self.folder / "everstep-runs").glob("*/job.json")):
             return False
@@ -102,7 +110,7 @@ class Story:
             assert time.monotonic() < limit, self.log
             time.sleep(0.1)
         self.go.touch()
-        self.until("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", restarts=restarts)
+        self.until(*OVER, restarts=restarts)
 
 
 def requeue(story: Story) -> None:
@@ -122,24 +130,40 @@ def preemption(story: Story) -> None:
         ["--nodelist=n2", "--exclusive", "--time=10"],
         ["--snapshot-every", "never", *harness.torchrun(*story.arguments)],
     )
+    _preempt(story, "n2")
+
+
+def at_once(story: Story) -> None:
+    """Likewise, but there is no grace: SIGTERM to all, and SLURM requeues the job itself."""
+    story.submit(
+        ["--partition=bare", "--nodelist=n3", "--exclusive", "--time=10"],
+        ["--snapshot-every", "never", "--standby", "off", sys.executable, harness.TRAIN, *story.arguments],
+    )
+    _preempt(story, "n3")
+
+
+def user_signal(story: Story) -> None:
+    """Likewise, with a grace, and it is told by the signal that it has asked for (preempt_send_user_signal)."""
+    story.submit(
+        ["--nodelist=n4", "--exclusive", "--time=10", "--signal=USR2@5"],
+        ["--snapshot-every", "never", "--standby", "off", sys.executable, harness.TRAIN, *story.arguments],
+    )
+    _preempt(story, "n4")
+
+
+def _preempt(story: Story, node: str) -> None:
     story.until_it_steps()
     story.lab.call(
-        "sbatch",
-        "--partition=high",
-        "--nodelist=n2",
-        "--exclusive",
-        "--time=1",
-        "--output=/dev/null",
-        "--wrap=true",
-    )
+        "sbatch", "--partition=high", f"--nodelist={node}", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=true",
+    )  # fmt: skip
     story.finish(restarts=1)
 
 
 def limit(story: Story) -> None:
-    """Its time is up before it is done: it has to stop early enough, and go on in the next allocation."""
+    """On two nodes; its time is up before it is done: it has to stop early enough, and go on in the next allocation."""
     story.submit(
-        ["--nodelist=n1", "--time=1"],
-        ["--checkpoint-every", "5s", "--standby", "off", *harness.torchrun(*story.arguments)],
+        ["--nodes=2", "--nodelist=n[1,5]", "--time=1"],
+        ["--checkpoint-every", "5s", "--standby", "off", *harness.torchrun(*story.arguments, ranks=1)],
     )  # fmt: skip
     while True:  # on a machine that is too busy an allocation may end before the first step
         restarts = int(story.shown.get("Restarts", "0")) + 1
@@ -147,6 +171,41 @@ def limit(story: Story) -> None:
         if story.job.record.checkpoint is not None:
             break
     story.finish(restarts)
+
+
+def restarts(story: Story) -> None:
+    """On two nodes; SLURM's own daemons end under it and come back, which is nothing to it. Then an operator requeues it."""
+    story.submit(
+        ["--nodes=2", "--nodelist=n[1,5]", "--time=10"],
+        ["--snapshot-every", "never", "--standby", "off", *harness.torchrun(*story.arguments, ranks=1)],
+    )
+    story.until_it_steps()
+    story.lab.restart("n5")
+    story.lab.restart("slurmctld")
+    story.lab.call("scontrol", "requeue", story.number)
+    story.finish(restarts=1)
+
+
+def lost(story: Story) -> None:
+    """Two jobs on the same two nodes, one of which is lost: this one may go on without it, the other is run again by SLURM."""
+    story.beside = other = Story(story.lab, story.folder / "other")
+    other.folder.mkdir()
+    nodes = ["--nodes=2", "--nodelist=n[5-6]", "--time=10"]
+    options = ["--snapshot-every", "1step", "--checkpoint-every", "1step", "--standby", "off"]
+    story.submit(
+        [*nodes, "--no-kill"], [*options, "--nnodes", "1:2", *harness.torchrun(*story.arguments, ranks=1)]
+    )
+    other.submit(nodes, [*options, *harness.torchrun(*other.arguments, ranks=1)])
+    for one in (story, other):
+        one.until_it_steps()
+        one.until_it_has_saved()
+    story.lab.lose("n6")
+    story.go.touch()
+    other.until("PENDING", restarts=1)
+    story.until(*OVER)
+    story.lab.bring_back("n6")
+    other.go.touch()
+    other.until(*OVER, restarts=1)
 
 
 def cancel(story: Story) -> None:
@@ -190,7 +249,7 @@ def container(story: Story) -> None:
     (story.folder / "everstep.yaml").write_text("standby: off\nsnapshot-every: never\n")
     path = f"{tools}:{os.environ['PATH']}"
     output = story.lab.call(
-        "sbatch", "--parsable", "--time=10", "--nodelist=n3", TEMPLATE, cwd=story.folder,
+        "sbatch", "--parsable", "--time=10", "--nodelist=n7", TEMPLATE, cwd=story.folder,
         environment=story.environment(PATH=path),
     )  # fmt: skip
     story.number = output.strip()
@@ -225,4 +284,6 @@ def _successor(story: Story) -> str:
 
 
 #: the first one has a minute, so the others wait for its first step
-STORIES: tuple[Callable[[Story], None], ...] = (limit, preemption, requeue, cancel, killed, chain, container)
+STORIES: tuple[Callable[[Story], None], ...] = (
+    limit, lost, restarts, preemption, at_once, user_signal, requeue, cancel, killed, chain, container,
+)  # fmt: skip

@@ -1,7 +1,7 @@
-"""A real SLURM cluster on this machine: munged, slurmctld and three slurmds, for as long as a block lasts.
+"""A real SLURM cluster on this machine: munged, slurmctld and seven slurmds, for as long as a block lasts.
 
 Everything lies in one folder of its own and listens on free ports of the loopback, so several clusters stand side by side.
-Two partitions: jobs in ``high`` preempt those in ``low`` after ``GRACE`` seconds, by requeueing them. Needs root, and
+Jobs in the partition ``high`` preempt those in ``low`` after ``GRACE`` seconds, by requeueing them, and those in ``bare`` at once. Needs root, and
 slurmctld, slurmd, the client commands and munge.
 """
 
@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 EPILOG = Path(__file__).parents[2] / "deploy" / "slurm" / "epilog.sh"
-NODES = ("n1", "n2", "n3")
+NODES = tuple(f"n{number}" for number in range(1, 8))
 GRACE = 60  # seconds
 KILL_WAIT = 60  # seconds
 DEADLINE = 90.0
@@ -33,6 +33,7 @@ NEEDED = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"
 
 CONF = """\
 ClusterName=lab
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser=root
@@ -66,6 +67,7 @@ JobRequeue=1
 TCPTimeout=5
 MessageTimeout=20
 UnkillableStepTimeout=60
+SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 GresTypes=gpu
 Epilog={epilog}
@@ -73,6 +75,7 @@ CommunicationParameters=NoAddrCache
 """
 PARTITIONS = """\
 PartitionName=low Nodes={nodes} Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace} State=UP
+PartitionName=bare Nodes={nodes} MaxTime=60 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 State=UP
 PartitionName=high Nodes={nodes} MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
 """
 
@@ -82,6 +85,7 @@ class Lab:
     """A running cluster."""
 
     folder: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -119,6 +123,53 @@ class Lab:
             assert time.monotonic() < limit, f"{job} is {shown}, not {states}"
             time.sleep(0.2)
 
+    def start(self, name: str) -> None:
+        """A daemon, in the foreground: ``munged``, ``slurmctld``, or a node's slurmd by the node's name."""
+        munge = self.folder / "munge"
+        argv = {
+            "munged": [
+                "munged", "--foreground", "--force", f"--socket={munge}/socket", f"--key-file={munge}/key",
+                f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={munge}/log", "--num-threads=2",
+            ],
+            "slurmctld": ["slurmctld", "-D"],
+        }.get(name, ["slurmd", "-D", "-N", name])  # fmt: skip
+        with open(self.folder / f"{name}.log", "ab") as sink:
+            self.daemons[name] = subprocess.Popen(
+                argv, env=self.environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
+            )  # fmt: skip
+
+    def restart(self, name: str) -> None:
+        """End a daemon, and start it again. (A slurmctld that is killed forgets what it was told last, jobs included.)"""
+        self.daemons[name].terminate()
+        self.daemons[name].wait(DEADLINE)
+        self.start(name)
+
+    def lose(self, node: str) -> None:
+        """The node is gone with all that runs there, and SLURM is told at once, which it would find out by itself in SlurmdTimeout."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+        there = [process for process in self._processes() if process.environ().get("SLURMD_NODENAME") == node]
+        steps = {parent for one in there if (parent := one.parent()) and parent.name() == "slurmstepd"}
+        for process in (*steps, *there):  # first those that would tell of the others' ends
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def bring_back(self, node: str) -> None:
+        """The node is there again, empty."""
+        self.start(node)
+        limit = time.monotonic() + DEADLINE
+        while "down" in self.call("sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%T"):
+            assert time.monotonic() < limit, self.log()
+            time.sleep(0.1)
+
+    def _processes(self) -> Iterator[psutil.Process]:
+        """What was given our slurm.conf."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                    yield process
+
     def cancel_all(self) -> None:
         """End every job and wait until nothing of any is left."""
         self.call("scancel", "--user=root")
@@ -151,14 +202,10 @@ def running() -> Iterator[Lab]:
         munge.mkdir(mode=0o755)
         (munge / "key").touch(mode=0o600)
         (munge / "key").write_bytes(os.urandom(128))
-        _start(stack, lab, "munged", [
-            "munged", "--foreground", "--force", f"--socket={munge}/socket", f"--key-file={munge}/key",
-            f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={munge}/log", "--num-threads=2",
-        ])  # fmt: skip
+        _start(stack, lab, "munged")
         _await(lab, "munge", f"--socket={munge}/socket", "--no-input")
-        _start(stack, lab, "slurmctld", ["slurmctld", "-D", "-c"])
-        for node in NODES:
-            _start(stack, lab, f"slurmd-{node}", ["slurmd", "-D", "-N", node])
+        for daemon in ("slurmctld", *NODES):
+            _start(stack, lab, daemon)
         _await_idle(lab)
         yield lab
 
@@ -170,10 +217,14 @@ def _write_conf(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)
     nodes = "".join(
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=1000 Gres=gpu:8 State=UNKNOWN\n"
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=1000 Gres=gpu:8 State=UNKNOWN\n"
         for node, port in zip(NODES, ports, strict=True)
     )
-    conf = CONF.format(epilog=EPILOG, host=host, controller=controller, folder=folder, kill_wait=KILL_WAIT)
+    # a job's number is all that the epilog knows it by: another cluster on this machine must have others
+    first = random.SystemRandom().randrange(1, 60_000_000)
+    conf = CONF.format(
+        epilog=EPILOG, host=host, controller=controller, folder=folder, kill_wait=KILL_WAIT, first_job=first
+    )
     partitions = PARTITIONS.format(nodes=",".join(NODES), grace=GRACE)
     for gpu in range(8):  # the plugin wants files that exist, and nothing more
         (folder / f"gpu{gpu}").touch()
@@ -181,18 +232,10 @@ def _write_conf(folder: Path) -> None:
     (folder / "slurm.conf").write_text(conf + nodes + partitions)
 
 
-def _start(stack: contextlib.ExitStack, lab: Lab, name: str, argv: Sequence[str]) -> None:
-    """A daemon in the foreground, ended when the block is left: in the reverse order."""
-    with open(lab.folder / f"{name}.log", "wb") as sink:
-        daemon = subprocess.Popen(
-            argv,
-            env=lab.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,
-        )
-    stack.callback(_end, daemon)
+def _start(stack: contextlib.ExitStack, lab: Lab, name: str) -> None:
+    """Start a daemon that is ended when the block is left: in the reverse order."""
+    lab.start(name)
+    stack.callback(lambda: _end(lab.daemons[name]))
 
 
 def _end(daemon: subprocess.Popen[bytes]) -> None:
@@ -206,10 +249,9 @@ def _end(daemon: subprocess.Popen[bytes]) -> None:
 
 def _kill_steps(lab: Lab) -> None:
     """What slurmds have started outlives them: every process that was given our slurm.conf."""
-    for process in psutil.process_iter():
+    for process in lab._processes():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("SLURM_CONF") == lab.environment["SLURM_CONF"]:
-                process.send_signal(signal.SIGKILL)
+            process.kill()
 
 
 def _await(lab: Lab, *words: str) -> None:

@@ -22,6 +22,7 @@ import requests
 from etcd3gw.client import Etcd3Client
 from etcd3gw.exceptions import ConnectionFailedError, ConnectionTimeoutError, Etcd3Exception
 
+from supervisor.edge.store.address import StoreAddress, etcd_files
 from supervisor.edge.store.protocol import ANSWER, Entry, View
 from supervisor.edge.threads import in_thread
 from supervisor.errors import LeaseLostError, StoreError
@@ -46,6 +47,15 @@ class Access:
     ca: str | None = None
     key: str | None = None
     certificate: str | None = None
+
+
+def access(address: StoreAddress, job: str) -> Access:
+    """To the etcd of a parsed URL and of the environment; without a prefix the job's name is one."""
+    files = etcd_files()
+    return Access(
+        hosts=address.hosts, prefix=address.prefix or f"/everstep/{job}/", tls=address.scheme == "etcds",
+        user=address.user, password=address.password, ca=files["ca"], key=files["key"], certificate=files["certificate"],
+    )  # fmt: skip
 
 
 class EtcdStore:
