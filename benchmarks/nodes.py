@@ -95,7 +95,7 @@ def lose(host: Host, watch: Watch, cap: float, back: Callable[[], None] | None =
 
 def everstep(hosts: int, size: str, *, restart: bool = False, cap: float = 180.0) -> float | None:
     """The host that is lost is the third."""
-    with Lab(hosts) as lab, tempfile.TemporaryDirectory(prefix="everstep-nodes-") as folder:
+    with tempfile.TemporaryDirectory(prefix="everstep-nodes-") as folder, Lab(hosts) as lab:
         job = Nodes(lab, Path(folder) / "job")
         script, watch = _script(Path(folder)), Watch(Path(folder) / "steps")
         third = lab.hosts[2]
@@ -117,7 +117,7 @@ def everstep(hosts: int, size: str, *, restart: bool = False, cap: float = 180.0
 
 def torchrun(cap: float) -> float | None:
     """``--nnodes=2:3``, c10d, defaults."""
-    with Lab(3) as lab, tempfile.TemporaryDirectory(prefix="everstep-nodes-") as folder:
+    with tempfile.TemporaryDirectory(prefix="everstep-nodes-") as folder, Lab(3) as lab:
         script, watch = _script(Path(folder)), Watch(Path(folder) / "steps")
         runs: list[Process] = []
         for host in lab.hosts:
@@ -132,7 +132,7 @@ def torchrun(cap: float) -> float | None:
 
 def notice() -> float:
     """Seconds from SIGTERM on one of three nodes to the checkpoint of all."""
-    with Lab(3) as lab, tempfile.TemporaryDirectory(prefix="everstep-nodes-") as folder:
+    with tempfile.TemporaryDirectory(prefix="everstep-nodes-") as folder, Lab(3) as lab:
         job = Nodes(lab, Path(folder) / "job")
         script, watch = _script(Path(folder)), Watch(Path(folder) / "steps")
         for host in lab.hosts:
