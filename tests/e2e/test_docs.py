@@ -89,7 +89,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, script, "--steps", str(STEPS[-1]), "--batch-size", "1"]
     assert job.run(command, *save) == 0, job.output
     for _, text in COMMANDS:
-        for name in re.findall(r"--dir (\S+)", text):
+        for name in re.findall(r"--dir ([^/\s]\S*)", text):
             link = root / name
             if not link.exists():
                 link.parent.mkdir(parents=True, exist_ok=True)
