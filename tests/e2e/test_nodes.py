@@ -168,7 +168,6 @@ def test_a_job_of_two_to_three_hosts_shrinks_and_grows_and_strangers_stay_out(tm
         lost = [fact.failure for fact in job.facts(AttemptEnded) if fact.failure]
         assert [failure.kind for failure in lost] == [FailureKind.NODE_LOST]
         assert "h3" in lost[0].reason
-        assert job.facts(Resumed)[-1].tier is Tier.RAM
         third.boot()
         job.begin(third, *arguments, options=options)
         job.until_said(one, "to go on with h3")
