@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from supervisor.checkpoint import slots
-from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.checkpoint.manifest import Key
 from supervisor.edge import arenas, clock, jobdir
 from supervisor.edge.control import SLOTS
@@ -138,11 +137,9 @@ class Snapshots:
         while (newest := self.newest()) is not None:
             try:
                 if slots.read_slot(newest[0], self._key) is not None:
-                    break
-                problem = f"{SLOT_NAME} is gone"
+                    break  # else somebody has taken it back: a rehearsal
             except CheckpointError as error:
-                problem = str(error)
-            unsound.append((newest[0], problem))
+                unsound.append((newest[0], str(error)))
             self.drop(newest[0])
         return unsound
 

@@ -51,7 +51,8 @@ def test_a_snapshot_that_proves_unsound_makes_room_for_the_one_before(snapshots:
         assert newest[1].step == step
         places[step] = newest[0]
         (newest[0] / spoil).unlink()
-        assert [path for path, _ in snapshots.drop_unsound()] == [newest[0]]
+        told = [] if spoil == "slot.json" else [newest[0]]  # taken back is not damaged
+        assert [path for path, _ in snapshots.drop_unsound()] == told
     newest = snapshots.newest()
     assert newest is not None
     assert newest[1].step == 5
