@@ -46,6 +46,11 @@ def torchrun(*arguments: object, ranks: int = 2, script: str = TRAIN) -> list[st
     return [str(BIN / "torchrun"), f"--nproc-per-node={ranks}", script, *map(str, arguments)]
 
 
+def _heed_hangup() -> None:
+    """As from a terminal, also where the tests themselves were started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Job:
     """One job directory, and the supervisor that runs it at present."""
 
@@ -67,7 +72,7 @@ class Job:
         with open(self.output_path, "ab") as sink:
             self.process = subprocess.Popen(
                 [str(word) for word in argv], cwd=ROOT, env=environment(faults) | self.environ, stdin=subprocess.DEVNULL,
-                stdout=sink, stderr=sink, start_new_session=True,
+                stdout=sink, stderr=sink, start_new_session=True, preexec_fn=_heed_hangup,
             )  # fmt: skip
         return self.process
 
