@@ -46,11 +46,6 @@ def torchrun(*arguments: object, ranks: int = 2, script: str = TRAIN) -> list[st
     return [str(BIN / "torchrun"), f"--nproc-per-node={ranks}", script, *map(str, arguments)]
 
 
-def _heed_hangup() -> None:
-    """As from a terminal, also where the tests themselves were started by nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 class Job:
     """One job directory, and the supervisor that runs it at present."""
 
@@ -69,10 +64,11 @@ class Job:
         """Start ``everstep run`` in a session (and so a process group) of its own; output goes to ``self.output``."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, *options, *command]
+        argv = ["env", "--default-signal=HUP", *argv]  # nohup, by which tests may have been started, ignores it
         with open(self.output_path, "ab") as sink:
             self.process = subprocess.Popen(
                 [str(word) for word in argv], cwd=ROOT, env=environment(faults) | self.environ, stdin=subprocess.DEVNULL,
-                stdout=sink, stderr=sink, start_new_session=True, preexec_fn=_heed_hangup,
+                stdout=sink, stderr=sink, start_new_session=True,
             )  # fmt: skip
         return self.process
 
