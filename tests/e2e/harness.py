@@ -64,7 +64,11 @@ class Job:
         """Start ``everstep run`` in a session (and so a process group) of its own; output goes to ``self.output``."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, *options, *command]
-        argv = ["env", "--default-signal=HUP", *argv]  # nohup, by which tests may have been started, ignores it
+        argv = [
+            "env",
+            "--default-signal=HUP",
+            *argv,
+        ]  # nohup, by which tests may have been started, ignores it
         with open(self.output_path, "ab") as sink:
             self.process = subprocess.Popen(
                 [str(word) for word in argv], cwd=ROOT, env=environment(faults) | self.environ, stdin=subprocess.DEVNULL,
