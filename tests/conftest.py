@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ pytest_plugins = ["tests.stores.fixtures"]
 
 hypothesis.settings.register_profile("everstep", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("everstep")
+
+# as from a terminal, also where the tests were started in the background, by nohup or a shell without job control
+for _signum, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, _handler)
 
 
 #: what takes long: first, or the last one of them would leave all processes but one with nothing to do

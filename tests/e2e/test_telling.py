@@ -95,7 +95,7 @@ def test_a_run_tells_how_it_stands(job: Job, tmp_path: Path, webhook: Endpoint) 
         rules = prometheus.ask("rules")["groups"][0]["rules"]
         assert len(rules) > 5
         assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
-        assert {rule["state"] for rule in rules} == {"inactive"}
+        assert "firing" not in {rule["state"] for rule in rules}  # it has failed just now: one may be pending
         with urllib.request.urlopen(f"http://{target}/metrics", timeout=60) as answer:
             assert promtool("check", "metrics", text=answer.read()) == ""
         job.signal(signal.SIGTERM)
