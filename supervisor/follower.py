@@ -30,7 +30,6 @@ from supervisor.fleet import Assignment, Ended, Order
 from supervisor.hand import Hand
 from supervisor.launching import Launcher
 from supervisor.model import Failure, FailureKind
-from supervisor.noticing import Source
 from supervisor.private_ledger import PrivateLedger
 from supervisor.program import Program
 from supervisor.reception import Reception
@@ -55,12 +54,11 @@ class Follower:
         team: Team,
         order: Order,
         console: Console,
-        source: Source | None,
         stopping: Warden,
         engine: str = "",
     ) -> None:
         self._options, self._program, self._job, self._team = options, program, job, team
-        self._console, self._source, self._warden = console, source, stopping
+        self._console, self._warden = console, stopping
         self._joining = team.joining
         self._run_id = order.run_id
         file = job.read()

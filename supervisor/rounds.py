@@ -46,10 +46,6 @@ class Rounds:
         """Have all ranks save soon, at one step."""
         self._agreement = agreements.want(self._agreement, flags)
 
-    def request(self, step: int) -> None:
-        """A rank of this node asks for a checkpoint of that step."""
-        self._agreement = agreements.request(self._agreement, step)
-
     def recall_stop(self) -> bool:
         """Nobody wants a stop any more: whether no rank has heard of it yet."""
         recalled = agreements.recall_stop(self._agreement)

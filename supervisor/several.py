@@ -158,7 +158,6 @@ class Several:
                     team,
                     order,
                     self._console,
-                    self._source,
                     self._warden,
                     self._engine.name,
                 ).run()
