@@ -8,7 +8,7 @@ in ``rounds`` the agreed saves. Decisions are ``decide``'s; facts come from the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from supervisor.attempt import Attempt
@@ -32,6 +32,8 @@ from supervisor.fleet import (
     Order,
     Origin,
     Proposal,
+    Release,
+    Report,
 )
 from supervisor.fleet import Final as FinalOrder
 from supervisor.joining import Joining
@@ -89,8 +91,8 @@ class Lead:
         self._standby_at: float | None = None
         self._standby_tries = 0
         self._lost: set[str] = set()
-        self._notices: set[Member] = set()
-        self.on_notice: Callable[[str, Notice], None] = lambda _name, _notice: None
+        #: told what all nodes say, whenever that is looked at
+        self.on_reports: Callable[[Mapping[str, Report]], None] = lambda _reports: None
 
     # ------------------------------------------------------------------ the run
 
@@ -215,6 +217,16 @@ class Lead:
         """The attempt is stopped, the job is not."""
         self._orders.change(stop=Notice(cause=StopCause.PREEMPTION, source=why))
 
+    def release(self, members: Collection[Member], *, saved: bool) -> None:
+        """Those must leave, and may."""
+        before = [one for one in self._orders.order.released if self._orders.report(one.member)]
+        released = [Release(member=member, saved=saved) for member in members]
+        self._orders.change(released=(*before, *released))
+
+    async def resign(self) -> None:
+        """Lead no more, so that another node may at once. Raises LeadershipLostError."""
+        await self._orders.resign()
+
     # ------------------------------------------------------------------ what the nodes say
 
     def _course(self, member: Member) -> Course | None:
@@ -258,7 +270,7 @@ class Lead:
     def _think(self) -> None:
         if self._heed_silence():
             return
-        self._heed_notices()
+        self.on_reports(self._orders.reports)
         attempt = self._attempt
         if attempt is not None:
             self._heed_ends(attempt)
@@ -282,13 +294,6 @@ class Lead:
             case Isolation.GO_ON:
                 pass
         return self._solitude.is_alone
-
-    def _heed_notices(self) -> None:
-        for report in list(self._orders.reports.values()):
-            member = Member(name=report.name, life=report.life)
-            if report.notice is not None and member not in self._notices:
-                self._notices.add(member)
-                self.on_notice(report.name, report.notice)
 
     def _heed_ends(self, attempt: Attempt) -> None:
         for member in self.roster.others:

@@ -297,6 +297,7 @@ class NoticeReceived(Fact):
     deadline: float | None = None
     scope: Scope = Scope.NODE
     revocable: bool = False
+    node: str | None = None  # of several
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from supervisor import vigil
+from supervisor import background, vigil
 from supervisor.attempt import Attempt
 from supervisor.chores import Chores
 from supervisor.company import Team
@@ -42,14 +42,14 @@ from supervisor.model import (
     StopRequested,
     Verdict,
 )
-from supervisor.noticing import Source
 from supervisor.program import Program, Rendezvous
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
 from supervisor.savepoints import SavePoints
 from supervisor.standby import Standby, Waiting
-from supervisor.stopping import SIGNALS, Stopping
+from supervisor.stopping import Stopping
 from supervisor.stores import Stores
+from supervisor.warden import SIGNALS, Warden
 from supervisor.with_others import between
 
 
@@ -65,7 +65,7 @@ class Node:
         ledger: Ledger,
         console: Console,
         engine: Engine,
-        source: Source | None = None,
+        warden: Warden,
         team: Team | None = None,
     ) -> None:
         self._options, self._program, self._job, self._file = options, program, job, file
@@ -81,9 +81,9 @@ class Node:
         )
         self._herald = Herald(options, job, file, ledger, console.say)
         self._warnings = Warnings(options, ledger, console)
-        self._engine = engine
+        self._engine, self._warden = engine, warden
         self._stopping = Stopping(
-            engine, ledger, console, self._draining, options.grace, source=source,
+            engine, ledger, console, self._draining, options.grace, warden=warden,
             begun=self._on_stop, end=self._end_attempt, recalled=self._recall_stop, save=self._save_soon,
         )  # fmt: skip
         self._unsaved: str | None = None  # why the newest state is not durable
@@ -131,13 +131,14 @@ class Node:
             await channel.close()
         if not self._unsaved:
             jobdir.remove_runtime(self._runtime)
-            await self._stopping.acknowledge()
         code = restart.exit_code(verdict.action, self._stopping.requested)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
         if self._with_others is not None:
             await self._with_others.finish(code, verdict.reason, saved=not self._unsaved)
             await self._with_others.close()
+        if not self._unsaved:
+            await self._warden.acknowledge()
         await self._herald.close(self._stopping.time_left(self._options.hook_timeout))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         bad = () if self._with_others is None else self._with_others.bad_nodes
@@ -280,7 +281,7 @@ class Node:
                 attempt.close()
                 raise
             stopped = stopped or (self._stopping.requested is not None and not completed)
-        reshaped = failure is None and self._with_others is not None and self._with_others.reshaping
+        reshaped = None if failure is not None or self._with_others is None else self._with_others.reshaped
         last_step = None  # of a training that was completed: its state must not be lost
         if failure is None and attempt.has_session and all(seat.completed for seat in attempt.seats.values()):
             last_step = attempt.total_steps
@@ -289,7 +290,7 @@ class Node:
             evidence,
             failure,
             stopped=stopped,
-            reshaped=reshaped,
+            reshaped=reshaped is not None,
             noticed=noticed,
             metrics=self._pulse.metrics,
         )
@@ -300,10 +301,8 @@ class Node:
             self._chores.write_evidence(attempt.folder, failure, evidence)
         if stopped and self._stopping.requested is not None:
             return await self._final_stop(self._stopping.requested, failure)
-        if reshaped and self._with_others is not None:
-            if self._with_others.takes_state_along:
-                self._unsaved = await self._draining.secure(None, may_drain=True)
-            return self._decided(Verdict(action=Action.RESTART, reason=self._with_others.reshaped()))
+        if reshaped is not None:
+            return self._decided(Verdict(action=Action.RESTART, reason=reshaped))
         if failure is not None:
             verdict = restart.decide(self._ledger.record, failure)
             if verdict.action.goes_on:
@@ -368,7 +367,7 @@ class Node:
         return await self._reception.handle(peer, message)
 
     def _on_stop(self) -> None:
-        self._chores.background(self._standby.end())
+        background.start(self._standby.end())
         if self._with_others is not None:
             self._with_others.stop()
         self._drive_stop()

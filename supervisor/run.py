@@ -19,7 +19,7 @@ from supervisor.node import Node
 from supervisor.noticing import Source
 from supervisor.program import Program
 from supervisor.replay import Replay
-from supervisor.stopping import SIGNALS
+from supervisor.warden import SIGNALS, Warden
 
 
 def run(
@@ -88,7 +88,8 @@ def _own(
     jobdir.lay_out_runtime(runtime, job.path, file.epoch, engine.name)
     try:
         jobdir.sweep_runtimes(runtime)
-        return asyncio.run(Node(options, program, job, file, ledger, console, engine, source).run())
+        warden = Warden(console, source)
+        return asyncio.run(Node(options, program, job, file, ledger, console, engine, warden).run())
     finally:
         ledger.close()
 

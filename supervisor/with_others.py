@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from supervisor import background
 from supervisor.attempt import Attempt
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide.causes import unfinished
+from supervisor.decide.restart import EXIT_AGAIN
 from supervisor.edge import clock
-from supervisor.errors import UsageError
-from supervisor.fleet import Assignment, Notice
+from supervisor.errors import LeadGivenUpError, UsageError
+from supervisor.fleet import Assignment, Notice, Report
 from supervisor.ledger import Ledger
-from supervisor.model import Failure, FailureKind, ProposalFlag, StopCause
+from supervisor.model import Failure, FailureKind, ProposalFlag, RunEnded, StopCause
 from supervisor.program import Rendezvous
 from supervisor.pulse import Pulse
+from supervisor.reshaping import Reshaping
 from supervisor.resume import Resume
 from supervisor.saves import LeaderSaves
 from supervisor.standby import Standby
@@ -45,14 +47,17 @@ class WithOthers:
         self._roster = self._lead.roster
         self.pulse: Pulse | None = None
         self._attempt: Attempt | None = None
-        self._reshape: str | None = None  # why the attempt is stopped, to go on with other nodes
-        self._leaver = False  # … because one of these leaves
+        self.reshaping = Reshaping(
+            self._lead, stopping, stores.company.console, others_lead=stores.company.others_lead
+        )
+        self._told: set[tuple[str, str, Notice]] = set()  # signals on other nodes
+        self._seen: set[str] = set()  # nodes
         self._copies = copies
         self._resumed_from: Path | None = None
         self._standby_serial = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._looking: asyncio.Task[None] | None = None
         self._lead.rounds.on_saved = self._on_saved
-        self._lead.on_notice = self._on_notice
+        self._lead.on_reports = self._heed
         self._company.on_standby = self._on_standby
         standby.on_ready = lambda serial: self._company.hand.mind(ready=serial)
         standby.on_lost = lambda serial: self._company.hand.mind(ready=-serial)
@@ -60,7 +65,7 @@ class WithOthers:
     async def start(self) -> None:
         """Lead."""
         await self._company.start()
-        self._background(self._look_for_nodes())
+        self._looking = background.start(self._look_for_nodes())
 
     async def finish(self, code: int, reason: str, *, saved: bool) -> None:
         """Have all nodes leave with that exit code."""
@@ -68,8 +73,8 @@ class WithOthers:
 
     async def close(self) -> None:
         """Lead no more."""
-        for task in self._tasks:
-            task.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
         await self._company.close()
 
     def check(self) -> None:
@@ -89,20 +94,43 @@ class WithOthers:
         return self._company.saves
 
     async def muster(self, number: int) -> Assignment | None:
-        """The nodes of the next attempt; None when there is to be none, because of a stop that ``Stopping`` knows."""
-        found = asyncio.ensure_future(self._roster.muster(number))
-        stop = asyncio.ensure_future(self._stopping.seen.wait())
-        try:
-            await asyncio.wait({found, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not found.done():
-                return None
-            if (assignment := found.result()) is None:
-                self._stopping.ask(StopCause.PREEMPTION, "too few nodes")
-            return assignment
-        finally:
-            for task in (found, stop):
-                task.cancel()
-            await asyncio.gather(found, stop, return_exceptions=True)
+        """The nodes of the next attempt; None when there is to be none, because of a stop that ``Stopping`` knows.
+
+        Raises LeadershipLostError, also when it is this node that must leave, and another one is to lead.
+        """
+        while True:
+            await self._let_go()
+            found = asyncio.ensure_future(self._roster.muster(number))
+            stop = asyncio.ensure_future(self._stopping.seen.wait())
+            leave = asyncio.ensure_future(self.reshaping.own_leave.wait())
+            try:
+                await asyncio.wait({found, stop, leave}, return_when=asyncio.FIRST_COMPLETED)
+                if not found.done():
+                    if stop.done():
+                        return None
+                    continue
+                if (assignment := found.result()) is None:
+                    self._stopping.ask(StopCause.PREEMPTION, "too few nodes")
+                return assignment
+            finally:
+                for task in (found, stop, leave):
+                    task.cancel()
+                await asyncio.gather(found, stop, leave, return_exceptions=True)
+
+    async def _let_go(self) -> None:
+        """Have those leave that must, once what they take along is durable. Raises LeadershipLostError: it is this node."""
+        unsaved = None
+        reshaping, taken_apart = self.reshaping, self.reshaping.why is not None and not self._copies
+        if reshaping.takes_along or taken_apart:  # nobody can have what is in another's memory
+            unsaved = await self._stores.draining.secure(None, may_drain=True)
+        if self._stopping.requested is not None or not reshaping.let_go(saved=not unsaved):
+            return
+        reason = f"{reshaping.reason}: another node leads from here on, the job goes on without this one"
+        if unsaved:
+            reason = f"{reason}; {unsaved}"
+        self._ledger.add(RunEnded(time=clock.now(), exit_code=EXIT_AGAIN, reason=reason))
+        await self._lead.resign()
+        raise LeadGivenUpError(reason, saved=not unsaved)
 
     def without_standby(self, assignment: Assignment) -> Assignment:
         """The standby here has gone after all: a cold start, elsewhere."""
@@ -117,7 +145,8 @@ class WithOthers:
 
     def begin(self, attempt: Attempt, assignment: Assignment) -> Rendezvous:
         """All nodes launch it."""
-        self._attempt, self._reshape = attempt, None
+        self._attempt = attempt
+        self.reshaping.begin(attempt)
         return self._company.begin(attempt, assignment)
 
     async def choose(self, number: int, assignment: Assignment | None) -> Resume:
@@ -138,10 +167,11 @@ class WithOthers:
     ) -> tuple[Failure | None, float | None, bool]:
         """Once it has ended on all nodes: the cause, when it was noticed, and whether every rank has completed."""
         self._attempt = None
+        self.reshaping.ended()
         wait = attempt.finished and failure is None and not self._stopping.cut_short
         cause, departed = await self._company.end(attempt, failure, wait=wait, noticed=noticed)
         failure = cause.failure
-        stopping = self._stopping.requested is not None or self._reshape is not None
+        stopping = self._stopping.requested is not None or self.reshaping.why is not None
         if failure is None and not stopping:
             failure = unfinished(departed, attempt=attempt.number, now=clock.now())
         if failure is not None and not stopping:
@@ -164,51 +194,39 @@ class WithOthers:
         self._lead.stop(None)
 
     @property
-    def reshaping(self) -> bool:
-        """Whether the attempt was stopped only to go on with other nodes."""
-        return self._reshape is not None and self._stopping.requested is None
-
-    @property
-    def takes_state_along(self) -> bool:
-        """Whether somebody leaves, with what is in its memory; or nobody can have what is in another's."""
-        return self._leaver or not self._copies
-
-    def reshaped(self) -> str:
-        """The reason, in words."""
-        return f"all ranks have saved; going on {self._reshape}"
+    def reshaped(self) -> str | None:
+        """Why the attempt was stopped, if only to go on with other nodes."""
+        if self.reshaping.why is None or self._stopping.requested is not None:
+            return None
+        return f"all ranks have saved; going on {self.reshaping.why}"
 
     async def _look_for_nodes(self) -> None:
         while True:
             await asyncio.sleep(PERIOD)
             since = self._ledger.record.attempt_first_time
-            if self._attempt is None or since is None or self._reshape or self._stopping.requested:
+            if self._attempt is None or since is None or self.reshaping.why or self._stopping.requested:
                 continue
             if self._attempt.in_session and self._roster.should_grow(clock.now() - since):
-                self._reshape_for(f"with {', '.join(self._roster.newcomers())}", leaver=False)
+                self.reshaping.stop_for(f"with {', '.join(self._roster.newcomers())}")
 
-    def _reshape_for(self, why: str, *, leaver: bool) -> bool:
-        attempt = self._attempt
-        if attempt is None or not attempt.in_session or self._stopping.requested is not None:
-            return False
-        self._reshape, self._leaver = why, leaver
-        self._company.say(f"all ranks save the same step, to go on {why}")
-        attempt.stopping = True
-        self._lead.drop_standby()
-        self._lead.stop_for(why)
-        self._lead.want(ProposalFlag.STOP | ProposalFlag.CHECKPOINT)
-        return True
-
-    def _on_notice(self, name: str, notice: Notice) -> None:
-        if (
-            notice.cause is StopCause.PREEMPTION
-            and self._roster.without({name})
-            and self._roster.may_shrink(name)
-        ):
-            if self._reshape_for(f"without {name} ({notice.source})", leaver=True):
-                return
-            if self._attempt is None:
-                return  # it is not asked for the next one
-        self._stopping.ask(notice.cause, f"{notice.source} on {name}", notice.deadline)
+    def _heed(self, reports: Mapping[str, Report]) -> None:
+        """What the other nodes have heard."""
+        own, stopping = self._company.joining.report.name, self._stopping
+        for name, report in list(reports.items()):
+            if name == own:
+                continue
+            stopping.on_nodes_notices(name, report.standing)
+            if report.notice is not None and (told := (name, report.life, report.notice)) not in self._told:
+                self._told.add(told)
+                source = f"{report.notice.source} on {name}"
+                if report.notice.cause is StopCause.PREEMPTION:
+                    stopping.depart(name, source, report.notice.deadline)
+                else:
+                    stopping.ask(report.notice.cause, source, report.notice.deadline)
+        self.reshaping.look()
+        for name in self._seen - reports.keys():
+            stopping.left(name)
+        self._seen = set(reports)
 
     def _on_saved(self, step: int, flags: ProposalFlag) -> None:
         if self.pulse is not None and self._attempt is not None:
@@ -220,7 +238,7 @@ class WithOthers:
         attempt = self._attempt
         if ordered is None:
             if self._standby.attempt is not None and self._standby.attempt.standby == self._standby_serial:
-                self._background(self._standby.drop())
+                background.start(self._standby.drop())
             return
         if (
             ordered.standby <= self._standby_serial
@@ -233,11 +251,6 @@ class WithOthers:
             self._standby.arm_for(attempt, ordered.standby, self._company.hand.meeting(ordered))
         except UsageError:
             self._company.hand.mind(ready=-ordered.standby)
-
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = background.start(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def between(

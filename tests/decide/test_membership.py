@@ -131,3 +131,24 @@ def test_progress_or_another_node_in_between_clears_it() -> None:
         if between[0] != "a":
             suspicions = blame(suspicions, "a", progressed=False, now=2.0)
         assert not suspicions.excluded_at(2.0), between
+
+
+@pytest.mark.parametrize(
+    ("leaving", "here", "others_lead", "expected"),
+    [
+        ("c", "abc", False, True),
+        ("c", "abcd", False, True),
+        ("bc", "abc", False, False),  # too few
+        ("bc", "abcd", False, True),  # a spare is there
+        ("a", "abc", True, True),
+        ("a", "abc", False, False),  # nobody else can lead
+        ("ab", "abc", True, False),
+        ("d", "abc", False, True),  # who has gone already
+    ],
+)
+def test_going_on_without_nodes_that_must_leave(
+    leaving: str, here: str, others_lead: bool, expected: bool
+) -> None:
+    assert expected is membership.goes_on_without(
+        leaving, here=here, size=TWO_TO_FOUR, leader="a", others_lead=others_lead
+    )
