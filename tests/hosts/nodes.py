@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,13 +77,18 @@ class Nodes(Job):
         faults: Sequence[dict[str, object]] = (),
         key: str | None = None,
         script: object = TRAIN,
+        environ: Mapping[str, str] | None = None,
     ) -> Process:
         """Start ``everstep run`` there. ``arguments`` are the training's, ``options`` everstep's."""
         argv = [
             sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, "--store", self._store,
             "--notices", "none", *options, *torchrun(*arguments, ranks=1, script=str(script)),
         ]  # fmt: skip
-        environ = environment(faults) | ({} if key is None else {"EVERSTEP_KEY": key})
+        environ = {
+            **environment(faults),
+            **({} if key is None else {"EVERSTEP_KEY": key}),
+            **(environ or {}),
+        }
         with open(self.output_of(host), "ab") as sink:
             self.runs[host.name] = host.popen(argv, environ, cwd=ROOT, stdout=sink, stderr=sink)
         return self.runs[host.name]
