@@ -15,7 +15,7 @@ from supervisor.edge import clock
 from supervisor.edge.console import Console
 from supervisor.ledger import Ledger
 from supervisor.model import Effect, NoticeWithdrawn
-from supervisor.status import duration
+from supervisor.wording import duration
 
 #: told which notices stand, whenever that may have changed
 Standing = Callable[[tuple[Notice, ...]], None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final
 
 from supervisor import background
 from supervisor.attempt import Attempt
+from supervisor.companions import Companions, Nobody, Outcome, Turn
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide.causes import unfinished
@@ -17,7 +18,7 @@ from supervisor.edge import clock
 from supervisor.errors import LeadGivenUpError, UsageError
 from supervisor.fleet import Assignment, Notice, Report
 from supervisor.ledger import Ledger
-from supervisor.model import Failure, FailureKind, ProposalFlag, RunEnded, StopCause
+from supervisor.model import FailureKind, ProposalFlag, RunEnded, StopCause
 from supervisor.program import Rendezvous
 from supervisor.pulse import Pulse
 from supervisor.reshaping import Reshaping
@@ -45,9 +46,10 @@ class WithOthers:
         self._company = stores.company
         self._lead = self._company.lead
         self._roster = self._lead.roster
-        self.pulse: Pulse | None = None
+        self._pulse: Pulse | None = None
         self._attempt: Attempt | None = None
-        self.reshaping = Reshaping(
+        self._assignment: Assignment | None = None  # its nodes
+        self._change = Reshaping(
             self._lead, stopping, stores.company.console, others_lead=stores.company.others_lead
         )
         self._told: set[tuple[str, str, Notice]] = set()  # signals on other nodes
@@ -88,90 +90,80 @@ class WithOthers:
         """Those that are left out at present."""
         return self._roster.bad
 
-    @property
-    def saves(self) -> LeaderSaves:
-        """Who is told of saves."""
+    def saves(self, attempt: Attempt) -> LeaderSaves:
+        """The leader."""
         return self._company.saves
 
-    async def muster(self, number: int) -> Assignment | None:
+    def follow(self, pulse: Pulse) -> Callable[[int, ProposalFlag], None]:
+        """What all have saved comes from the leader; of this node's part its report tells."""
+        self._pulse = pulse
+        return lambda _step, _flags: None
+
+    async def muster(self, number: int) -> Turn | None:
         """The nodes of the next attempt; None when there is to be none, because of a stop that ``Stopping`` knows.
 
         Raises LeadershipLostError, also when it is this node that must leave, and another one is to lead.
         """
-        while True:
+        assignment: Assignment | None = None
+        while assignment is None:
             await self._let_go()
             found = asyncio.ensure_future(self._roster.muster(number))
             stop = asyncio.ensure_future(self._stopping.seen.wait())
-            leave = asyncio.ensure_future(self.reshaping.own_leave.wait())
+            leave = asyncio.ensure_future(self._change.own_leave.wait())
             try:
                 await asyncio.wait({found, stop, leave}, return_when=asyncio.FIRST_COMPLETED)
-                if not found.done():
-                    if stop.done():
+                if found.done():
+                    if (assignment := found.result()) is None:
+                        self._stopping.ask(StopCause.PREEMPTION, "too few nodes")
                         return None
-                    continue
-                if (assignment := found.result()) is None:
-                    self._stopping.ask(StopCause.PREEMPTION, "too few nodes")
-                return assignment
+                elif stop.done():
+                    return None
             finally:
                 for task in (found, stop, leave):
                     task.cancel()
                 await asyncio.gather(found, stop, leave, return_exceptions=True)
-
-    async def _let_go(self) -> None:
-        """Have those leave that must, once what they take along is durable. Raises LeadershipLostError: it is this node."""
-        unsaved = None
-        reshaping, taken_apart = self.reshaping, self.reshaping.why is not None and not self._copies
-        if reshaping.takes_along or taken_apart:  # nobody can have what is in another's memory
-            unsaved = await self._stores.draining.secure(None, may_drain=True)
-        if self._stopping.requested is not None or not reshaping.let_go(saved=not unsaved):
-            return
-        reason = f"{reshaping.reason}: another node leads from here on, the job goes on without this one"
-        if unsaved:
-            reason = f"{reason}; {unsaved}"
-        self._ledger.add(RunEnded(time=clock.now(), exit_code=EXIT_AGAIN, reason=reason))
-        await self._lead.resign()
-        raise LeadGivenUpError(reason, saved=not unsaved)
-
-    def without_standby(self, assignment: Assignment) -> Assignment:
-        """The standby here has gone after all: a cold start, elsewhere."""
-        return self._roster.cold(assignment)
-
-    def place_in(self, assignment: Assignment | None) -> tuple[int, int]:
-        """How many nodes it has, and which of them this one is."""
-        if assignment is None:
-            return 1, 0
         report = self._company.joining.report
-        return len(assignment.members), assignment.rank_of(report.name, report.life) or 0
+        return Turn(
+            nodes=len(assignment.members),
+            rank=assignment.rank_of(report.name, report.life) or 0,
+            from_standby=assignment.standby > 0,
+            assignment=assignment,
+        )
 
-    def begin(self, attempt: Attempt, assignment: Assignment) -> Rendezvous:
+    def begin(self, attempt: Attempt, turn: Turn, *, from_standby: bool) -> Rendezvous:
         """All nodes launch it."""
-        self._attempt = attempt
-        self.reshaping.begin(attempt)
+        assignment = turn.assignment
+        assert assignment is not None
+        if (
+            turn.from_standby and not from_standby
+        ):  # the standby here has gone after all: a cold start, elsewhere
+            assignment = self._roster.cold(assignment)
+        self._assignment, self._attempt = assignment, attempt
+        self._change.begin(attempt)
         return self._company.begin(attempt, assignment)
 
-    async def choose(self, number: int, assignment: Assignment | None) -> Resume:
+    async def choose(self, number: int, turn: Turn) -> Resume:
         """Where it resumes, on all nodes alike. Raises CheckpointError, StorageError."""
-        if assignment is not None:
-            await self._company.find_state(assignment, self._stores.draining.newest_committed)
+        assert self._assignment is not None
+        await self._company.find_state(self._assignment, self._stores.draining.newest_committed)
         resume = await self._stores.choose()
         self._resumed_from = resume.kept if isinstance(resume.kept, Path) else None
         self._company.tell_origin(number, resume)
         return resume
 
-    def made_first_step(self) -> None:
-        """All ranks have."""
+    def made_first_step(self, attempt: Attempt) -> None:
+        """All ranks have: each node is to launch its part of the standby."""
         self._lead.arm_standby()
 
-    async def end(
-        self, attempt: Attempt, failure: Failure | None, noticed: float | None, completed: bool
-    ) -> tuple[Failure | None, float | None, bool]:
-        """Once it has ended on all nodes: the cause, when it was noticed, and whether every rank has completed."""
+    async def end(self, attempt: Attempt, outcome: Outcome) -> Outcome:
+        """Once it has ended on all nodes."""
+        failure, noticed, completed = outcome
         self._attempt = None
-        self.reshaping.ended()
+        self._change.ended()
         wait = attempt.finished and failure is None and not self._stopping.cut_short
         cause, departed = await self._company.end(attempt, failure, wait=wait, noticed=noticed)
         failure = cause.failure
-        stopping = self._stopping.requested is not None or self.reshaping.why is not None
+        stopping = self._stopping.requested is not None or self._change.why is not None
         if failure is None and not stopping:
             failure = unfinished(departed, attempt=attempt.number, now=clock.now())
         if failure is not None and not stopping:
@@ -180,7 +172,7 @@ class WithOthers:
         if self._resumed_from is not None and any(one.ended and one.ended.unloadable for one in departed):
             self._stores.doubt([self._resumed_from])
         completed = completed and all(one.ended is not None and one.ended.completed for one in departed)
-        return failure, cause.noticed or noticed, completed
+        return Outcome(failure, cause.noticed or noticed, completed)
 
     # ------------------------------------------------------------------ stops, and other nodes
 
@@ -194,20 +186,33 @@ class WithOthers:
         self._lead.stop(None)
 
     @property
-    def reshaped(self) -> str | None:
-        """Why the attempt was stopped, if only to go on with other nodes."""
-        if self.reshaping.why is None or self._stopping.requested is not None:
-            return None
-        return f"all ranks have saved; going on {self.reshaping.why}"
+    def reshaping(self) -> str | None:
+        """Why the attempt was stopped only to go on with other nodes."""
+        return self._change.why if self._stopping.requested is None else None
+
+    async def _let_go(self) -> None:
+        """Have those leave that must, once what they take along is durable. Raises LeadershipLostError: it is this node."""
+        unsaved = None
+        change, taken_apart = self._change, self._change.why is not None and not self._copies
+        if change.takes_along or taken_apart:  # nobody can have what is in another's memory
+            unsaved = await self._stores.draining.secure(None, may_drain=True)
+        if self._stopping.requested is not None or not change.let_go(saved=not unsaved):
+            return
+        reason = f"{change.reason}: another node leads from here on, the job goes on without this one"
+        if unsaved:
+            reason = f"{reason}; {unsaved}"
+        self._ledger.add(RunEnded(time=clock.now(), exit_code=EXIT_AGAIN, reason=reason))
+        await self._lead.resign()
+        raise LeadGivenUpError(reason, saved=not unsaved)
 
     async def _look_for_nodes(self) -> None:
         while True:
             await asyncio.sleep(PERIOD)
             since = self._ledger.record.attempt_first_time
-            if self._attempt is None or since is None or self.reshaping.why or self._stopping.requested:
+            if self._attempt is None or since is None or self._change.why or self._stopping.requested:
                 continue
             if self._attempt.in_session and self._roster.should_grow(clock.now() - since):
-                self.reshaping.stop_for(f"with {', '.join(self._roster.newcomers())}")
+                self._change.stop_for(f"with {', '.join(self._roster.newcomers())}")
 
     def _heed(self, reports: Mapping[str, Report]) -> None:
         """What the other nodes have heard."""
@@ -223,14 +228,14 @@ class WithOthers:
                     stopping.depart(name, source, report.notice.deadline)
                 else:
                     stopping.ask(report.notice.cause, source, report.notice.deadline)
-        self.reshaping.look()
+        self._change.look()
         for name in self._seen - reports.keys():
             stopping.left(name)
         self._seen = set(reports)
 
     def _on_saved(self, step: int, flags: ProposalFlag) -> None:
-        if self.pulse is not None and self._attempt is not None:
-            self.pulse.saved(step, flags)
+        if self._pulse is not None and self._attempt is not None:
+            self._pulse.saved(step, flags)
 
     # ------------------------------------------------------------------ the standby
 
@@ -253,10 +258,10 @@ class WithOthers:
             self._company.hand.mind(ready=-ordered.standby)
 
 
-def between(
+def companions(
     team: Team | None, stores: Stores, standby: Standby, stopping: Stopping, ledger: Ledger, options: Options
-) -> WithOthers | None:
-    """For a node that leads others; None for one that is alone."""
+) -> Companions:
+    """Of a node that decides: those that it leads, or nobody."""
     if team is None:
-        return None
+        return Nobody(stores, standby, ledger)
     return WithOthers(stores, standby, stopping, ledger, copies=options.peer_copies == "on")
