@@ -24,6 +24,7 @@ from supervisor.model import (
     Tier,
     WorkersReady,
 )
+from tests.e2e.conftest import STEPS
 from tests.e2e.harness import ROOT, digests
 from tests.hosts.lab import WHY_NOT, Lab
 from tests.hosts.nodes import Nodes
@@ -90,6 +91,10 @@ def test_two_hosts_fail_stop_and_lose_the_one_that_leads(
     assert job.facts(Resumed)[-1].tier is Tier.RAM
     assert job.facts(Resumed)[-1].step >= 23, "h2 has had a copy of what h1 stored"
     assert digests(out) == undisturbed
+    job.begin_all(*arguments, options=options)
+    assert job.codes(one, other) == [0, 0], job.output
+    for host in (one, other):
+        assert f"is finished (step {STEPS})" in job.output_of(host).read_text()
     assert [job.left_on(host) for host in (one, other)] == [[], []]
 
 
@@ -102,7 +107,7 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
         inside = ("nsenter", f"--target={store.first}", "--net", "--")
         job = Nodes(lab, tmp_path / "job", f"etcd://{store.address}:{port}")
         out = tmp_path / "out"
-        arguments = ("--out", out, "--hold", 5, 10, 16, 22, 26, "--pause", 0.1)
+        arguments = ("--out", out, "--hold", 5, 10, 18, 22, 26, "--pause", 0.1)
         options = ("--nnodes", 2, "--node-timeout", "60s", *OPTIONS)
         with etcd.running(store.address, inside, port, data):
             job.begin(one, *arguments, options=options)
@@ -125,18 +130,19 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
             for host in (one, other):
                 job.until_said(host, "the store is reached again")
             job.let_go(10)
-            assert job.until_at(16, 0, 1) == 0
+            assert job.until_at(18, 0, 1) == 0
+            job.until_copied(other, 16)
 
             # the leader is cut off: another one leads, the spare takes its place; healed, it is the spare
             lab.cut(one)
-            assert job.until_at(16, 0, 1, after=0) == 1
+            assert job.until_at(18, 0, 1, after=0) == 1
             assert job.facts(Resumed)[-1].tier is Tier.RAM, "h2 has had a copy of what h1 stored"
             lab.heal(one)
             leader, rest = (
                 (other, spare) if "job resumed" in job.output_of(other).read_text() else (spare, other)
             )
             job.until_said(one, f"follows {leader}")
-            job.let_go(16)
+            job.let_go(18)
             assert job.until_at(22, 0, 1) == 1
 
             # the leader is asked to leave: from what all have saved the others go on, under another one, which crashes

@@ -43,6 +43,14 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
 assert len(victims) == 1, victims
 os.kill(victims[0], signal.SIGKILL)
 """
+#: the newest step of which there is a copy of another node's snapshot
+COPIED = """
+import glob
+from pathlib import Path
+from supervisor.checkpoint import slots
+found = [slots.read_slot(Path(name), None) for name in glob.glob("/dev/shm/*/*/copies/*")]
+print(max([record.step for record in found if record is not None], default=-1))
+"""
 #: what the nodes tell, from the store that h1 serves
 REPORTS = """
 import asyncio, json, sys
@@ -159,6 +167,10 @@ class Nodes(Job):
             return all(found.get(name, {}).get("ready", 0) > 0 for name in names) or None
 
         self.until(ready)
+
+    def until_copied(self, host: Host, step: int) -> None:
+        """Wait until this host has a copy of what another one has stored of ``step`` or a later one."""
+        self.until(lambda: int(host.run(sys.executable, "-c", COPIED, cwd=ROOT)) >= step or None)
 
     def let_go(self, step: int) -> None:
         """Have ranks that hold at ``step`` go on."""
