@@ -121,11 +121,16 @@ class Reshaping:
         self.look()
         return True
 
+    def is_due(self, node: str, source: str) -> bool:
+        """Whether the job is about to go on without that node, also for that source."""
+        leaver = self._leavers.get(node)
+        return leaver is not None and source in leaver.sources
+
     def keep(self, node: str, source: str) -> bool | None:
         """``source`` does not, after all: whether the node stays; None: it never had to leave for that, or others want it, too."""
-        leaver = self._leavers.get(node)
-        if leaver is None or source not in leaver.sources:
+        if not self.is_due(node, source):
             return None
+        leaver = self._leavers[node]
         if leaver.member in self._freed:
             return False
         if len(leaver.sources) > 1:
@@ -134,10 +139,8 @@ class Reshaping:
         del self._leavers[node]
         self._tell()
         attempt = self._attempt
-        if self.why is None or attempt is None or self._leavers:
-            return (
-                True  # nothing was begun, or it is done for others, too: this one is part of what comes then
-            )
+        if self.why is None or attempt is None or self._leavers or self._stopping.requested is not None:
+            return True  # nothing was begun, or others want it, too: this node is part of what comes then
         if attempt.ended.is_set() or not self._lead.rounds.recall_stop():
             return False
         self.why = None

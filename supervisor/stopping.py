@@ -184,11 +184,14 @@ class Stopping:
     def recall(self, notice: Notice, *, needless: bool) -> bool | None:
         """What it asked for is needless: whether it was taken back; None: it asked for nothing, or others still do."""
         source = notice.source
-        if self.requested is None and self.fellows is not None and notice.node is not None:
+        if self.fellows is not None and notice.node is not None:
             kept = self.fellows.keep(notice.node, source)
             self._hear_deadline()
-            return kept
-        if self.requested is None or self.requested.source != source or not needless:
+            if self.requested is None:
+                return kept
+        if self.requested is None or self.requested.source != source:
+            return None
+        if not needless or self._warden.signal is not None:
             return None
         if self.cut_short or not self._recalled():
             return False

@@ -16,7 +16,7 @@ from supervisor.decide.causes import unfinished
 from supervisor.decide.restart import EXIT_AGAIN
 from supervisor.edge import clock
 from supervisor.errors import LeadGivenUpError, UsageError
-from supervisor.fleet import Assignment, Notice, Report
+from supervisor.fleet import Assignment, Report
 from supervisor.ledger import Ledger
 from supervisor.model import FailureKind, ProposalFlag, RunEnded, StopCause
 from supervisor.program import Rendezvous
@@ -52,7 +52,6 @@ class WithOthers:
         self._change = Reshaping(
             self._lead, stopping, stores.company.console, others_lead=stores.company.others_lead
         )
-        self._told: set[tuple[str, str, Notice]] = set()  # signals on other nodes
         self._seen: set[str] = set()  # nodes
         self._copies = copies
         self._resumed_from: Path | None = None
@@ -183,6 +182,7 @@ class WithOthers:
 
     def go_on(self) -> None:
         """It is not, after all."""
+        self._change.why = None
         self._lead.stop(None)
 
     @property
@@ -202,6 +202,7 @@ class WithOthers:
         if unsaved:
             reason = f"{reason}; {unsaved}"
         self._ledger.add(RunEnded(time=clock.now(), exit_code=EXIT_AGAIN, reason=reason))
+        self._company.hand.mind(leaving=True)  # the next leader is not to count on this node
         await self._lead.resign()
         raise LeadGivenUpError(reason, saved=not unsaved)
 
@@ -221,13 +222,12 @@ class WithOthers:
             if name == own:
                 continue
             stopping.on_nodes_notices(name, report.standing)
-            if report.notice is not None and (told := (name, report.life, report.notice)) not in self._told:
-                self._told.add(told)
+            if report.notice is not None and stopping.requested is None:
                 source = f"{report.notice.source} on {name}"
-                if report.notice.cause is StopCause.PREEMPTION:
-                    stopping.depart(name, source, report.notice.deadline)
-                else:
+                if report.notice.cause is not StopCause.PREEMPTION:
                     stopping.ask(report.notice.cause, source, report.notice.deadline)
+                elif not self._change.is_due(name, source):
+                    stopping.depart(name, source, report.notice.deadline)
         self._change.look()
         for name in self._seen - reports.keys():
             stopping.left(name)

@@ -417,6 +417,18 @@ def test_what_was_to_come_over_a_node_is_withdrawn_from_that_node() -> None:
     within_a_loop(test)
 
 
+def test_a_signal_is_never_withdrawn() -> None:
+    def test() -> None:
+        run = Run()
+        run.tell((notice(Effect.STOP, 30),))
+        run.warden._on_signal(signal.SIGTERM)
+        run.tell(())
+        assert run.stopping.requested is not None, "the signal asks for it, too"
+        assert run.of(StopWithdrawn) == []
+
+    within_a_loop(test)
+
+
 # ------------------------------------------------------------------ a node that follows: the leader is told
 
 

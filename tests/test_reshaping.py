@@ -184,3 +184,5 @@ def test_once_the_whole_job_stops_nobody_is_done_without() -> None:
     case.attempt.in_session = True
     case.reshaping.look()
     assert case.lead.done == []
+    assert case.reshaping.keep("h2", "SIGTERM on h2") is True
+    assert case.lead.done == [], "the stop of the job is another matter"
