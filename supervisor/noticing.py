@@ -115,8 +115,10 @@ class Noticing:
             said = ""
         elif recalled:
             said = "; the job goes on"
-        else:
+        elif notice.node is None:
             said = ", too late: the job has begun to stop; run it again"
+        else:
+            said = ", too late: what was begun for it is carried out"
         self._console.say(f"{notice.source}: over, or withdrawn{said}")
 
 

@@ -98,7 +98,7 @@ class Standby:
         self._ahead, self._keep_free = ahead, keep_free
         self._hold: set[str] = set()  # what changes between one attempt and the next
         self._where = ""
-        self._imports: list[str] = []
+        self._imports: Message = {}
         self._waiting: Waiting | None = None
         self._beside: Attempt | None = None
         self._serial = 0
@@ -299,9 +299,9 @@ class Standby:
 
     # ------------------------------------------------------------------ what its workers say
 
-    def imported(self, names: list[str]) -> None:
-        """What the script has imported: the next standby imports it ahead."""
-        self._imports = names
+    def imported(self, what: Message) -> None:
+        """What the script has imported (``launch/warmup.py``): the next standby imports it ahead."""
+        self._imports = what
 
     def is_for_us(self, peer: Peer, message: Message) -> bool:
         """Whether a message comes from a worker of the standby."""

@@ -214,6 +214,7 @@ class Stopping:
     def _begin(self, stop: StopRequested, remark: str) -> None:
         self.requested, self._began = stop, (clock.now(), clock.monotonic())
         self._ledger.add(stop)
+        self._hear_deadline()
         self._limit()
         timed = stop.cause is StopCause.PREEMPTION and self._deadlines.nearest is not None
         plan = notices.plan(self._patience if timed else None, means(self._ledger, self._draining))
