@@ -8,12 +8,13 @@ one that must: it gives up the lead, and leaves. A save that does not come about
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from supervisor.attempt import Attempt
 from supervisor.decide.notices import Plan
-from supervisor.edge import clock
+from supervisor.edge import clock, processes
 from supervisor.edge.console import Console
 from supervisor.fleet import Member
 from supervisor.lead import Lead
@@ -23,10 +24,11 @@ from supervisor.stopping import Stopping
 
 @dataclass(frozen=True, kw_only=True)
 class Leaver:
-    """A node that must leave. ``sources``: who wants that; ``limit``: until when a save is waited for (monotonic seconds)."""
+    """A node that must leave. ``sources``: who wants that; ``limit``: until when a save is waited for, ``half``: … a Session (monotonic seconds)."""
 
     member: Member
     sources: frozenset[str]
+    half: float
     limit: float
     plan: Plan
 
@@ -72,6 +74,8 @@ class Reshaping:
             attempt.call_off()
         elif self.why is None and attempt.in_session:
             self.stop_for(self._without(leavers))
+        elif self.why is None and not attempt.has_session and clock.monotonic() >= first.half:
+            self._ask_script(attempt, self._without(leavers))
 
     def stop_for(self, why: str) -> None:
         """Have all ranks save the same step and leave, to go on ``why``."""
@@ -82,6 +86,13 @@ class Reshaping:
         self._lead.drop_standby()
         self._lead.stop_for(why)
         self._lead.want(ProposalFlag.STOP | ProposalFlag.CHECKPOINT)
+
+    def _ask_script(self, attempt: Attempt, why: str) -> None:
+        """It has not opened a Session, and may have a handler of its own: as when the job stops."""
+        self.why = why
+        attempt.stopping = True
+        self._lead.stop_for(why)
+        processes.send([seat.pid for seat in attempt.seats.values() if seat.end is None], signal.SIGTERM)
 
     # ------------------------------------------------------------------ who leaves
 
@@ -109,14 +120,16 @@ class Reshaping:
             return False
         before = self._leavers.get(node)
         patience, plan = self._stopping.afford(deadline)
-        limit = clock.monotonic() + patience
+        now, sources = clock.monotonic(), frozenset({source})
+        leaver = Leaver(
+            member=member, sources=sources, half=now + patience / 2, limit=now + patience, plan=plan
+        )
         if before is not None:
-            if before.limit <= limit:
-                limit, plan = before.limit, before.plan
+            nearer = min(before, leaver, key=lambda one: one.limit)
+            leaver = replace(nearer, sources=before.sources | sources)
         elif plan is not Plan.SAVE:
             self._console.say(f"{source}: {patience:.3g} s are too short for a new snapshot; {plan.value}")
-        sources = frozenset({source}) | (before.sources if before is not None else frozenset())
-        self._leavers[node] = Leaver(member=member, sources=sources, limit=limit, plan=plan)
+        self._leavers[node] = leaver
         self._tell()
         self.look()
         return True

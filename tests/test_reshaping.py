@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,7 +84,7 @@ class Case:
         self.stopping = SimpleNamespace(requested=None, afford=lambda _deadline: (self.patience, plan))
         self.said: list[str] = []
         self.attempt = SimpleNamespace(
-            in_session=in_session, seats={0: None}, stopping=False,
+            in_session=in_session, has_session=True, seats={0: SimpleNamespace(pid=os.getpid(), end=None)}, stopping=False,
             ended=SimpleNamespace(is_set=lambda: self.called_off), call_off=self._call_off,
         )  # fmt: skip
         self.called_off = False
@@ -165,6 +168,25 @@ def test_nothing_is_waited_for_beyond_the_time_that_is_left() -> None:
     waiting = Case(in_session=False)
     assert waiting.reshaping.go_on_without("h2", "a cloud on h2", None)
     assert not waiting.called_off, "its ranks restore: there is time to have them save"
+
+
+def test_a_script_without_a_session_is_asked_when_half_of_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("supervisor.edge.processes.send", lambda pids, signum: asked.extend([*pids, signum]))
+    case = Case(in_session=False)
+    case.attempt.has_session = False
+    assert case.reshaping.go_on_without("h2", "a cloud on h2", None)
+    assert asked == [], "it may open one yet"
+    leaver = case.reshaping._leavers["h2"]
+    case.reshaping._leavers["h2"] = replace(leaver, half=0.0)
+    case.reshaping.look()
+    case.reshaping.look()
+    assert asked == [os.getpid(), signal.SIGTERM]
+    assert case.lead.done == ["without h2 (a cloud on h2)"]
+    assert case.attempt.stopping
+    assert not case.called_off
 
 
 def test_the_leader_goes_between_two_attempts() -> None:
