@@ -151,10 +151,12 @@ class Several:
                 began, said = clock.monotonic(), False
                 continue
             order = joining.order
-            if joining.has_joined and order is not None and order.leader == joining.leader:
+            leader = order.leader.partition(" ")[0] if order is not None else self._name
+            # an earlier life of this node leads only until the store says that it is over
+            if joining.has_joined and order and order.leader == joining.leader and leader != self._name:
                 self._was_follower = self._took_part = True
                 if not said or order.run_id:
-                    self._console.say(f"node {self._name} follows {order.leader.partition(' ')[0]}")
+                    self._console.say(f"node {self._name} follows {leader}")
                 code = await Follower(
                     self._options,
                     self._program,
