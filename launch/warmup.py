@@ -54,15 +54,20 @@ class Recorder:
         self._environ = _surroundings()
         self._path = list(sys.path)
         self._noting = True
+        self.stopped_by: list[str] = []  # variables that the script has changed before it asked for torch
 
     def find_spec(
         self, fullname: str, _path: Sequence[str] | None, _target: ModuleType | None = None
     ) -> None:
         """Finds nothing."""
         if self._noting:
-            self._noting = _surroundings() == self._environ
+            now = _surroundings()
+            self._noting = now == self._environ
             if self._noting:
                 (self.names if sys.path == self._path else self.beyond).append(fullname)
+            elif "torch" not in sys.modules:
+                changed = {key for key, _ in now.items() ^ self._environ.items()}
+                self.stopped_by = sorted(os.fsdecode(key) for key in changed)
 
     def importable(self, root: str) -> tuple[list[str], dict[str, str]]:
         """Those that are loaded, from installed packages, the standard library, or ``root``.
@@ -202,6 +207,7 @@ class Gate:
                 if recorder in sys.meta_path:
                     sys.meta_path.remove(recorder)
                 names, beyond = recorder.importable(self._root)
-                self._link.tell("imported", names=names, beyond=beyond)
+                stopped_by = recorder.stopped_by if "torch" in sys.modules else []
+                self._link.tell("imported", names=names, beyond=beyond, stopped_by=stopped_by)
 
         return tell

@@ -185,7 +185,7 @@ class Reception:
         self._guarding.hear(seat, message)
 
     def _on_imported(self, seat: Seat, message: Message) -> None:
-        self._imported({"names": list(message["names"]), "beyond": dict(message["beyond"])})
+        self._imported({key: message[key] for key in ("names", "beyond", "stopped_by")})
 
     def _on_closed(self, seat: Seat, message: Message) -> None:
         seat.completed = bool(message["completed"])

@@ -107,7 +107,7 @@ class Standby:
         self._timer: asyncio.TimerHandle | None = None
         self._watch: asyncio.Task[None] | None = None
         self._dropping = asyncio.Lock()
-        self._memory_said = False
+        self._memory_said = self._imports_said = False
         self._meeting: Rendezvous | None = None  # of several nodes
         self.on_ready: Callable[[int], None] = lambda _serial: None
         self.on_lost: Callable[[int], None] = lambda _serial: None
@@ -301,7 +301,14 @@ class Standby:
 
     def imported(self, what: Message) -> None:
         """What the script has imported (``launch/warmup.py``): the next standby imports it ahead."""
-        self._imports = what
+        self._imports = {"names": list(what["names"]), "beyond": dict(what["beyond"])}
+        stopped_by = ", ".join(map(str, what["stopped_by"]))
+        if stopped_by and self._enabled and not self._imports_said:
+            self._imports_said = True
+            self._console.say(
+                f"the script changes {stopped_by} in the environment before it imports torch, so a standby can import nothing ahead: "
+                "set that in front of everstep run instead, and a failure costs seconds less"
+            )
 
     def is_for_us(self, peer: Peer, message: Message) -> bool:
         """Whether a message comes from a worker of the standby."""

@@ -26,6 +26,22 @@ def test_it_notes_until_the_environment_is_changed(monkeypatch: pytest.MonkeyPat
     assert recorder.names == ["known", "json", "wave"]
 
 
+def test_it_tells_what_came_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLD", "1")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    recorder = warmup.Recorder()
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("OLD")
+    recorder.find_spec("torch", None)
+    recorder.find_spec("wave", None)
+    assert recorder.stopped_by == ["OLD", "OMP_NUM_THREADS"]
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    recorder = warmup.Recorder()
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    recorder.find_spec("wave", None)
+    assert recorder.stopped_by == []
+
+
 def test_it_notes_apart_what_comes_after_a_change_of_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = warmup.Recorder(["known"], ["further"])
     recorder.find_spec("json", None)
