@@ -115,7 +115,7 @@ class Gate:
             preimport(names)
             if not self._link.welcome.get("ahead"):
                 self.wait()
-        if self._link.rank == 0:
+        if self._link.local_rank == 0:
             self._recorder = Recorder(names)
             sys.meta_path.insert(0, self._recorder)
         if self.is_closed:

@@ -8,7 +8,7 @@ in ``rounds`` the agreed saves. Decisions are ``decide``'s; facts come from the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from supervisor.attempt import Attempt
@@ -39,6 +39,7 @@ from supervisor.ledger import Ledger
 from supervisor.model import ProposalFlag, StopCause, StopRequested, Tier
 from supervisor.ordered_copies import Copying
 from supervisor.orders import Orders
+from supervisor.probing import Probing
 from supervisor.resume import Resume
 from supervisor.roster import Roster
 from supervisor.rounds import Rounds
@@ -84,12 +85,15 @@ class Lead:
         self.roster = Roster(self._orders, options, console, size, before.run if before else None)
         enabled = options.peer_copies == "on"
         self.copying = Copying(self._orders, self.roster, ledger, snapshots, enabled=enabled)
+        self.probing = Probing(self._orders)
         self.rounds = Rounds(self._orders, ledger, snapshots, before.proposal if before else Proposal())
         self._attempt: Attempt | None = None
         self._standby_at: float | None = None
         self._standby_tries = 0
+        self._members: dict[str, Member] = {}  # of the attempt, by name
         self._lost: set[str] = set()
         self._notices: set[Member] = set()
+        self._untold: set[str] = set()  # nodes whose news were not looked at yet
         self.on_notice: Callable[[str, Notice], None] = lambda _name, _notice: None
 
     # ------------------------------------------------------------------ the run
@@ -124,13 +128,20 @@ class Lead:
         """Raise LeadershipLostError if this node leads no more."""
         self._orders.check()
 
+    @property
+    def order(self) -> Order:
+        """As it stands."""
+        return self._orders.order
+
     # ------------------------------------------------------------------ an attempt
 
     def begin(self, attempt: Attempt, assignment: Assignment) -> None:
         """Have all of its nodes launch it."""
         self._attempt = attempt
         attempt.others = self
-        self.rounds.begin(attempt.number)
+        self.rounds.begin(attempt.number, assignment.members)
+        self._members = {member.name: member for member in assignment.members}
+        self._untold |= self._members.keys()
         self._lost.clear()
         self._standby_at, self._standby_tries = None, 0
         self.copying.begin()
@@ -255,17 +266,22 @@ class Lead:
         self._ledger.silence()  # the journal is another's now
         self.call_off()
 
-    def _think(self) -> None:
+    def _think(self, names: Collection[str] = ()) -> None:
+        """Look at what these nodes have told, and at the clock."""
+        self._untold.update(names)
         if self._heed_silence():
             return
-        self._heed_notices()
+        names, self._untold = self._untold, set()
+        self._heed_notices(names)
         attempt = self._attempt
-        if attempt is not None:
-            self._heed_ends(attempt)
-        if attempt is not None and not attempt.ended.is_set():
-            self.rounds.think({member: self._course(member) for member in self.roster.members})
+        if attempt is None:
+            return
+        members = [self._members[name] for name in names if name in self._members]
+        self._heed_ends(attempt, members)
+        if not attempt.ended.is_set():
+            self.rounds.think({member: self._course(member) for member in members})
             self.copying.think()
-            self._think_of_standby(attempt)
+            self._think_of_standby(attempt, members)
 
     def _heed_silence(self) -> bool:
         """Whether there is nothing to think about, as the store is not reached."""
@@ -283,19 +299,26 @@ class Lead:
                 pass
         return self._solitude.is_alone
 
-    def _heed_notices(self) -> None:
-        for report in list(self._orders.reports.values()):
+    def _heed_notices(self, names: Collection[str]) -> None:
+        for name in names:
+            report = self._orders.reports.get(name)
+            if report is None or report.notice is None:
+                continue
             member = Member(name=report.name, life=report.life)
-            if report.notice is not None and member not in self._notices:
+            if member not in self._notices:
                 self._notices.add(member)
                 self.on_notice(report.name, report.notice)
 
-    def _heed_ends(self, attempt: Attempt) -> None:
-        for member in self.roster.others:
+    def _heed_ends(self, attempt: Attempt, members: Collection[Member]) -> None:
+        for member in members:
+            if member.name == self._orders.own:
+                continue
             if self._orders.report(member) is None and member.name not in self._lost:
                 self._lost.add(member.name)
-            ended = self._ended(member)
-            if member.name in self._lost or (ended is not None and not ended.finished):
+            course = self._course(member)
+            ended = course.ended if course is not None else None
+            is_ending = course is not None and course.ending
+            if member.name in self._lost or is_ending or (ended is not None and not ended.finished):
                 attempt.call_off()
 
     def want(self, flags: ProposalFlag) -> None:
@@ -307,7 +330,8 @@ class Lead:
 
     async def gather(self, origin: CheckpointOrigin, bandwidth: float | None) -> None:
         """Have every node make its part durable. Raises StorageError."""
-        members = self.roster.members
+        run = self._orders.order.run
+        members = run.members if run is not None else ()
         serial = self._orders.next_serial()
         step = origin.step
         self._orders.change(
@@ -315,7 +339,6 @@ class Lead:
                 serial=serial,
                 attempt=origin.attempt,
                 step=step,
-                members=members,
                 bandwidth=bandwidth,
                 world_size=origin.world_size,
                 created=origin.created,
@@ -362,27 +385,27 @@ class Lead:
         if self._orders.order.standby is not None:
             self._orders.change(standby=None)
 
-    def _think_of_standby(self, attempt: Attempt) -> None:
-        standby = self._orders.order.standby
-        reports = [self._orders.report(member) for member in self.roster.members]
-        if standby is not None and any(
-            report is None or report.ready == -standby.standby for report in reports
-        ):
-            self._orders.change(standby=None)
-            again = self._standby_tries > 0 and all(report is not None for report in reports)
-            self._standby_at = clock.monotonic() + STANDBY_DELAY if again else None
-        elif (
-            self._standby_at is not None and clock.monotonic() >= self._standby_at and reports[0] is not None
-        ):
+    def _think_of_standby(self, attempt: Attempt, news: Collection[Member]) -> None:
+        standby, members = self._orders.order.standby, self.roster.members
+        if standby is not None:
+            reports = [self._orders.report(member) for member in news]
+            if any(report is None or report.ready == -standby.standby for report in reports):
+                self._orders.change(standby=None)
+                again = self._standby_tries > 0 and None not in reports
+                self._standby_at = clock.monotonic() + STANDBY_DELAY if again else None
+        elif self._standby_at is not None and clock.monotonic() >= self._standby_at:
+            reports = [self._orders.report(member) for member in members]
+            if (host := reports[0]) is None or None in reports:
+                return
             self._standby_at = None
             self._standby_tries -= 1
-            host = reports[0]
             self._orders.change(
                 standby=Assignment(
                     attempt=attempt.number + 1,
-                    members=self.roster.members,
+                    members=members,
                     address=host.address,
                     port=host.port,
+                    peers=self.roster.peers(members),
                     standby=self._orders.next_serial(),
                 )
             )

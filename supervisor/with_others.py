@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Coroutine
 from pathlib import Path
 from typing import Any, Final
@@ -11,9 +12,10 @@ from supervisor import background
 from supervisor.attempt import Attempt
 from supervisor.company import Team
 from supervisor.config import Options
+from supervisor.decide import reach
 from supervisor.decide.causes import unfinished
 from supervisor.edge import clock
-from supervisor.errors import UsageError
+from supervisor.errors import LeadershipLostError, UsageError
 from supervisor.fleet import Assignment, Notice
 from supervisor.ledger import Ledger
 from supervisor.model import Failure, FailureKind, ProposalFlag, StopCause
@@ -25,11 +27,16 @@ from supervisor.standby import Standby
 from supervisor.stopping import Stopping
 from supervisor.stores import Stores
 
+START: Final = (
+    15.0  # seconds without a first step after which it is looked whether the nodes reach each other
+)
 PERIOD: Final = 1.0  # seconds between two looks for nodes that wait
 #: what tells against the node that it happens on
 _SUSPICIOUS: Final = frozenset(
     {FailureKind.CRASH, FailureKind.HOST_OOM, FailureKind.CUDA_OOM, FailureKind.DEVICE, FailureKind.LAUNCHER}
 )
+#: what it looks like when nodes do not reach each other
+_MAY_BE_APART: Final = frozenset({FailureKind.HANG, FailureKind.COMMUNICATION})
 
 
 class WithOthers:
@@ -46,6 +53,7 @@ class WithOthers:
         self.pulse: Pulse | None = None
         self._attempt: Attempt | None = None
         self._reshape: str | None = None  # why the attempt is stopped, to go on with other nodes
+        self._apart: tuple[reach.Pair, ...] = ()  # nodes of the attempt that do not reach each other
         self._leaver = False  # … because one of these leaves
         self._copies = copies
         self._resumed_from: Path | None = None
@@ -117,8 +125,10 @@ class WithOthers:
 
     def begin(self, attempt: Attempt, assignment: Assignment) -> Rendezvous:
         """All nodes launch it."""
-        self._attempt, self._reshape = attempt, None
-        return self._company.begin(attempt, assignment)
+        self._attempt, self._reshape, self._apart = attempt, None, ()
+        meeting = self._company.begin(attempt, assignment)
+        self._background(self._look_at_start(attempt))
+        return meeting
 
     async def choose(self, number: int, assignment: Assignment | None) -> Resume:
         """Where it resumes, on all nodes alike. Raises CheckpointError, StorageError."""
@@ -140,8 +150,8 @@ class WithOthers:
         self._attempt = None
         wait = attempt.finished and failure is None and not self._stopping.cut_short
         cause, departed = await self._company.end(attempt, failure, wait=wait, noticed=noticed)
-        failure = cause.failure
         stopping = self._stopping.requested is not None or self._reshape is not None
+        failure = cause.failure if stopping else await self._apart_or(cause.failure, attempt.number)
         if failure is None and not stopping:
             failure = unfinished(departed, attempt=attempt.number, now=clock.now())
         if failure is not None and not stopping:
@@ -151,6 +161,37 @@ class WithOthers:
             self._stores.doubt([self._resumed_from])
         completed = completed and all(one.ended is not None and one.ended.completed for one in departed)
         return failure, cause.noticed or noticed, completed
+
+    # ------------------------------------------------------------------ nodes that do not reach each other
+
+    async def _look_at_start(self, attempt: Attempt) -> None:
+        """End an attempt that cannot get to its first step: its ranks wait for each other longer than anybody should."""
+        with contextlib.suppress(LeadershipLostError):  # which is told where it matters
+            while not await _ends_within(attempt, START):
+                if self._ledger.record.attempt_first_time is not None or attempt.in_session:
+                    return
+                self._apart = await self._lead.probing.pairs()
+                if self._apart:
+                    attempt.call_off()
+
+    async def _apart_or(self, failure: Failure | None, attempt: int) -> Failure | None:
+        """The failure of an attempt, or that of the network behind it."""
+        if failure is not None and failure.kind in _MAY_BE_APART:
+            self._apart = await self._lead.probing.pairs()
+        elif failure is not None:
+            return failure
+        if not self._apart:
+            return failure
+        why = f"{reach.described(self._apart)}, though they reach the store"
+        names = reach.left_out(self._apart, self._roster.names, self._company.joining.report.name)
+        goes_on = self._roster.leave_out(names, why)
+        return Failure(
+            kind=FailureKind.NODE_LOST if goes_on else FailureKind.COMMUNICATION,
+            reason=why if failure is None else f"{why} ({failure.reason})",
+            attempt=attempt,
+            step=None if failure is None else failure.step,
+            time=clock.now(),
+        )
 
     # ------------------------------------------------------------------ stops, and other nodes
 
@@ -238,6 +279,12 @@ class WithOthers:
         task = background.start(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _ends_within(attempt: Attempt, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(attempt.ended.wait(), seconds)
+    return attempt.ended.is_set()
 
 
 def between(

@@ -76,11 +76,16 @@ def blame(suspicions: Suspicions, node: str | None, *, progressed: bool, now: fl
     suspicions = replace(suspicions, node=node, count=count if node is not None else 0)
     if node is None or count < SUSPICIONS:
         return suspicions
+    reason = f"it failed first {count} times in a row without progress"
+    return exclude(replace(suspicions, node=None, count=0), node, reason, now)
+
+
+def exclude(suspicions: Suspicions, node: str, reason: str, now: float) -> Suspicions:
+    """Leave a node out: for twice as long as the last time."""
     before = suspicions.excluded.get(node)
     seconds = min(LONGEST_EXCLUSION, before.seconds * 2 if before is not None else FIRST_EXCLUSION)
-    reason = f"it failed first {count} times in a row without progress"
     exclusion = Exclusion(until=now + seconds, seconds=seconds, reason=reason)
-    return replace(suspicions, node=None, count=0, excluded={**suspicions.excluded, node: exclusion})
+    return replace(suspicions, excluded={**suspicions.excluded, node: exclusion})
 
 
 def choose(

@@ -35,6 +35,31 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def to_sparse(value: Any) -> Any:
+    """As ``to_plain``, without the fields of dataclasses that have their default: for what is said thousands of times."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = {}
+        for name, default in _defaults(type(value)):
+            content = getattr(value, name)
+            if default is dataclasses.MISSING or content != default:
+                found[name] = to_sparse(content)
+        return found
+    if isinstance(value, tuple | list):
+        return [to_sparse(item) for item in value]
+    return to_plain(value)
+
+
+@functools.cache
+def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (
+            field.name,
+            field.default if field.default_factory is dataclasses.MISSING else field.default_factory(),
+        )
+        for field in dataclasses.fields(kind)
+    )
+
+
 def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
     """A dataclass of type ``kind``. Raises ValueError naming the field that is missing or of the wrong type."""
     values: dict[str, Any] = {}

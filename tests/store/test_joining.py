@@ -137,7 +137,7 @@ def test_an_old_leader_cannot_write_over_the_order_of_the_next_even_if_it_believ
             assert await until(b, lambda: b.leader is None)
             assert await b.campaign()
             assert await b.command(order(2, "b"))
-            a.leader, a.revision = f"a {a.report.life}", seen  # as one that has not heard of it
+            a.leader, a._papers.revision = f"a {a.report.life}", seen  # as one that has not heard of it
             assert a.leads
             assert not await a.command(order(3, "a"))
 

@@ -233,7 +233,7 @@ def test_a_silent_stranger_is_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
         {"op": "put", "key": "a/b"},
         {"op": "shut down"},
         {"op": "read"},
-        {"op": "changes", "directory": "a/", "since": "x", "patience": 1},
+        {"op": "watch", "directory": "a/", "since": "x"},
     ],
 )
 def test_a_wrong_request_is_refused_and_the_connection_lives(message: dict[str, object]) -> None:
