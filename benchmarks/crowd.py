@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import select
 import socket
 import time
@@ -48,6 +49,7 @@ class Crowd:
     def __init__(self, first: int, count: int, total: int, port: int, secret: bytes, lease: float) -> None:
         self._lease, self._secret, self._port = lease, secret, port
         self._names = [f"n{number:05d}" for number in range(first, first + count)]
+        self._lives = [secrets.token_hex(8) for _ in self._names]
         self._sockets: list[socket.socket] = []
         self._frames: list[Frames] = []
         self._leases: list[int] = []
@@ -117,7 +119,7 @@ class Crowd:
         self._leases.append(json.loads(answer)["ok"])
         self._renewed.append(time.monotonic() - self._lease / RENEWALS * (node % 100) / 100)
         self._reported.append(time.monotonic() - self._pace * (node % 100) / 100)
-        self._put(node, _report_of(name, Ordered(), in_session=False), expected=0)
+        self._put(node, _report_of(name, self._lives[node], Ordered(), in_session=False), expected=0)
         self._send(node, {"op": "watch", "id": 0, "directory": "job/", "since": 0})
         link.setblocking(False)
         self._by_fd[link.fileno()] = node
@@ -157,7 +159,7 @@ class Crowd:
     def _report(self, node: int, ordered: Ordered) -> None:
         self._told[node] = ordered
         self._reported[node] = time.monotonic()
-        self._put(node, _report_of(self._names[node], ordered), None)
+        self._put(node, _report_of(self._names[node], self._lives[node], ordered), None)
 
     def _put(self, node: int, text: str, expected: int | None) -> None:
         key, lease = f"node/{self._names[node]}", self._leases[node]
@@ -192,7 +194,7 @@ def _ordered(before: Ordered, push: dict[str, Any]) -> Ordered:
     )
 
 
-def _report_of(name: str, ordered: Ordered, *, in_session: bool = True) -> str:
+def _report_of(name: str, life: str, ordered: Ordered, *, in_session: bool = True) -> str:
     """As ``encoded`` writes the report of such a node (``_check``)."""
     course = answer = prepared = ""
     if in_session:
@@ -210,7 +212,7 @@ def _report_of(name: str, ordered: Ordered, *, in_session: bool = True) -> str:
         prepared = f',"prepared":{ordered.prepared}'
     seen = f',"seen":{ordered.serial}' if ordered.serial else ""
     return (
-        f'{{"name":"{name}","life":"0123456789abcdef","host":"{name}.cluster","pid":4711,"address":"10.0.0.1","port":40000,'
+        f'{{"name":"{name}","life":"{life}","host":"{name}.cluster","pid":4711,"address":"10.0.0.1","port":40000,'
         f'"shown":40001{seen}{course}{answer}{prepared}}}'
     )
 
@@ -225,7 +227,7 @@ def _check() -> None:
             saved=Saved(attempt=0, step=1000, slot=1, seconds=0.25, bytes=1000000000),
         ),
     )  # fmt: skip
-    text = _report_of("n00001", ordered)
+    text = _report_of("n00001", "0123456789abcdef", ordered)
     assert text == encoded(report), f"{text}\n{encoded(report)}"
     assert plain.from_plain(Report, json.loads(text)) == report
 

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -196,6 +197,11 @@ async def rounds(lead: Lead, crowds: Crowds, folder: Path, nodes: int, options: 
         (after - before) / seconds / nodes,
     )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if options.verbose:
+        print(
+            " ".join(f"{one:.2f}/{cost:.2f}" for one, cost in zip(latencies, costs, strict=True)),
+            file=sys.stderr,
+        )
     latencies.sort()
     print(
         f"{nodes:>6} {joined:>7.1f} {begun:>7.2f} {statistics.median(latencies):>8.3f} {_percentile(latencies):>8.3f} "
@@ -236,6 +242,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", help="write what the leader does in its rounds to FILE.<nodes>, for pstats"
     )
+    parser.add_argument("--verbose", action="store_true", help="every round's seconds")
     options = parser.parse_args()
     _raise_file_limit()
     print(f"{os.cpu_count()} cores for the leader and all nodes; load before: {os.getloadavg()[0]:.1f}")

@@ -7,8 +7,10 @@ writer has seen, the parts' too: a leader that leads no more writes over nothing
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -23,6 +25,7 @@ _KINDS: Final[dict[str, type[Assignment] | type[Origin]]] = {
     "origin": Origin,
 }
 assert tuple(_KINDS) == PARTS
+LONG: Final = 16 << 10  # characters of a part that is worth packing
 
 
 class Papers:
@@ -67,7 +70,7 @@ class Papers:
         entry = self._entries[_key(name)]
         if entry.revision != revision:
             raise KeyError(name)
-        part = plain.from_plain(_KINDS[name], json.loads(entry.value))
+        part = plain.from_plain(_KINDS[name], json.loads(unpacked(entry.value)))
         self._read[name] = (revision, part)
         return part
 
@@ -101,7 +104,7 @@ class Papers:
         there = self._entries.get(key)
         if known is not None and known[1] == part and there is not None and there.revision == known[0]:
             return known[0]
-        text = encoded(part)
+        text = packed(encoded(part))
         revision = await store.put(key, text, expected=there.revision if there is not None else 0)
         if revision is None:  # an answer was lost, or another leads
             view = await store.read(JOB)
@@ -117,6 +120,23 @@ class Papers:
 def encoded(state: Report | Assignment | Origin) -> str:
     """As it is written."""
     return json.dumps(plain.to_sparse(state), allow_nan=False, separators=(",", ":"))
+
+
+def packed(text: str) -> str:
+    """Of thousands of nodes, less than half of its size: it is sent to each of them."""
+    if len(text) < LONG:
+        return text
+    return base64.b85encode(zlib.compress(text.encode())).decode()
+
+
+def unpacked(text: str) -> str:
+    """What was packed. Raises ValueError."""
+    if text.startswith("{"):
+        return text
+    try:
+        return zlib.decompress(base64.b85decode(text)).decode()
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
 
 
 def _key(part: str) -> str:

@@ -85,12 +85,13 @@ class Server:
         return view.revision, wire.encoded({"directory": directory, "since": since, **plain(view)})
 
     def catch_up(self, connection: _Connection) -> None:
-        """Tell a watcher what has changed while it did not listen."""
+        """Tell a watcher what has changed while it did not listen, or before it watched."""
         for directory, since in connection.watched.items():
-            revision, content = self._news(directory, since)
-            connection.watched[directory] = revision
-            if content:
-                connection.send(content)
+            if connection.listens:
+                revision, content = self._news(directory, since)
+                connection.watched[directory] = revision
+                if content:
+                    connection.send(content)
 
     # ------------------------------------------------------------------ requests
 
@@ -136,7 +137,7 @@ class Server:
             raise ValueError("too many watches")
         connection.watched[directory] = since
         self._watchers[directory][connection] = None
-        self._note(directory)
+        asyncio.get_running_loop().call_soon(self.catch_up, connection)  # the answer goes first
 
 
 class _Connection(asyncio.Protocol):

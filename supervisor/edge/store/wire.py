@@ -41,6 +41,7 @@ NONCE: Final = 32
 PROOF: Final = 32
 HANDSHAKE: Final = 5.0  # seconds
 LIMIT: Final = 64 << 20  # bytes of one frame
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 _LENGTH: Final = struct.Struct(">I")
 _NUMBER: Final = struct.Struct(">Q")
 
@@ -53,12 +54,12 @@ class WireError(Exception):
 
 def encoded(message: Message) -> bytes:
     """The content of a frame: the same for all that it is sent to."""
-    return json.dumps(message, separators=(",", ":")).encode()
+    return _ENCODER.encode(message).encode()
 
 
 def decoded(content: bytes) -> Message:
     """What a frame's content says. Raises WireError, ValueError."""
-    message = json.loads(content)
+    message = json.loads(content.decode())
     if not isinstance(message, dict):
         raise WireError("no message")
     return message
