@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from launch.choosing import Chosen
 from launch.tables import columns, finite, number, print_json
 from supervisor.checkpoint.manifest import Key
-from supervisor.status import size
+from supervisor.wording import size
 
 if TYPE_CHECKING:
     from supervisor.training.contents.compare import Change

@@ -8,10 +8,10 @@ from typing import Final
 
 from launch.program import Program
 from launch.slurm import environment
-from supervisor import node_options
 from supervisor.config import Options
 from supervisor.edge.store import address
 from supervisor.errors import ConfigError, UsageError
+from supervisor.flags import nodes as node_options
 
 PORTS: Final = range(20000, 30000)  # for the store of a SLURM job, by the job's number
 
@@ -49,9 +49,9 @@ def _from_torchrun(options: Options, program: Program) -> Options:
     said = program.launcher.nodes
     try:
         if options.nnodes is None and said.count is not None:
-            options = replace(options, nnodes=node_options.nodes(said.count))
+            options = replace(options, nnodes=node_options.parse_size(said.count))
         if options.node_rank is None and said.rank is not None:
-            options = replace(options, node_rank=node_options.rank(said.rank))
+            options = replace(options, node_rank=node_options.parse_rank(said.rank))
         several = options.nnodes is not None and options.nnodes.most > 1
         if several and options.store is None and said.endpoint is not None:
             options = replace(options, store=address.parse(f"tcp://{said.endpoint}"))
@@ -67,14 +67,14 @@ def from_slurm(options: Options, environ: Mapping[str, str], address_of: Callabl
         return options
     nodes = len(allocation.nodes)
     if options.nnodes is None:
-        options = replace(options, nnodes=node_options.nodes(nodes))
+        options = replace(options, nnodes=node_options.parse_size(nodes))
     if options.nnodes is None or options.nnodes.most == 1:
         return options
     if options.node_rank is None:
         options = replace(options, node_rank=allocation.node_rank)
     if options.node_name is None:  # not the hostname: several nodes may share one
         name = allocation.node_name or allocation.nodes[allocation.node_rank]
-        options = replace(options, node_name=node_options.name(name))
+        options = replace(options, node_name=node_options.parse_name(name))
     if options.store is None:
         port = PORTS[allocation.job_id % len(PORTS)]
         host = address_of(allocation.address)

@@ -24,6 +24,7 @@ from supervisor import status as statuses
 from supervisor.edge import clock
 from supervisor.errors import EverstepError
 from supervisor.report import Reporter
+from supervisor.status_views import to_json
 
 PERIOD: Final = 1.0  # seconds between two looks at a job
 STILL: Final = 15  # looks without news, after which a sign of life is sent
@@ -43,7 +44,7 @@ class Followed:
         """``everstep status --json``, and what tells apart one story from the next. Raises JobError."""
         with self._lock:
             found = self._reporter.status(clock.now())
-            return statuses.to_json(found), self._version(found)
+            return to_json(found), self._version(found)
 
     def document(self) -> tuple[dict[str, Any], str]:
         """The story, and what tells it apart. Raises JobError."""

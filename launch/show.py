@@ -10,6 +10,7 @@ from pathlib import Path
 from supervisor import status as statuses
 from supervisor.edge import clock
 from supervisor.edge.jobdir import JobDirectory
+from supervisor.status_views import to_json, to_text
 
 PERIOD = 1.0  # seconds between two looks
 
@@ -24,9 +25,7 @@ def status(job: Path, *, json: bool, watch: bool) -> int:
     looker = statuses.Watch(job)
     while True:
         found = looker.look(clock.now())
-        text = (
-            dumps(statuses.to_json(found), indent=None if watch else 2) if json else statuses.to_text(found)
-        )
+        text = dumps(to_json(found), indent=None if watch else 2) if json else to_text(found)
         print(text + ("\n" if watch and not json else ""), flush=True)
         if not watch or not found.alive:  # killed or in order: without a supervisor nothing will change
             return 0

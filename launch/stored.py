@@ -21,7 +21,7 @@ from supervisor.decide.retention import KeepBest, RetentionPolicy, to_remove
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.errors import CheckpointError, JobError, UsageError
 from supervisor.replay import Replay
-from supervisor.status import size
+from supervisor.wording import size
 
 
 def checkpoints_of(job: Path) -> Location:

@@ -22,7 +22,8 @@ from supervisor.decide import straggler
 from supervisor.errors import ConfigError
 from supervisor.intervals import parse_duration
 from supervisor.model import State
-from supervisor.status import Held, Status, duration
+from supervisor.status import Held, Status
+from supervisor.wording import duration
 
 LABEL: Final = 11  # columns
 MOST_WIDE: Final = 67  # columns of a bar

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from pathlib import Path
 
-from supervisor.checkpoint.location import Remote, located
+from supervisor.checkpoint.location import located
 from supervisor.config import Options
 from supervisor.edge import jobdir
 from supervisor.edge.console import Console
@@ -14,18 +13,19 @@ from supervisor.errors import EverstepError
 from supervisor.ledger import Ledger
 from supervisor.record import JobRecord
 from supervisor.stopping import SIGNALS
-from supervisor.stores import Stores
+from supervisor.stores import Stores, refuge
 
 
 def is_left_behind(options: Options, job: jobdir.JobDirectory, record: JobRecord) -> bool:
-    """Whether the newest checkpoint lies in the job directory, and belongs into an object store."""
+    """Whether the newest checkpoint lies in the job directory, and belongs elsewhere."""
     last = record.checkpoint
-    if last is None or last.path is None or not isinstance(options.checkpoints_directory, Remote):
-        return False
-    return Path(last.path).parent == job.path / "checkpoints"
+    place = refuge(options, job)
+    return (
+        last is not None and last.path is not None and place is not None and Path(last.path).parent == place
+    )
 
 
-def bring(
+async def bring(
     options: Options, job: jobdir.JobDirectory, file: jobdir.JobFile, ledger: Ledger, console: Console
 ) -> None:
     """Store it there, as long as that takes, with every byte of it checked; what goes wrong is said.
@@ -38,13 +38,10 @@ def bring(
     assert last.path is not None
     stores = Stores(options, job, file, ledger, console)
 
-    async def work() -> None:
+    try:
         await stores.sweep()
         if await stores.bring(located(str(last.path))):
             await stores.draining.secure(None, may_drain=True)
-
-    try:
-        asyncio.run(work())
     except EverstepError as error:
         console.say(f"the emergency copy in {last.path} could not be stored elsewhere: {error}")
     finally:

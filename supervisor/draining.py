@@ -2,8 +2,8 @@
 
 One checkpoint is in flight; when several snapshots wait for it, the newest wins. A drain that fails is said, journalled and
 begun again with the next snapshot, after a wait that doubles: training goes on meanwhile. At the end of a run the newest
-snapshot is drained within the time that is left. Where the checkpoints' place is an object store that does not take it in
-time, it goes into the job directory instead (an *emergency copy*). A later run resumes from there, and stores that copy where it
+snapshot is drained within the time that is left. Where the checkpoints' place is an object store or a file system of its own
+and does not take it in time, it goes into the job directory instead (an *emergency copy*). A later run resumes from there, and stores that copy where it
 belongs, unless a newer snapshot comes first.
 
 A drain runs in a thread of its own, which nobody joins: a file system whose server hangs keeps a thread for ever, and must
@@ -66,7 +66,7 @@ class Source(Protocol):
 class Draining:
     """The drain of one job on this node. Used from the loop's thread only.
 
-    ``refuge`` is where an emergency copy goes; None where ``storage`` is a directory itself.
+    ``refuge`` is where an emergency copy goes; None where ``storage`` is as near.
     """
 
     def __init__(

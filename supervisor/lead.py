@@ -38,6 +38,7 @@ from supervisor.joining import Joining
 from supervisor.ledger import Ledger
 from supervisor.model import ProposalFlag, StopCause, StopRequested, Tier
 from supervisor.ordered_copies import Copying
+from supervisor.ordered_standby import OrderedStandby
 from supervisor.orders import Orders
 from supervisor.probing import Probing
 from supervisor.resume import Resume
@@ -48,8 +49,6 @@ from supervisor.solitude import Solitude
 
 ENDING: Final = 75.0  # seconds that a node may take to end an attempt
 LEAVING: Final = 10.0  # seconds that nodes may take to leave in the end
-STANDBY_DELAY: Final = 2.0  # seconds after the first step
-STANDBY_TRIES: Final = 3
 
 
 class Lead:
@@ -88,8 +87,7 @@ class Lead:
         self.probing = Probing(self._orders)
         self.rounds = Rounds(self._orders, ledger, snapshots, before.proposal if before else Proposal())
         self._attempt: Attempt | None = None
-        self._standby_at: float | None = None
-        self._standby_tries = 0
+        self.standby = OrderedStandby(self._orders, self.roster, enabled=options.standby != "off")
         self._members: dict[str, Member] = {}  # of the attempt, by name
         self._lost: set[str] = set()
         self._notices: set[Member] = set()
@@ -143,7 +141,7 @@ class Lead:
         self._members = {member.name: member for member in assignment.members}
         self._untold |= self._members.keys()
         self._lost.clear()
-        self._standby_at, self._standby_tries = None, 0
+        self.standby.begin(attempt.number)
         self.copying.begin()
         self._orders.change(
             run=assignment,
@@ -281,7 +279,7 @@ class Lead:
         if not attempt.ended.is_set():
             self.rounds.think({member: self._course(member) for member in members})
             self.copying.think()
-            self._think_of_standby(attempt, members)
+            self.standby.think(members)
 
     def _heed_silence(self) -> bool:
         """Whether there is nothing to think about, as the store is not reached."""
@@ -371,41 +369,3 @@ class Lead:
         """No part is wanted any more."""
         if self._orders.order.drain is not None:
             self._orders.change(drain=None)
-
-    # ------------------------------------------------------------------ the standby
-
-    def arm_standby(self) -> None:
-        """The attempt has made its first step: have the next one made ready on its nodes."""
-        if self._options.standby != "off":
-            self._standby_at, self._standby_tries = clock.monotonic() + STANDBY_DELAY, STANDBY_TRIES
-
-    def drop_standby(self) -> None:
-        """It is not wanted any more."""
-        self._standby_at = None
-        if self._orders.order.standby is not None:
-            self._orders.change(standby=None)
-
-    def _think_of_standby(self, attempt: Attempt, news: Collection[Member]) -> None:
-        standby, members = self._orders.order.standby, self.roster.members
-        if standby is not None:
-            reports = [self._orders.report(member) for member in news]
-            if any(report is None or report.ready == -standby.standby for report in reports):
-                self._orders.change(standby=None)
-                again = self._standby_tries > 0 and None not in reports
-                self._standby_at = clock.monotonic() + STANDBY_DELAY if again else None
-        elif self._standby_at is not None and clock.monotonic() >= self._standby_at:
-            reports = [self._orders.report(member) for member in members]
-            if (host := reports[0]) is None or None in reports:
-                return
-            self._standby_at = None
-            self._standby_tries -= 1
-            self._orders.change(
-                standby=Assignment(
-                    attempt=attempt.number + 1,
-                    members=members,
-                    address=host.address,
-                    port=host.port,
-                    peers=self.roster.peers(members),
-                    standby=self._orders.next_serial(),
-                )
-            )

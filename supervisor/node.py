@@ -19,6 +19,7 @@ from typing import Any
 from supervisor import vigil
 from supervisor.attempt import Attempt
 from supervisor.chores import Chores
+from supervisor.companions import Outcome, Turn
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide import classify, restart
@@ -27,7 +28,6 @@ from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.engine import Engine
 from supervisor.errors import EverstepError, LeadershipLostError
-from supervisor.fleet import Assignment
 from supervisor.herald import Herald
 from supervisor.launching import Launcher, attempt_ended, run_started
 from supervisor.ledger import Ledger
@@ -46,11 +46,10 @@ from supervisor.noticing import Source
 from supervisor.program import Program, Rendezvous
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
-from supervisor.savepoints import SavePoints
 from supervisor.standby import Standby, Waiting
 from supervisor.stopping import SIGNALS, Stopping
 from supervisor.stores import Stores
-from supervisor.with_others import between
+from supervisor.with_others import companions
 
 
 class Node:
@@ -91,7 +90,7 @@ class Node:
         self._chores = Chores(console)
         self._pulse: Pulse | None = None
         self._reception: Reception | None = None
-        self._with_others = between(team, self._stores, self._standby, self._stopping, ledger, options)
+        self._companions = companions(team, self._stores, self._standby, self._stopping, ledger, options)
 
     # ------------------------------------------------------------------ the run
 
@@ -115,16 +114,13 @@ class Node:
         if swept:
             self._console.say(f"unfinished checkpoints removed: {', '.join(path.name for path in swept)}")
         try:
-            if self._with_others is not None:
-                await self._with_others.start()
+            await self._companions.start()
             verdict = await self._supervise()
-            if self._with_others is not None:
-                self._with_others.check()
+            self._companions.check()
         except EverstepError as error:
             await self._break_off(error)
             await self._herald.close()
-            if self._with_others is not None:
-                await self._with_others.close()
+            await self._companions.close()
             raise
         finally:
             await self._standby.end()
@@ -135,13 +131,11 @@ class Node:
         code = restart.exit_code(verdict.action, self._stopping.requested)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
-        if self._with_others is not None:
-            await self._with_others.finish(code, verdict.reason, saved=not self._unsaved)
-            await self._with_others.close()
+        await self._companions.finish(code, verdict.reason, saved=not self._unsaved)
+        await self._companions.close()
         await self._herald.close(self._stopping.time_left(self._options.hook_timeout))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        bad = () if self._with_others is None else self._with_others.bad_nodes
-        if said := self._engine.leave(code, bad):
+        if said := self._engine.leave(code, self._companions.bad_nodes):
             self._console.say(said)
         if self._stopping.cut_short == "user" or threads.are_busy():
             self._leave_at_once(code)
@@ -168,42 +162,32 @@ class Node:
     async def _run_attempt(self) -> Verdict:
         record = self._ledger.record
         number = 0 if record.attempt is None else record.attempt + 1
-        others, assignment, meeting = self._with_others, None, None
-        if others is not None and (assignment := await others.muster(number)) is None:
+        if (turn := await self._companions.muster(number)) is None:
             assert self._stopping.requested is not None
             return await self._final_stop(self._stopping.requested)
-        standby = None
-        if assignment is None or assignment.standby:
-            standby = await self._standby.take(number, record.world_size)
+        standby = await self._standby.take(number, record.world_size) if turn.from_standby else None
         if standby is None:
             await self._standby.drop()
-        attempt = standby.attempt if standby else self._new_attempt(number, assignment)
+        attempt = standby.attempt if standby else self._new_attempt(number, turn)
         self._ledger.add(AttemptStarted(time=clock.now(), attempt=number, standby=standby is not None))
-        if others is not None and assignment is not None:
-            if assignment.standby and standby is None:
-                assignment = others.without_standby(assignment)
-            meeting = others.begin(attempt, assignment)
-        choice = self._stores.choose() if others is None else others.choose(number, assignment)
-        resume = asyncio.create_task(choice)
+        meeting = self._companions.begin(attempt, turn, from_standby=standby is not None)
+        resume = asyncio.create_task(self._companions.choose(number, turn))
         resume.add_done_callback(lambda task: None if _is_fine(task) else attempt.ended.set())
         self._warnings.begin()
-        savepoints = SavePoints(attempt, record.skips) if others is None else others.saves
+        saves = self._companions.saves(attempt)
         self._pulse = Pulse(
-            attempt, self._options, self._ledger, self._snapshots, self._draining, savepoints, self._console, self._drive_stop,
-            on_first_step=lambda: self._standby.arm(attempt) if others is None else others.made_first_step(),
-            warnings=self._warnings,
+            attempt, self._options, self._ledger, self._snapshots, self._draining, saves, self._console, self._drive_stop,
+            on_first_step=lambda: self._companions.made_first_step(attempt), warnings=self._warnings,
         )  # fmt: skip
-        if others is not None:
-            others.pulse = self._pulse
         self._reception = Reception(
             attempt,
             ledger=self._ledger,
             snapshots=self._snapshots,
-            savepoints=savepoints,
+            savepoints=saves,
             console=self._console,
             resume=resume,
             welcome=self._welcome,
-            on_saved=self._pulse.saved if others is None else lambda _step, _flags: None,
+            on_saved=self._companions.follow(self._pulse),
             on_imported=self._standby.imported,
             on_restored=self._stores.staging.clear,
             prefix_lines=self._program.has_ranks,
@@ -221,10 +205,10 @@ class Node:
                 task.result()  # storage that cannot even be listed is the user's to mend; anything else is a bug
         return await self._post_mortem(attempt)
 
-    def _new_attempt(self, number: int, assignment: Assignment | None) -> Attempt:
-        nodes, rank = (1, 0) if self._with_others is None else self._with_others.place_in(assignment)
+    def _new_attempt(self, number: int, turn: Turn) -> Attempt:
+        folder = self._job.attempt(number)
         return Attempt(
-            number, self._job.attempt(number), self._runtime, self._file.run_id, nodes=nodes, node_rank=rank
+            number, folder, self._runtime, self._file.run_id, nodes=turn.nodes, node_rank=turn.rank
         )
 
     async def _live(self, attempt: Attempt, standby: Waiting | None, meeting: Rendezvous | None) -> None:
@@ -271,16 +255,17 @@ class Node:
         if not (stopped and self._stopping.cut_short) and not attempt.called_off:
             failure = classify.classify(evidence, clock.now())
         noticed = None if attempt.called_off else attempt.noticed
-        if self._with_others is not None:
-            try:
-                failure, noticed, completed = await self._with_others.end(
-                    attempt, failure, noticed, completed
-                )
-            except LeadershipLostError:
-                attempt.close()
-                raise
-            stopped = stopped or (self._stopping.requested is not None and not completed)
-        reshaped = failure is None and self._with_others is not None and self._with_others.reshaping
+        try:
+            failure, noticed, completed = await self._companions.end(
+                attempt, Outcome(failure, noticed, completed)
+            )
+        except LeadershipLostError:
+            attempt.close()
+            raise
+        stopped = stopped or (
+            self._stopping.requested is not None and not (completed and attempt.has_session)
+        )
+        reshaping = None if failure else self._companions.reshaping
         last_step = None  # of a training that was completed: its state must not be lost
         if failure is None and attempt.has_session and all(seat.completed for seat in attempt.seats.values()):
             last_step = attempt.total_steps
@@ -289,7 +274,7 @@ class Node:
             evidence,
             failure,
             stopped=stopped,
-            reshaped=reshaped,
+            reshaped=reshaping is not None,
             noticed=noticed,
             metrics=self._pulse.metrics,
         )
@@ -300,10 +285,11 @@ class Node:
             self._chores.write_evidence(attempt.folder, failure, evidence)
         if stopped and self._stopping.requested is not None:
             return await self._final_stop(self._stopping.requested, failure)
-        if reshaped and self._with_others is not None:
-            if self._with_others.takes_state_along:
+        if reshaping is not None:
+            if self._companions.takes_state_along:
                 self._unsaved = await self._draining.secure(None, may_drain=True)
-            return self._decided(Verdict(action=Action.RESTART, reason=self._with_others.reshaped()))
+            reason = f"all ranks have saved; going on {reshaping}"
+            return self._decided(Verdict(action=Action.RESTART, reason=reason))
         if failure is not None:
             verdict = restart.decide(self._ledger.record, failure)
             if verdict.action.goes_on:
@@ -355,8 +341,7 @@ class Node:
             self._ledger.add(AttemptEnded(time=now, attempt=record.attempt, step=None))
         self._decided(Verdict(action=Action.GIVE_UP, reason=str(error)))
         self._ledger.add(RunEnded(time=now, exit_code=error.exit_code, reason=str(error)))
-        if self._with_others is not None:
-            await self._with_others.finish(error.exit_code, str(error), saved=False)
+        await self._companions.finish(error.exit_code, str(error), saved=False)
 
     # ------------------------------------------------------------------ what reaches it from outside
 
@@ -369,8 +354,7 @@ class Node:
 
     def _on_stop(self) -> None:
         self._chores.background(self._standby.end())
-        if self._with_others is not None:
-            self._with_others.stop()
+        self._companions.stop()
         self._drive_stop()
 
     def _drive_stop(self) -> None:
@@ -380,8 +364,7 @@ class Node:
     def _recall_stop(self) -> bool:
         if self._pulse is None or not self._pulse.recall_stop():
             return False
-        if self._with_others is not None:
-            self._with_others.go_on()
+        self._companions.go_on()
         self._standby.allow()
         return True
 

@@ -16,7 +16,7 @@ from supervisor.edge import clock
 from supervisor.edge.console import Console
 from supervisor.ledger import Ledger
 from supervisor.model import Effect, NoticeWithdrawn
-from supervisor.status import duration
+from supervisor.wording import duration
 
 ACKNOWLEDGE: Final = 5.0  # seconds that an acknowledgement may take, at the very end of the run
 

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from supervisor import status as statuses
 from supervisor.about import version
 from supervisor.decide.chronicle import Chronicle, Course, Run, Stored, Values, finite
 from supervisor.decide.ribbon import ACTIVITIES
@@ -25,6 +24,7 @@ from supervisor.errors import JobError, ProtocolError
 from supervisor.record import JobRecord
 from supervisor.replay import MOST_PROBLEMS
 from supervisor.status import Status, Watch
+from supervisor.status_views import to_json
 
 FORMAT: Final = 1
 COLUMNS: Final = 700  # of the picture of a metric
@@ -114,7 +114,7 @@ def document(status: Status, chronicle: Chronicle, job: JobDirectory) -> dict[st
         "version": version(),
         "made": status.now,
         "name": status.path.name,
-        "status": statuses.to_json(status),
+        "status": to_json(status),
         "activities": [activity.value for activity in ACTIVITIES],
         "ribbon": {
             "start": ribbon.start,

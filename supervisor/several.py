@@ -7,15 +7,15 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Final
 
 from supervisor import background
+from supervisor.charge import Charge
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide.membership import Size
 from supervisor.decide.restart import EXIT_AGAIN
-from supervisor.edge import clock, jobdir, journal, processes, secret
+from supervisor.edge import clock, jobdir, processes, secret
 from supervisor.edge.console import Console
 from supervisor.edge.store import address as addresses
 from supervisor.edge.store.address import StoreAddress
@@ -29,12 +29,10 @@ from supervisor.fleet import Final as FinalOrder
 from supervisor.fleet import Order, Report
 from supervisor.follower import Follower
 from supervisor.joining import Joining, new_life
-from supervisor.ledger import Ledger
-from supervisor.model import State, StopCause
+from supervisor.model import StopCause
 from supervisor.node import Node
 from supervisor.noticing import Source
 from supervisor.program import Program
-from supervisor.replay import Replay
 from supervisor.warden import Warden
 
 SAID_AFTER: Final = 5.0  # seconds without the store until that is said
@@ -179,36 +177,23 @@ class Several:
 
     async def _lead(self, team: Team) -> int | None:
         """Own the job as long as this node leads; None when another one does."""
-        options, program, job, console = self._options, self._program, self._job, self._console
         with self._claimed():
-            folded = Replay(job.journal)
-            folded.advance()
-            for problem in folded.problems:
-                console.say(f"journal: {problem}")
-            job.check(program.identity)
-            if folded.record.state is State.COMPLETED and not options.continue_:
-                reason = f"{job.path} is finished (step {folded.record.step}); --continue runs it on"
-                console.say(reason)
-                await self._send_home(team.joining, reason)
+            charge = Charge(self._options, self._program, self._job, self._console, self._name)
+            if (finished := charge.finished) is not None:
+                self._console.say(finished)
+                await self._send_home(team.joining, finished)
+                await charge.bring_home()
                 return 0
-            file = job.open_epoch(program.identity, list(program.command), self._name)
-            if folded.record.command and folded.record.command != program.command:
-                console.say(f"the command line has changed; it was: {' '.join(folded.record.command)}")
-            runtime = Path(file.runtime)
-            jobdir.lay_out_runtime(runtime, job.path, file.epoch, self._engine.name)
-            jobdir.sweep_runtimes(runtime)
-            written = journal.Journal(job.journal / f"{self._name}.jsonl", console.say)
-            folded.advance()
-            ledger = Ledger(written, folded)
-            try:
-                return await Node(
-                    options, program, job, file, ledger, console, self._engine, self._source, team
-                ).run()
-            except LeadershipLostError as error:
-                console.say(str(error))
-                return None
-            finally:
-                ledger.close()
+            with charge.taken(self._engine.name) as (file, ledger):
+                node = Node(
+                    self._options, self._program, self._job, file, ledger, self._console, self._engine, self._source,
+                    team,
+                )  # fmt: skip
+                try:
+                    return await node.run()
+                except LeadershipLostError as error:
+                    self._console.say(str(error))
+                    return None
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:

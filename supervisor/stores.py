@@ -49,9 +49,8 @@ class Stores:
         if isinstance(where, Path):
             where = where.absolute()
         self._storage = open_storage(where, self._key, timeout=options.storage_timeout)
-        self._refuge = None
-        if not isinstance(self._storage, LocalStorage):
-            self._refuge = LocalStorage(job.path / "checkpoints", self._key)
+        place = refuge(options, job)
+        self._refuge = LocalStorage(place, self._key) if place is not None else None
         self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
         self._looked = False  # at what checkpoints there are: from then on this run knows of every newer one
         runtime = Path(file.runtime)
@@ -184,3 +183,23 @@ class Stores:
             if self._unloadable[path] > 1:  # once may be the moment's fault
                 self.snapshots.drop(path)
                 self._looked = False
+
+
+def refuge(options: Options, job: jobdir.JobDirectory) -> Path | None:
+    """Where a checkpoint goes in need: into the job directory, if checkpoints belong on other storage than that."""
+    place, own = options.checkpoints_directory, job.path / "checkpoints"
+    if isinstance(place, Path) and (place.absolute() == own or _device(place.absolute()) == _device(own)):
+        return None
+    return own
+
+
+def _device(place: Path) -> int | None:
+    """The file system of a directory, which may still have to be made; None where it cannot be told."""
+    for path in (place, *place.parents):
+        try:
+            return path.stat().st_dev
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
+    return None

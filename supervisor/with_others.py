@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any, Final
 
 from supervisor import background
 from supervisor.attempt import Attempt
+from supervisor.companions import Companions, Nobody, Outcome, Turn
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide import reach
@@ -50,8 +51,9 @@ class WithOthers:
         self._company = stores.company
         self._lead = self._company.lead
         self._roster = self._lead.roster
-        self.pulse: Pulse | None = None
+        self._pulse: Pulse | None = None
         self._attempt: Attempt | None = None
+        self._assignment: Assignment | None = None  # its nodes
         self._reshape: str | None = None  # why the attempt is stopped, to go on with other nodes
         self._apart: tuple[reach.Pair, ...] = ()  # nodes of the attempt that do not reach each other
         self._leaver = False  # … because one of these leaves
@@ -91,12 +93,16 @@ class WithOthers:
         """Those that are left out at present."""
         return self._roster.bad
 
-    @property
-    def saves(self) -> LeaderSaves:
-        """Who is told of saves."""
+    def saves(self, attempt: Attempt) -> LeaderSaves:
+        """The leader."""
         return self._company.saves
 
-    async def muster(self, number: int) -> Assignment | None:
+    def follow(self, pulse: Pulse) -> Callable[[int, ProposalFlag], None]:
+        """What all have saved comes from the leader; of this node's part its report tells."""
+        self._pulse = pulse
+        return lambda _step, _flags: None
+
+    async def muster(self, number: int) -> Turn | None:
         """The nodes of the next attempt; None when there is to be none, because of a stop that ``Stopping`` knows."""
         found = asyncio.ensure_future(self._roster.muster(number))
         stop = asyncio.ensure_future(self._stopping.seen.wait())
@@ -106,47 +112,49 @@ class WithOthers:
                 return None
             if (assignment := found.result()) is None:
                 self._stopping.ask(StopCause.PREEMPTION, "too few nodes")
-            return assignment
+                return None
         finally:
             for task in (found, stop):
                 task.cancel()
             await asyncio.gather(found, stop, return_exceptions=True)
-
-    def without_standby(self, assignment: Assignment) -> Assignment:
-        """The standby here has gone after all: a cold start, elsewhere."""
-        return self._roster.cold(assignment)
-
-    def place_in(self, assignment: Assignment | None) -> tuple[int, int]:
-        """How many nodes it has, and which of them this one is."""
-        if assignment is None:
-            return 1, 0
         report = self._company.joining.report
-        return len(assignment.members), assignment.rank_of(report.name, report.life) or 0
+        return Turn(
+            nodes=len(assignment.members),
+            rank=assignment.rank_of(report.name, report.life) or 0,
+            from_standby=assignment.standby > 0,
+            assignment=assignment,
+        )
 
-    def begin(self, attempt: Attempt, assignment: Assignment) -> Rendezvous:
+    def begin(self, attempt: Attempt, turn: Turn, *, from_standby: bool) -> Rendezvous:
         """All nodes launch it."""
+        assignment = turn.assignment
+        assert assignment is not None
+        if (
+            turn.from_standby and not from_standby
+        ):  # the standby here has gone after all: a cold start, elsewhere
+            assignment = self._roster.cold(assignment)
+        self._assignment = assignment
         self._attempt, self._reshape, self._apart = attempt, None, ()
         meeting = self._company.begin(attempt, assignment)
         self._background(self._look_at_start(attempt))
         return meeting
 
-    async def choose(self, number: int, assignment: Assignment | None) -> Resume:
+    async def choose(self, number: int, turn: Turn) -> Resume:
         """Where it resumes, on all nodes alike. Raises CheckpointError, StorageError."""
-        if assignment is not None:
-            await self._company.find_state(assignment, self._stores.draining.newest_committed)
+        assert self._assignment is not None
+        await self._company.find_state(self._assignment, self._stores.draining.newest_committed)
         resume = await self._stores.choose()
         self._resumed_from = resume.kept if isinstance(resume.kept, Path) else None
         self._company.tell_origin(number, resume)
         return resume
 
-    def made_first_step(self) -> None:
-        """All ranks have."""
-        self._lead.arm_standby()
+    def made_first_step(self, attempt: Attempt) -> None:
+        """All ranks have: each node is to launch its part of the standby."""
+        self._lead.standby.arm()
 
-    async def end(
-        self, attempt: Attempt, failure: Failure | None, noticed: float | None, completed: bool
-    ) -> tuple[Failure | None, float | None, bool]:
-        """Once it has ended on all nodes: the cause, when it was noticed, and whether every rank has completed."""
+    async def end(self, attempt: Attempt, outcome: Outcome) -> Outcome:
+        """Once it has ended on all nodes."""
+        failure, noticed, completed = outcome
         self._attempt = None
         wait = attempt.finished and failure is None and not self._stopping.cut_short
         cause, departed = await self._company.end(attempt, failure, wait=wait, noticed=noticed)
@@ -160,7 +168,7 @@ class WithOthers:
         if self._resumed_from is not None and any(one.ended and one.ended.unloadable for one in departed):
             self._stores.doubt([self._resumed_from])
         completed = completed and all(one.ended is not None and one.ended.completed for one in departed)
-        return failure, cause.noticed or noticed, completed
+        return Outcome(failure, cause.noticed or noticed, completed)
 
     # ------------------------------------------------------------------ nodes that do not reach each other
 
@@ -170,8 +178,9 @@ class WithOthers:
             while not await _ends_within(attempt, START):
                 if self._ledger.record.attempt_first_time is not None or attempt.in_session:
                     return
-                self._apart = await self._lead.probing.pairs()
-                if self._apart:
+                pairs = await self._lead.probing.pairs()
+                if pairs and self._attempt is attempt and not attempt.ended.is_set():
+                    self._apart = pairs
                     attempt.call_off()
 
     async def _apart_or(self, failure: Failure | None, attempt: int) -> Failure | None:
@@ -197,7 +206,7 @@ class WithOthers:
 
     def stop(self) -> None:
         """The job is to stop."""
-        self._lead.drop_standby()
+        self._lead.standby.drop()
         self._lead.stop(self._stopping.requested)
 
     def go_on(self) -> None:
@@ -205,18 +214,14 @@ class WithOthers:
         self._lead.stop(None)
 
     @property
-    def reshaping(self) -> bool:
-        """Whether the attempt was stopped only to go on with other nodes."""
-        return self._reshape is not None and self._stopping.requested is None
+    def reshaping(self) -> str | None:
+        """Why the attempt was stopped only to go on with other nodes."""
+        return self._reshape if self._stopping.requested is None else None
 
     @property
     def takes_state_along(self) -> bool:
         """Whether somebody leaves, with what is in its memory; or nobody can have what is in another's."""
         return self._leaver or not self._copies
-
-    def reshaped(self) -> str:
-        """The reason, in words."""
-        return f"all ranks have saved; going on {self._reshape}"
 
     async def _look_for_nodes(self) -> None:
         while True:
@@ -234,7 +239,7 @@ class WithOthers:
         self._reshape, self._leaver = why, leaver
         self._company.say(f"all ranks save the same step, to go on {why}")
         attempt.stopping = True
-        self._lead.drop_standby()
+        self._lead.standby.drop()
         self._lead.stop_for(why)
         self._lead.want(ProposalFlag.STOP | ProposalFlag.CHECKPOINT)
         return True
@@ -252,8 +257,8 @@ class WithOthers:
         self._stopping.ask(notice.cause, f"{notice.source} on {name}", notice.deadline)
 
     def _on_saved(self, step: int, flags: ProposalFlag) -> None:
-        if self.pulse is not None and self._attempt is not None:
-            self.pulse.saved(step, flags)
+        if self._pulse is not None and self._attempt is not None:
+            self._pulse.saved(step, flags)
 
     # ------------------------------------------------------------------ the standby
 
@@ -287,10 +292,10 @@ async def _ends_within(attempt: Attempt, seconds: float) -> bool:
     return attempt.ended.is_set()
 
 
-def between(
+def companions(
     team: Team | None, stores: Stores, standby: Standby, stopping: Stopping, ledger: Ledger, options: Options
-) -> WithOthers | None:
-    """For a node that leads others; None for one that is alone."""
+) -> Companions:
+    """Of a node that decides: those that it leads, or nobody."""
     if team is None:
-        return None
+        return Nobody(stores, standby, ledger)
     return WithOthers(stores, standby, stopping, ledger, copies=options.peer_copies == "on")

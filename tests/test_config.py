@@ -13,6 +13,7 @@ from supervisor import config, vigil
 from supervisor.config import Options, load
 from supervisor.decide.retention import KeepBest, Mode
 from supervisor.errors import ConfigError
+from supervisor.flags.reading import Group
 from supervisor.intervals import Interval, Unit
 
 
@@ -223,7 +224,8 @@ def test_a_checkpoint_interval_shorter_than_the_default_snapshots_is_no_contradi
 def test_every_option_can_be_read_and_says_what_it_is() -> None:
     names = [field.name for field in dataclasses.fields(Options)]
     assert set(names) == {*config.READERS, "config"}
-    lines = inspect.getsource(Options).splitlines()
+    groups = [group for group in Options.__mro__ if issubclass(group, Group)]
+    lines = [line for group in groups for line in inspect.getsource(group).splitlines()]
     for name in names:
         at = next(number for number, line in enumerate(lines) if line.startswith(f"    {name}: "))
         assert lines[at + 1].lstrip().startswith('"""')

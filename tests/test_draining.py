@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 
-from supervisor.checkpoint import catalog
+from supervisor.checkpoint import catalog, location
 from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import FileEntry, Manifest, Origin
 from supervisor.checkpoint.slots import SlotRecord
 from supervisor.checkpoint.storage import LocalStorage, Owner
+from supervisor.config import Options
 from supervisor.decide.retention import RetentionPolicy
 from supervisor.draining import FIRST_WAIT, Draining, Stamp
 from supervisor.edge import clock
+from supervisor.edge.jobdir import JobDirectory
 from supervisor.errors import StorageError
 from supervisor.model import CheckpointCommitted, CheckpointFailed, Fact
+from supervisor.stores import refuge
 from tests.checkpoint.tools import write_source
 
 DEADLINE = 20.0
@@ -360,3 +363,15 @@ def test_cancelled_it_leaves_the_snapshot_in_memory(bench: Bench) -> None:
 
     run(work())
     assert bench.storage.steps == []
+
+
+def test_only_what_is_on_other_storage_has_a_refuge(tmp_path: Path) -> None:
+    job, own = JobDirectory(tmp_path / "job"), tmp_path / "job" / "checkpoints"
+
+    def place(checkpoints: Location | None) -> Path | None:
+        return refuge(Options(dir=job.path, checkpoints=checkpoints), job)
+
+    assert place(None) is None
+    assert place(tmp_path / "beside" / "it") is None
+    assert place(Path("/dev/shm") / tmp_path.name) == own
+    assert place(location.parse("s3://bucket/gpt")) == own

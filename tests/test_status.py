@@ -44,6 +44,8 @@ from supervisor.model import (
     WorkersReady,
 )
 from supervisor.record import JobRecord
+from supervisor.status_views import to_json, to_text
+from supervisor.wording import duration
 from tests.journals import journals
 
 CRASH = Failure(
@@ -119,7 +121,7 @@ class Job:
         return page
 
     def read(self, now: float = 1130.0) -> dict[str, Any]:
-        plain = status.to_json(status.read_status(self.path, now))
+        plain = to_json(status.read_status(self.path, now))
         again: dict[str, Any] = json.loads(json.dumps(plain, allow_nan=False))
         return again
 
@@ -174,7 +176,7 @@ def test_a_live_job_shows_what_its_slowest_rank_has_done(held: Job) -> None:
     shown = held.read(now=1131.0)
     assert (shown["state"], shown["step"], shown["supervisor"]["alive"]) == ("running", 124, True)
     assert shown["snapshot"] == {"step": 119, "age_s": None}  # the page does not say when
-    assert "snapshot      step 119\n" in status.to_text(status.read_status(held.path, 1131.0))
+    assert "snapshot      step 119\n" in to_text(status.read_status(held.path, 1131.0))
     assert shown["metrics"] == {"loss": 1.5}
     assert shown["rate"] > 0
     assert 0 < shown["goodput"] < 1
@@ -191,7 +193,7 @@ def test_the_memory_of_its_snapshots_is_shown(held: Job) -> None:
     shown = held.read()["memory"]
     assert (shown["slots"], shown["slot"], shown["needed"]) == (3, 3_000_000, 9_000_000)
     assert shown["free"] > 0
-    text = status.to_text(status.read_status(held.path, 1131.0))
+    text = to_text(status.read_status(held.path, 1131.0))
     assert "memory        3 snapshots of 3 MB: 9 MB, " in text
 
 
@@ -297,7 +299,7 @@ def test_looking_does_not_hold_the_lock(job: Job) -> None:
 
 def test_text(job: Job) -> None:
     job.journal(finished())
-    text = status.to_text(status.read_status(job.path, 1281.0))
+    text = to_text(status.read_status(job.path, 1281.0))
     assert text.splitlines() == [
         f"job           {job.path}",
         "state         completed: finished after all 200 steps",
@@ -317,15 +319,15 @@ def test_the_deadline_of_a_live_job_is_shown_and_that_of_an_earlier_run_is_not(h
     known = DeadlineSet(time=1121.0, source="SLURM's time limit", deadline=5000.0)
     held.journal([*facts, known])
     shown = status.read_status(held.path, 1400.0)
-    assert status.to_json(shown)["deadline"] == {"source": "SLURM's time limit", "seconds": 3600.0}
-    assert "deadline      SLURM's time limit in 60 min" in status.to_text(shown).splitlines()
+    assert to_json(shown)["deadline"] == {"source": "SLURM's time limit", "seconds": 3600.0}
+    assert "deadline      SLURM's time limit in 60 min" in to_text(shown).splitlines()
     again = lifecycle.fold([*facts, known, replace(facts[0], time=1300.0, epoch=2)])
     assert again.deadline is None
 
 
 def test_text_of_a_live_job_says_how_long_it_will_take(held: Job) -> None:
     held.journal(running())
-    text = status.to_text(status.read_status(held.path, 1131.0))
+    text = to_text(status.read_status(held.path, 1131.0))
     assert "progress      step 100 of 200, attempt 1, 2 ranks, 0.95 steps/s, 105 s to go, loss 2" in text
     assert f"pid 4711 on {socket.gethostname()}, at work" in text
 
@@ -342,7 +344,7 @@ def test_text_of_a_live_job_says_how_long_it_will_take(held: Job) -> None:
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert status.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 @given(journals(), st.booleans(), st.none() | st.builds(Live, step=st.integers(0, 300)), st.floats(-100, 1e6))
@@ -350,17 +352,17 @@ def test_any_job_can_be_shown(facts: list[Fact], alive: bool, live: Live | None,
     record = lifecycle.fold(facts)
     now = (record.last_time or 0) + later
     shown = status.describe(Path("job"), record, now, alive=alive, live=live)
-    plain = status.to_json(shown)
+    plain = to_json(shown)
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert 0 <= plain["goodput"] <= 1
     assert plain["limits"]["failures_left"] >= 0
     assert alive or State(plain["state"]) in (State.NEW, State.COMPLETED, State.PREEMPTED, State.FAILED)
-    assert status.to_text(shown)
+    assert to_text(shown)
 
 
 def test_numbers_that_json_lacks_are_null() -> None:
     record = JobRecord(metrics={"loss": float("nan")})
-    assert status.to_json(status.describe(Path("job"), record, 0, alive=False))["metrics"] == {"loss": None}
+    assert to_json(status.describe(Path("job"), record, 0, alive=False))["metrics"] == {"loss": None}
 
 
 def test_warnings_of_a_job_that_runs_and_what_the_guard_has_done(tmp_path: Path) -> None:
@@ -384,20 +386,20 @@ def test_warnings_of_a_job_that_runs_and_what_the_guard_has_done(tmp_path: Path)
     job.journal([replace(begun, guard="nan"), *others, warned])
     record = status.read_status(job.path, 1125.0).record
     alive = status.describe(job.path, record, 1125.0, alive=True)
-    assert status.to_json(alive)["guard"] == {
+    assert to_json(alive)["guard"] == {
         "mode": "nan", "rollbacks": 1, "rollbacks_left": 2, "left_out": [[40, 42]], "levels": [90],
     }  # fmt: skip
-    assert [(one["kind"], one["text"]) for one in status.to_json(alive)["warnings"]] == [
+    assert [(one["kind"], one["text"]) for one in to_json(alive)["warnings"]] == [
         ("plateau", "loss has not fallen")
     ]
-    assert "warning       loss has not fallen" in status.to_text(alive)
+    assert "warning       loss has not fallen" in to_text(alive)
     assert (
         "guard         nan, 1 rollback, left out: steps 40 to 41, new level of the loss: step 90"
-        in status.to_text(alive)
+        in to_text(alive)
     )
     over = status.describe(job.path, record, 1125.0, alive=False)
-    assert not status.to_json(over)["warnings"]
-    assert "\nwarning " not in status.to_text(over)
+    assert not to_json(over)["warnings"]
+    assert "\nwarning " not in to_text(over)
     taken_back = WarningCleared(time=1122.0, kind=WarningKind.PLATEAU, step=110)
     job.journal([replace(begun, guard="nan"), *others, warned, taken_back])
     assert not status.read_status(job.path, 1125.0).record.warnings

@@ -1,8 +1,8 @@
 """An arena: one rank's file in one slot, allocated and touched once, mapped, and written in place ever after.
 
 Fresh pages cost ten times what copying into touched ones does. So the file is allocated in full before anything is
-written (a full file system is then an error like any other, not a SIGBUS), and never truncated while its layout holds. A
-file that an earlier attempt left is taken over as it is, pages and all.
+written (a full file system is then an error like any other, not a SIGBUS), in huge pages where they are to be had, and never
+truncated while its layout holds. A file that an earlier attempt left is taken over as it is, pages and all.
 
 Pages of tmpfs count as used memory: what this host or its container could not bear is refused like a full file system, and
 not found out by the out-of-memory killer.
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import weakref
 from pathlib import Path
 
 import torch
 
-from supervisor.edge import memory
+from supervisor.edge import huge, memory
 from supervisor.edge.arenas import MARGIN
 
 
@@ -38,16 +37,16 @@ class Arena:
             if missing > 0:
                 _check_room(path, size, missing)
                 _allocate(fd, path, size)
+            mapping = huge.Mapping(fd, size, writable=True, populate=True)
             self._identity = _identity(os.fstat(fd))
-            populate = getattr(mmap, "MAP_POPULATE", 0)
-            self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | populate)
         except BaseException:
             os.close(fd)
             raise
         self.fd = fd
         weakref.finalize(self, os.close, fd)
-        self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self.address = self.memory.data_ptr()
+        self._bytes = memoryview(mapping.buffer).cast("B")
+        self.memory = torch.frombuffer(mapping.buffer, dtype=torch.uint8)
+        self.address = mapping.address
 
     @property
     def is_in_place(self) -> bool:
@@ -59,7 +58,7 @@ class Arena:
 
     def put(self, offset: int, data: bytes) -> None:
         """Write bytes."""
-        self._map[offset : offset + len(data)] = data
+        self._bytes[offset : offset + len(data)] = data
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The memory at ``offset`` as a tensor."""
@@ -96,6 +95,8 @@ def _held_beside(path: Path) -> int:
 
 def _allocate(fd: int, path: Path, size: int) -> None:
     try:
+        if os.fstat(fd).st_blocks == 0 and path.resolve().is_relative_to("/dev/shm"):
+            huge.allocate(fd, size)
         os.posix_fallocate(fd, 0, size)
     except OSError:
         with contextlib.suppress(OSError):

@@ -25,8 +25,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.errors import StorageError, UsageError
@@ -216,7 +218,8 @@ class PlannerOfItems(DefaultSavePlanner):
     """Stock planning of items that are flat already.
 
     Gathering them happens here, where DCP turns one rank's exception into a failure on all ranks. So does the clearing of
-    the directory: every rank writes only after the plans of all, and so all clearing, are through.
+    the directory: every rank writes only after the plans of all, and so all clearing, are through. Until then it is nobody
+    else's: an empty directory that another rank makes would be taken for a leftover, and removed.
     """
 
     def __init__(self, gather: Gather, directory: Path, *, cleans: bool) -> None:
@@ -233,8 +236,8 @@ class PlannerOfItems(DefaultSavePlanner):
     ) -> None:
         """Gather; then clear."""
         items = settled(self._gather).whole()
-        self._directory.mkdir(parents=True, exist_ok=True)
         if self._cleans:
+            self._directory.mkdir(parents=True, exist_ok=True)
             self.clear()
         self.state_dict = items.values
         self.mappings = items.paths
@@ -251,6 +254,15 @@ class Storage(FileSystemWriter):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, single_file_per_rank=True, sync_files=False, thread_count=1)
         self.names: set[str] = set()  # of all ranks' files, on the rank that writes the index
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Leaves the directory to the rank that clears it."""
+        return plan
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """All ranks have planned. Where ranks do not share the directory it is still missing here."""
+        Path(self.path).mkdir(parents=True, exist_ok=True)
+        return super().write_data(plan, planner)
 
     def storage_meta(self) -> StorageMeta:
         """Nothing that differs from run to run but the id."""
