@@ -67,7 +67,7 @@ class Lead:
         epoch: int,
         run_id: str,
     ) -> None:
-        self._options, self._ledger, self._snapshots = options, ledger, snapshots
+        self._ledger, self._snapshots = ledger, snapshots
         before = joining.order
         first = Order(
             serial=(before.serial if before else 0) + 1,

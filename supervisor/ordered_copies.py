@@ -46,9 +46,14 @@ class Copying:
         self._orders.change(copy=CopyOrder(serial=serial, attempt=newest[0], step=newest[1]))
 
     def best_state(self, assignment: Assignment) -> tuple[Age, tuple[Holder, ...]] | None:
-        """The newest snapshot of which every part is on some node, and on which; rather one of as many nodes as there are."""
+        """The newest snapshot of which every part is on some node, and on which; rather one of as many nodes as there are.
+
+        Of two that have a part it is a node of the attempt, which the others reach.
+        """
         found: dict[tuple[Age, int], dict[int, Holder]] = {}
-        for report in self._orders.reports.values():
+        apart, names = self._roster.apart, set(assignment.names)
+        reports = [report for report in self._orders.reports.values() if report.name not in apart]
+        for report in sorted(reports, key=lambda one: one.name in names):
             for held in sorted(report.held, key=lambda one: one.slot):
                 age = (held.attempt, held.step)
                 if report.shown and not rollback.is_condemned(self._ledger.record, *age):

@@ -145,13 +145,18 @@ class Roster:
                 f"node {bad} is left out for {exclusion.seconds / 60:.0f} minutes: {exclusion.reason}"
             )
 
+    @property
+    def apart(self) -> frozenset[str]:
+        """The names of nodes that others do not reach."""
+        return self._suspicions.apart_at(clock.now())
+
     def leave_out(self, names: Collection[str], reason: str) -> bool:
-        """Go on without these, if there are enough others; whether there are."""
+        """Go on without these, which others do not reach, if there are enough others; whether there are."""
         there = {one.member.name for one in self._present()}
         if len(there - self._excluded() - set(names)) < self._size.least:
             return False
         for name in names:
-            self._suspicions = membership.exclude(self._suspicions, name, reason, clock.now())
+            self._suspicions = membership.exclude(self._suspicions, name, reason, clock.now(), apart=True)
             seconds = self._suspicions.excluded[name].seconds
             self._console.say(f"node {name} is left out for {seconds / 60:.0f} minutes: {reason}")
         return True

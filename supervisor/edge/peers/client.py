@@ -29,12 +29,18 @@ async def is_reached(peer: Peer, patience: float) -> bool:
     """Whether its host takes a connection, or refuses one, in so many seconds: only silence says no."""
     try:
         async with asyncio.timeout(patience):
-            _, writer = await asyncio.open_connection(peer.host, peer.port)
-        writer.transport.abort()
+            reader, writer = await asyncio.open_connection(peer.host, peer.port)
     except TimeoutError:
         return False
     except OSError as error:
         return error.errno not in _NO_WAY
+    try:  # a stranger would be told of
+        async with asyncio.timeout(patience):
+            await wire.greet(reader, writer, peer.secret, SERVICE)
+    except (TimeoutError, WireError, OSError):
+        pass  # it is reached, and busy or another one: that is not what was asked
+    finally:
+        writer.transport.abort()
     return True
 
 
