@@ -167,6 +167,7 @@ async def rounds(lead: Lead, crowds: Crowds, folder: Path, nodes: int, options: 
     saved = asyncio.Event()
     lead.rounds.on_saved = lambda _step, _flags: saved.set()
     began = time.monotonic()
+    lead.roster.assignment = assignment
     lead.begin(attempt, assignment)
     while (slot := lead.order.slot) is None or not slot.offered:
         await asyncio.sleep(0.01)
