@@ -20,6 +20,7 @@ from supervisor.fleet import Member, Order, Report
 from supervisor.joining import AGAIN, Joining, Roll
 
 BEAT: Final = 0.1  # seconds between two looks when nothing is heard
+LEFT: Final = 0.05  # seconds that are left to the others after a look, at most
 LOOK: Final = 10.0  # seconds of one wait for reports
 
 
@@ -140,7 +141,7 @@ class Orders:
             began = clock.monotonic()
             self.on_news(names)
             self._news.set()
-            await asyncio.sleep(clock.monotonic() - began)
+            await asyncio.sleep(min(clock.monotonic() - began, LEFT))
 
     async def _beat(self) -> None:
         while True:
@@ -170,6 +171,6 @@ class Orders:
             left = deadline - clock.monotonic()
             if left <= 0:
                 return False
-            await asyncio.sleep(min(left, clock.monotonic() - began))
+            await asyncio.sleep(min(left, clock.monotonic() - began, LEFT))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), min(left, 1.0))
