@@ -28,9 +28,9 @@ from supervisor.standby import Standby
 from supervisor.stopping import Stopping
 from supervisor.stores import Stores
 
-START: Final = (
-    15.0  # seconds without a first step after which it is looked whether the nodes reach each other
-)
+#: seconds without a first step after which it is looked whether the nodes reach each other
+START: Final = 8.0
+LONGEST_START: Final = 120.0  # they double
 PERIOD: Final = 1.0  # seconds between two looks for nodes that wait
 #: what tells against the node that it happens on
 _SUSPICIOUS: Final = frozenset(
@@ -174,8 +174,10 @@ class WithOthers:
 
     async def _look_at_start(self, attempt: Attempt) -> None:
         """End an attempt that cannot get to its first step: its ranks wait for each other longer than anybody should."""
+        patience = START
         with contextlib.suppress(LeadershipLostError):  # which is told where it matters
-            while not await _ends_within(attempt, START):
+            while not await _ends_within(attempt, patience):
+                patience = min(2 * patience, LONGEST_START)
                 if self._ledger.record.attempt_first_time is not None or attempt.in_session:
                     return
                 pairs = await self._lead.probing.pairs()
