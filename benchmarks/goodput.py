@@ -5,7 +5,7 @@ is saved, nothing supervises it and nothing fails. That rate is measured before 
 others use is faster now and slower then. The schedule of failures (when, which, which rank) follows from ``--seed`` and is the
 same for all. A failure is put off until the job makes steps again.
 
-- everstep, with its defaults but ``--snapshot-every 1s``, and a Session.
+- everstep, with its defaults but ``--snapshot-every 10steps``, and a Session.
 - torchrun ``--max-restarts`` with ``dcp.async_save`` every N steps, for several N; the best one counts. If it does not come
   back within ``--patience`` seconds it is started anew by us.
 
@@ -53,6 +53,7 @@ QUIET_END: Final = 8.0  # seconds without failures at the end
 START: Final = 180.0
 GOAL, GOAL_COST, GOAL_PREDICTION = 0.95, 0.005, 0.03
 MANY_FAILURES: Final = 1_000_000
+SNAPSHOT_STEPS: Final = 10  # of ours
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Training(Run):
 
 TORCHRUN: Final = ("torchrun", "RANKS")
 PLAIN: Final = (*TORCHRUN, "--standalone")
-OURS: Final = (*EVERSTEP, "--snapshot-every", "1s", "--max-failures", str(MANY_FAILURES))
+OURS: Final = (*EVERSTEP, "--snapshot-every", f"{SNAPSHOT_STEPS}steps", "--max-failures", str(MANY_FAILURES))
 
 
 @contextlib.contextmanager
@@ -182,14 +183,17 @@ def predicted(facts: Sequence[Fact], strikes: Sequence[Strike], begun: float, se
     """Steps from ``begun`` on, in Unix seconds, by what the first half of the run has cost."""
     learned = measured.measure(fact for fact in facts if fact.time < begun + seconds / 2)
     before = begun - facts[0].time
+    costs = scenario.Costs(**learned.costs)
     plan = scenario.Plan(
-        seconds=before + seconds, snapshot_every=1.0, limits=Limits(max_failures=MANY_FAILURES)
+        seconds=before + seconds,
+        snapshot_every=SNAPSHOT_STEPS * costs.step,
+        limits=Limits(max_failures=MANY_FAILURES),
     )
     blows = [
         scenario.Strike(before + one.at, scenario.Blow.HANG if one.kind == "stop" else scenario.Blow.PROCESS)
         for one in strikes
     ]
-    outcome = simulation.simulate(plan, scenario.Costs(**learned.costs), blows)
+    outcome = simulation.simulate(plan, costs, blows)
     return outcome.record.furthest_step
 
 

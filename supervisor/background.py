@@ -10,9 +10,11 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine, Iterator
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
+
+_kept: Final[set[asyncio.Task[Any]]] = set()  # the loop itself would forget them
 
 
 class _Main:
@@ -53,8 +55,10 @@ def watched() -> Iterator[None]:
 
 
 def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Have it done beside all else. The caller keeps the task: the loop would forget it."""
+    """Have it done beside all else."""
     task = asyncio.get_running_loop().create_task(work)
+    _kept.add(task)
+    task.add_done_callback(_kept.discard)
     if (main := _main.get()) is not None:
         task.add_done_callback(main.look)
     return task

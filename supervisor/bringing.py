@@ -12,8 +12,8 @@ from supervisor.edge.console import Console
 from supervisor.errors import EverstepError
 from supervisor.ledger import Ledger
 from supervisor.record import JobRecord
-from supervisor.stopping import SIGNALS
 from supervisor.stores import Stores, refuge
+from supervisor.warden import SIGNALS
 
 
 def is_left_behind(options: Options, job: jobdir.JobDirectory, record: JobRecord) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from pathlib import Path
 
+from supervisor import background
 from supervisor import evidence as evidences
 from supervisor.edge.console import Console
 from supervisor.model import AttemptEvidence, Failure
@@ -17,7 +17,6 @@ class Chores:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._waiting: list[tuple[Path, Failure, AttemptEvidence, str]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def write_evidence(
         self, folder: Path, failure: Failure, evidence: AttemptEvidence, name: str = "failure.json"
@@ -34,10 +33,4 @@ class Chores:
 
     def catch_up_soon(self) -> None:
         """Beside the attempt that has begun."""
-        self.background(self.catch_up())
-
-    def background(self, work: Coroutine[None, None, None]) -> None:
-        """Have it done beside all else."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)  # the loop itself would forget it
-        task.add_done_callback(self._tasks.discard)
+        background.start(self.catch_up())

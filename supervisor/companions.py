@@ -54,11 +54,6 @@ class Companions(Protocol):
         """Why the attempt was stopped only to go on with other nodes; None: it was not."""
         ...
 
-    @property
-    def takes_state_along(self) -> bool:
-        """Whether what is in memory must be made durable before the job goes on."""
-        ...
-
     async def start(self) -> None:
         """Lead."""
         ...
@@ -117,7 +112,6 @@ class Nobody:
 
     bad_nodes: Collection[str] = ()
     reshaping: str | None = None
-    takes_state_along = False
 
     def __init__(self, stores: Stores, standby: Standby, ledger: Ledger) -> None:
         self._stores, self._standby, self._ledger = stores, standby, ledger

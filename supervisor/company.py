@@ -115,8 +115,9 @@ class Company:
         )
         self._holders: tuple[Holder, ...] = ()
         self.saves = LeaderSaves(self.hand, snapshots, self.lead)
-        self._console, self._lease = console, options.lease
-        self.say = console.say
+        self.console, self._lease = console, options.lease
+        #: whether another node can lead
+        self.others_lead = not team.is_embedded
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         #: what is to be done about a standby that is ordered, or (None) not wanted
@@ -182,10 +183,10 @@ class Company:
                     self.copies.assembled, await self.copies.assemble(age, holders), self.copies.clear
                 )
         except (EverstepError, OSError) as error:
-            self._console.say(f"step {age[1]} is in the nodes' memory, and cannot be had from there: {error}")
+            self.console.say(f"step {age[1]} is in the nodes' memory, and cannot be had from there: {error}")
             return
         self._holders = holders
-        self._console.say(
+        self.console.say(
             f"step {age[1]} comes from the memory of {', '.join(sorted({one.name for one in holders}))}"
         )
 
@@ -263,7 +264,7 @@ class Company:
                 found = parts.read_parts(place, self._key)
                 if found is not None:
                     complete(storage, place, found[0].origin, self._key, fence, lambda: False)
-                    self._console.say(f"step {place.step} was durable on all nodes: it is a checkpoint now")
+                    self.console.say(f"step {place.step} was durable on all nodes: it is a checkpoint now")
                     continue
             except CheckpointError:
                 pass

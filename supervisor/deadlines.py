@@ -25,10 +25,10 @@ _FIRST: Final = 2.0  # likewise, doubling up to the engine's period while nobody
 
 
 class Deadlines:
-    """Of one run. ``stop`` is called once, with who says so and when it will be too late."""
+    """Of one run. ``stop`` is called with who says so and when it will be too late, until it returns that the job does stop."""
 
     def __init__(
-        self, engine: Engine, ledger: Ledger, grace: float, stop: Callable[[Deadline], None]
+        self, engine: Engine, ledger: Ledger, grace: float, stop: Callable[[Deadline], bool]
     ) -> None:
         self._engine, self._ledger, self._grace, self._stop = engine, ledger, grace, stop
         self._known: Deadline | None = None  # the engine's
@@ -45,9 +45,8 @@ class Deadlines:
             self._news.clear()
             if asks:
                 period = self._engine.period if await self.look() else min(2 * period, self._engine.period)
-            due, nearest = self._due_in(), self.nearest
-            if due is not None and nearest is not None and due <= 0:
-                self._stop(nearest)
+            due, deadline = self._due()
+            if deadline is not None and due <= 0 and self._stop(deadline):
                 return
             # a limit may have been moved: look once more before acting on it
             wait = max(_SHORTEST, min(period, due or period))
@@ -84,19 +83,21 @@ class Deadlines:
 
     def patience(self, began: float) -> float:
         """How long a stop that begins at that time may take, by what is known."""
-        return decide.patience(self.nearest, began, self._costs(), self._grace)
+        return self.patience_for(self.nearest, began)
 
-    def _due_in(self) -> float | None:
-        """Seconds until the stop must begin for the first of them."""
+    def patience_for(self, deadline: Deadline | None, began: float) -> float:
+        """… by that deadline alone."""
+        return decide.patience(deadline, began, self._costs(), self._grace)
+
+    def _due(self) -> tuple[float, Deadline | None]:
+        """Seconds until the stop must begin for the first of them, and for which."""
         costs = self._costs()
-        return min(
-            (
-                decide.stop_at(deadline, at, costs, self._grace) - clock.now()
-                for deadline, at in ((self._known, self._known_at), (self._noticed, self._noticed_at))
-                if deadline is not None
-            ),
-            default=None,
-        )
+        found: tuple[float, Deadline | None] = (math.inf, None)
+        for deadline, at in ((self._known, self._known_at), (self._noticed, self._noticed_at)):
+            if deadline is not None:
+                due = decide.stop_at(deadline, at, costs, self._grace) - clock.now()
+                found = min(found, (due, deadline), key=lambda one: one[0])
+        return found
 
     def _costs(self) -> Costs:
         record = self._ledger.record

@@ -79,3 +79,11 @@ class LeadershipLostError(EverstepError):
     """Another node leads the job now: this one decides nothing any more."""
 
     exit_code = 75
+
+
+class LeadGivenUpError(LeadershipLostError):
+    """… because it must leave, and the job goes on without it. ``saved``: nothing is in its RAM that is not durable."""
+
+    def __init__(self, reason: str, *, saved: bool) -> None:
+        super().__init__(reason)
+        self.saved = saved

@@ -2,13 +2,14 @@
 
 Both are whole states, not events: a node writes its report anew when something has changed, the leader its order. Whoever missed
 some of them, or sees them late, knows after the next one what it would have known anyway. Only two things need care, and
-``decide/agreement.py`` is about both. Standard library only, nothing mutable.
+``decide/agreement.py`` is about both. Nothing mutable.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from supervisor.decide import notices
 from supervisor.model import Failure, ProposalFlag, ProposalState, Skip, StopCause, Tier
 
 NODES = "node/"  # the directory of reports, by the node's name
@@ -140,7 +141,8 @@ class Report:
     part: Part | None = None
     probed: int = 0  # serial of the newest order to connect to other nodes that it has carried out
     unreached: tuple[str, ...] = ()  # … and who did not answer
-    notice: Notice | None = None
+    notice: Notice | None = None  # by a signal
+    standing: tuple[notices.Notice, ...] = ()  # … and those of its machine
     leaving: bool = False  # it has carried out the last order, or was told to leave at once
 
 
@@ -248,6 +250,14 @@ class Final:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Release:
+    """A node that may leave, as it must. ``saved``: nothing is in its RAM that is wanted and not durable."""
+
+    member: Member
+    saved: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Order:
     """What the leader wants of every node. ``serial`` grows with each; an older one is ignored."""
 
@@ -266,4 +276,5 @@ class Order:
     copy: CopyOrder | None = None
     probe: int = 0  # a serial: each node of the attempt is to try whether it reaches the others
     stop: Notice | None = None
+    released: tuple[Release, ...] = ()
     final: Final | None = None

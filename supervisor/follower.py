@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Coroutine
 from dataclasses import asdict
-from typing import Any
 
 from supervisor import background
 from supervisor.attempt import Attempt
@@ -26,7 +24,7 @@ from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.errors import EverstepError, JobError
 from supervisor.finder import Finder
-from supervisor.fleet import Assignment, Ended, Order
+from supervisor.fleet import Assignment, Ended, Member, Order, Release
 from supervisor.hand import Hand
 from supervisor.launching import Launcher
 from supervisor.model import Failure, FailureKind
@@ -54,11 +52,11 @@ class Follower:
         team: Team,
         order: Order,
         console: Console,
-        stopping: Warden,
+        warden: Warden,
         engine: str = "",
     ) -> None:
         self._options, self._program, self._job, self._team = options, program, job, team
-        self._console, self._warden = console, stopping
+        self._console, self._warden = console, warden
         self._joining = team.joining
         self._run_id = order.run_id
         file = job.read()
@@ -101,7 +99,6 @@ class Follower:
         self._resume_failed: Failure | None = None
         self._chores = Chores(console)
         self._work: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     # ------------------------------------------------------------------ the run
 
@@ -132,6 +129,7 @@ class Follower:
             await channel.close()
             if not keep:
                 jobdir.remove_runtime(self._runtime)
+                await self._warden.acknowledge()
 
     def _think(self) -> tuple[int | None, bool] | None:
         """Do what the order says; the exit code and whether what is in RAM is to be kept, when it is time to go."""
@@ -147,6 +145,10 @@ class Follower:
             self._console.say(order.final.reason)
             return order.final.exit_code, not order.final.saved
         attempt = self._attempt
+        if attempt is None and (release := self._release(order)) is not None:
+            self._hand.mind(leaving=True)
+            self._console.say("the job goes on without this node")
+            return restart.EXIT_AGAIN, not release.saved
         if self._joining.leader is None and not self._team.is_embedded:  # somebody has to lead
             if attempt is None:
                 return None, True
@@ -166,23 +168,24 @@ class Follower:
             return self._begin(order.run)
         return None
 
+    def _release(self, order: Order) -> Release | None:
+        own = Member(name=self._joining.report.name, life=self._joining.report.life)
+        return next((one for one in order.released if one.member == own), None)
+
     def _begin(self, assignment: Assignment) -> tuple[int | None, bool] | None:
         report = self._joining.report
         rank = assignment.rank_of(report.name, report.life)
         if rank is None:
-            if self._warden.notice is not None:
-                self._console.say(f"{self._warden.notice.source}: the job goes on without this node")
-                return restart.EXIT_AGAIN, False
             return None
         self._last = assignment.attempt
-        self._work = self._background(self._live(assignment, rank))
+        self._work = background.start(self._live(assignment, rank))
         return None
 
     def _beat(self) -> None:
         attempt = self._attempt
-        self._hand.mind(
-            notice=self._warden.notice
-        ) if self._joining.report.notice != self._warden.notice else None
+        report, heard = self._joining.report, self._warden
+        if (report.notice, report.standing) != (heard.signal, heard.standing):
+            self._hand.mind(notice=heard.signal, standing=heard.standing)
         self._hand.beat()
         if attempt is not None and not attempt.ended.is_set():
             attempt.reap_adopted()
@@ -196,7 +199,7 @@ class Follower:
             joining.silent,
             joining.problem or "it is silent",
             attempt,
-            stopping=self._warden.notice is not None,
+            stopping=self._warden.must_leave is not None,
         ):
             case Isolation.GO_ON:
                 return None
@@ -243,7 +246,7 @@ class Follower:
         self._ledger.begin(number)
         self._vigil = Vigil(attempt, self._options, self._ledger, self._console)
         resume = asyncio.ensure_future(self._resume(attempt))
-        self._background(self._mind(resume))
+        background.start(self._mind(resume))
         self._reception = Reception(
             attempt,
             ledger=self._ledger,
@@ -355,7 +358,7 @@ class Follower:
             waiting = self._standby.attempt
             taken = order.run is not None and order.run.standby == self._standby_serial
             if waiting is not None and not taken:
-                self._background(self._standby.drop())
+                background.start(self._standby.drop())
             return
         if (
             ordered.standby <= self._standby_serial
@@ -378,9 +381,3 @@ class Follower:
         if message["kind"] in ("hello", "session", "closed", "metrics"):
             self._hand.tell()
         return answer
-
-    def _background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = background.start(work)
-        self._tasks.add(task)  # the loop itself would forget it
-        task.add_done_callback(self._tasks.discard)
-        return task

@@ -37,6 +37,7 @@ class Joining:
         self._papers = Papers()
         self.order: Order | None = None
         self.leader: str | None = None  # "name life" of who leads
+        self._led_since = 0  # revision of that where it is this node
         self.lease: int | None = None
         self.tenure: Tenure | None = None
         self.changed = asyncio.Event()
@@ -100,8 +101,14 @@ class Joining:
         if self.leader is None:
             taken = await self._store.put(LEADER, self.own, expected=0, lease=self.lease)
             if taken is not None:
-                self.leader = self.own
+                self.leader, self._led_since = self.own, taken
         return self.leads
+
+    async def resign(self) -> None:
+        """Give the leadership up, so that nobody waits for the lease to run out. Raises StoreError."""
+        if self.leads:
+            await self._store.put(LEADER, None, expected=self._led_since)
+            self.leader = None
 
     async def command(self, order: Order) -> bool:
         """Replace the order that this node has last seen by one with a later serial; whether that was still it.
@@ -193,6 +200,8 @@ class Joining:
             return
         if LEADER in view.entries:
             self.leader = view.entries[LEADER].value
+            if self.leader == self.own:  # it was taken, and the answer was lost
+                self._led_since = view.entries[LEADER].revision
         elif view.whole or LEADER in view.gone:
             self.leader = None
         if (order := self._papers.take(view)) is not None:

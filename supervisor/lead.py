@@ -8,7 +8,7 @@ in ``rounds`` the agreed saves. Decisions are ``decide``'s; facts come from the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from supervisor.attempt import Attempt
@@ -32,6 +32,8 @@ from supervisor.fleet import (
     Order,
     Origin,
     Proposal,
+    Release,
+    Report,
 )
 from supervisor.fleet import Final as FinalOrder
 from supervisor.joining import Joining
@@ -90,9 +92,9 @@ class Lead:
         self.standby = OrderedStandby(self._orders, self.roster, enabled=options.standby != "off")
         self._members: dict[str, Member] = {}  # of the attempt, by name
         self._lost: set[str] = set()
-        self._notices: set[Member] = set()
         self._untold: set[str] = set()  # nodes whose news were not looked at yet
-        self.on_notice: Callable[[str, Notice], None] = lambda _name, _notice: None
+        #: told what nodes have said since the last time (None: one is gone), and by the clock
+        self.on_reports: Callable[[Mapping[str, Report | None]], None] = lambda _news: None
 
     # ------------------------------------------------------------------ the run
 
@@ -224,6 +226,16 @@ class Lead:
         """The attempt is stopped, the job is not."""
         self._orders.change(stop=Notice(cause=StopCause.PREEMPTION, source=why))
 
+    def release(self, members: Collection[Member], *, saved: bool) -> None:
+        """Those must leave, and may."""
+        before = [one for one in self._orders.order.released if self._orders.report(one.member)]
+        released = [Release(member=member, saved=saved) for member in members]
+        self._orders.change(released=(*before, *released))
+
+    async def resign(self) -> None:
+        """Lead no more, so that another node may at once. Raises LeadershipLostError."""
+        await self._orders.resign()
+
     # ------------------------------------------------------------------ what the nodes say
 
     def _course(self, member: Member) -> Course | None:
@@ -270,7 +282,7 @@ class Lead:
         if self._heed_silence():
             return
         names, self._untold = self._untold, set()
-        self._heed_notices(names)
+        self.on_reports({name: self._orders.reports.get(name) for name in names})
         attempt = self._attempt
         if attempt is None:
             return
@@ -296,16 +308,6 @@ class Lead:
             case Isolation.GO_ON:
                 pass
         return self._solitude.is_alone
-
-    def _heed_notices(self, names: Collection[str]) -> None:
-        for name in names:
-            report = self._orders.reports.get(name)
-            if report is None or report.notice is None:
-                continue
-            member = Member(name=report.name, life=report.life)
-            if member not in self._notices:
-                self._notices.add(member)
-                self.on_notice(report.name, report.notice)
 
     def _heed_ends(self, attempt: Attempt, members: Collection[Member]) -> None:
         for member in members:

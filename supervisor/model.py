@@ -224,12 +224,13 @@ class FirstStep(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Fact):
-    """A sign of life now and then (seconds apart): ``step`` steps are complete on every rank."""
+    """A sign of life now and then (seconds apart): ``step`` steps are complete on every rank, since ``stepped`` (None: just now)."""
 
     attempt: int
     step: int
     total_steps: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    stepped: float | None = None  # Unix seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +298,7 @@ class NoticeReceived(Fact):
     deadline: float | None = None
     scope: Scope = Scope.NODE
     revocable: bool = False
+    node: str | None = None  # of several
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from supervisor import vigil
+from supervisor import background, vigil
 from supervisor.attempt import Attempt
 from supervisor.chores import Chores
 from supervisor.companions import Outcome, Turn
@@ -42,13 +42,13 @@ from supervisor.model import (
     StopRequested,
     Verdict,
 )
-from supervisor.noticing import Source
 from supervisor.program import Program, Rendezvous
 from supervisor.pulse import Pulse
 from supervisor.reception import Reception
 from supervisor.standby import Standby, Waiting
-from supervisor.stopping import SIGNALS, Stopping
+from supervisor.stopping import Stopping
 from supervisor.stores import Stores
+from supervisor.warden import SIGNALS, Warden
 from supervisor.with_others import companions
 
 
@@ -64,7 +64,7 @@ class Node:
         ledger: Ledger,
         console: Console,
         engine: Engine,
-        source: Source | None = None,
+        warden: Warden,
         team: Team | None = None,
     ) -> None:
         self._options, self._program, self._job, self._file = options, program, job, file
@@ -80,9 +80,9 @@ class Node:
         )
         self._herald = Herald(options, job, file, ledger, console.say)
         self._warnings = Warnings(options, ledger, console)
-        self._engine = engine
+        self._engine, self._warden = engine, warden
         self._stopping = Stopping(
-            engine, ledger, console, self._draining, options.grace, source=source,
+            engine, ledger, console, self._draining, options.grace, warden=warden,
             begun=self._on_stop, end=self._end_attempt, recalled=self._recall_stop, save=self._save_soon,
         )  # fmt: skip
         self._unsaved: str | None = None  # why the newest state is not durable
@@ -127,12 +127,13 @@ class Node:
             await channel.close()
         if not self._unsaved:
             jobdir.remove_runtime(self._runtime)
-            await self._stopping.acknowledge()
         code = restart.exit_code(verdict.action, self._stopping.requested)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)
         await self._companions.finish(code, verdict.reason, saved=not self._unsaved)
         await self._companions.close()
+        if not self._unsaved:
+            await self._warden.acknowledge()
         await self._herald.close(self._stopping.time_left(self._options.hook_timeout))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if said := self._engine.leave(code, self._companions.bad_nodes):
@@ -286,9 +287,7 @@ class Node:
         if stopped and self._stopping.requested is not None:
             return await self._final_stop(self._stopping.requested, failure)
         if reshaping is not None:
-            if self._companions.takes_state_along:
-                self._unsaved = await self._draining.secure(None, may_drain=True)
-            reason = f"all ranks have saved; going on {reshaping}"
+            reason = f"{'' if attempt.called_off else 'all ranks have saved; '}going on {reshaping}"
             return self._decided(Verdict(action=Action.RESTART, reason=reason))
         if failure is not None:
             verdict = restart.decide(self._ledger.record, failure)
@@ -353,7 +352,7 @@ class Node:
         return await self._reception.handle(peer, message)
 
     def _on_stop(self) -> None:
-        self._chores.background(self._standby.end())
+        background.start(self._standby.end())
         self._companions.stop()
         self._drive_stop()
 

@@ -5,20 +5,17 @@ A source is a stranger's server on the network. Whatever it does, the training i
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Protocol
 
 from supervisor.decide import notices
-from supervisor.decide.notices import Means, Notice
+from supervisor.decide.notices import Change, Means, Notice
 from supervisor.draining import Draining
 from supervisor.edge import clock
 from supervisor.edge.console import Console
 from supervisor.ledger import Ledger
 from supervisor.model import Effect, NoticeWithdrawn
 from supervisor.wording import duration
-
-ACKNOWLEDGE: Final = 5.0  # seconds that an acknowledgement may take, at the very end of the run
 
 #: told which notices stand, whenever that may have changed
 Standing = Callable[[tuple[Notice, ...]], None]
@@ -45,15 +42,17 @@ class Answers(Protocol):
     """What a notice can bring about: ``Stopping``."""
 
     def hear(self, standing: tuple[Notice, ...]) -> None:
-        """These notices stand: the job leaves in time for the nearest."""
+        """These notices stand: whoever they are for leaves in time for the nearest."""
         ...
 
     def heed(self, notice: Notice) -> None:
-        """Stop now."""
+        """Whoever it is for leaves now."""
         ...
 
-    def recall(self, source: str) -> bool | None:
-        """The stop that ``source`` asked for is needless: whether it could be taken back; None: there is none."""
+    def recall(self, notice: Notice, *, needless: bool) -> bool | None:
+        """What it asked for is needless (the stop of the whole job only if ``needless``): whether it could be taken back; None: it asked
+        for nothing.
+        """
         ...
 
     def save(self) -> None:
@@ -62,39 +61,51 @@ class Answers(Protocol):
 
 
 class Noticing:
-    """The notices of one run. Used from the loop's thread only."""
+    """The notices of one run, of all of its nodes. Used from the loop's thread only."""
 
-    def __init__(self, source: Source | None, answers: Answers, ledger: Ledger, console: Console) -> None:
-        self._source, self._answers, self._ledger, self._console = source, answers, ledger, console
+    def __init__(self, answers: Answers, ledger: Ledger, console: Console) -> None:
+        self._answers, self._ledger, self._console = answers, ledger, console
+        self._said: dict[str | None, tuple[Notice, ...]] = {}  # by node, as it said them
         self._known: tuple[Notice, ...] = ()
-        self._began = clock.now()
 
-    async def watch(self) -> None:
-        """Until cancelled."""
-        if self._source is not None:
-            await self._source.watch(self.standing, self._console.say)
-
-    def standing(self, standing: tuple[Notice, ...]) -> None:
-        """These notices stand now."""
-        standing = tuple(notices.as_of(notice, self._began) for notice in standing)
-        change = notices.compare(self._known, standing)
-        self._known = standing
+    def standing(self, standing: tuple[Notice, ...], node: str | None = None) -> None:
+        """These notices stand now of that ``node``; None: of this one, which is alone."""
+        if self._said.get(node, ()) == standing:
+            return
+        self._said[node] = standing
+        change = self._compare()
         if not change.news and not change.withdrawn:
             return
         for notice in change.news:
             self._ledger.add(notice.fact(clock.now()))
             self._console.say(_describe(notice, clock.now()))
-        self._answers.hear(standing)
-        urgent = notices.urgent(standing)
+        self._answers.hear(self._known)
+        urgent = [notice for notice in self._known if notice.effect is Effect.STOP]
         for notice in change.withdrawn:
-            self._withdrawn(notice, needless=urgent is None)
-        if urgent is not None:
-            self._answers.heed(urgent)
-        elif change.news:
+            self._withdrawn(notice, needless=not urgent)
+        for notice in urgent:
+            self._answers.heed(notice)
+        if change.news and not urgent:
             self._answers.save()
 
+    def left(self, node: str) -> None:
+        """That node is gone, and what was to come over it with it."""
+        if not self._said.pop(node, ()):
+            return
+        for notice in self._compare().withdrawn:
+            self._ledger.add(NoticeWithdrawn(time=clock.now(), source=notice.source, key=notice.key))
+        self._answers.hear(self._known)
+
+    def _compare(self) -> Change:
+        known = tuple(
+            notices.of_node(notice, node) for node, standing in self._said.items() for notice in standing
+        )
+        change = notices.compare(self._known, known)
+        self._known = known
+        return change
+
     def _withdrawn(self, notice: Notice, *, needless: bool) -> None:
-        recalled = self._answers.recall(notice.source) if needless else None
+        recalled = self._answers.recall(notice, needless=needless)
         self._ledger.add(
             NoticeWithdrawn(
                 time=clock.now(), source=notice.source, key=notice.key, too_late=recalled is False
@@ -104,24 +115,11 @@ class Noticing:
             said = ""
         elif recalled:
             said = "; the job goes on"
-        else:
+        elif notice.node is None:
             said = ", too late: the job has begun to stop; run it again"
+        else:
+            said = ", too late: what was begun for it is carried out"
         self._console.say(f"{notice.source}: over, or withdrawn{said}")
-
-    async def acknowledge(self) -> None:
-        """Tell the source that nothing needs the machine any more."""
-        if self._source is None:
-            return
-        for notice in self._known:
-            if notice.effect is Effect.WARN:
-                continue
-            try:
-                async with asyncio.timeout(ACKNOWLEDGE):
-                    said = await self._source.acknowledge(notice)
-            except TimeoutError:
-                said = f"{self._source.name} did not take the acknowledgement in time"
-            if said:
-                self._console.say(said)
 
 
 def means(ledger: Ledger, draining: Draining) -> Means:
@@ -139,9 +137,10 @@ def means(ledger: Ledger, draining: Draining) -> Means:
 
 def _describe(notice: Notice, now: float) -> str:
     when = "" if notice.deadline is None else f", in {duration(max(0.0, notice.deadline - now))}"
+    who = "the job" if notice.node is None else notice.node
     what = {
         Effect.WARN: "a checkpoint is made, and the job goes on",
-        Effect.LEAVE: "a checkpoint is made, and the job stops in time",
-        Effect.STOP: "the job stops",
+        Effect.LEAVE: f"a checkpoint is made, and {who} stops in time",
+        Effect.STOP: f"{who} stops",
     }
     return f"{notice.source}{when}: {what[notice.effect]}"

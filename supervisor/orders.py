@@ -37,6 +37,7 @@ class Orders:
         #: a report that has seen this one is of a node that follows us
         self.first = first.serial
         self._serial = first.serial
+        self._published = 0
         self._dirty = asyncio.Event()
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -122,7 +123,15 @@ class Orders:
                 self._dirty.set()
                 await asyncio.sleep(AGAIN)
                 continue
+            self._published = order.serial
+            self._news.set()
             self.on_change()
+
+    async def resign(self) -> None:
+        """Give up the lead once the store has the order as it is. Raises LeadershipLostError."""
+        await self.until(lambda: self._published == self.order.serial)
+        with contextlib.suppress(StoreError):  # then the lease runs out
+            await self._joining.resign()
 
     def depose(self, why: str) -> None:
         """This node leads no more."""

@@ -52,6 +52,7 @@ class Pulse:
         self._first_step_said = False
         self._rate_from = (now, 0)
         self._rate: float | None = None
+        self._stepped = 0, clock.now()  # the slowest rank's steps, and since when
         self._vigil = Vigil(attempt, options, ledger, console)
 
     async def beat(self) -> None:
@@ -142,6 +143,8 @@ class Pulse:
         if now - since >= RATE_SPAN:
             self._rate, self._rate_from = (step - step_then) / (now - since), (now, step)
             self._savepoints.rate = self._rate
+        if step != self._stepped[0]:
+            self._stepped = step, clock.now()
         if now - self._progress_at >= PROGRESS_PERIOD:
             self._progress_at = now
             self._snapshots.flush_fact()
@@ -152,6 +155,7 @@ class Pulse:
                     step=step,
                     total_steps=self._attempt.total_steps,
                     metrics=self.metrics,
+                    stepped=self._stepped[1],
                 )
             )
 

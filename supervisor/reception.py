@@ -37,7 +37,7 @@ class Reception:
         resume: asyncio.Task[Resume],
         welcome: Message,
         on_saved: Callable[[int, ProposalFlag], None],
-        on_imported: Callable[[list[str]], None],
+        on_imported: Callable[[Message], None],
         on_restored: Callable[[], None],
         prefix_lines: bool,
     ) -> None:
@@ -185,7 +185,7 @@ class Reception:
         self._guarding.hear(seat, message)
 
     def _on_imported(self, seat: Seat, message: Message) -> None:
-        self._imported([str(name) for name in message["names"]])
+        self._imported({key: message[key] for key in ("names", "beyond", "stopped_by")})
 
     def _on_closed(self, seat: Seat, message: Message) -> None:
         seat.completed = bool(message["completed"])

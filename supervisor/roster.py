@@ -29,6 +29,8 @@ class Roster:
         self._suspicions = Suspicions()
         self._since: dict[Member, float] = {}  # when a node was first seen
         self.assignment: Assignment | None = None
+        #: nodes that must leave
+        self.leaving: frozenset[str] = frozenset()
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -102,7 +104,7 @@ class Roster:
         reports = [self._orders.reports[member.name] for member in members]
         return tuple(f"{report.address}:{report.shown}" for report in reports)
 
-    def _present(self) -> list[Present]:
+    def _present(self, *, busy_too: bool = False) -> list[Present]:
         found = []
         now = clock.monotonic()
         for report in self._orders.reports.values():
@@ -114,7 +116,8 @@ class Roster:
                 and report.course.attempt <= self._orders.order.over
             )
             heard = report.seen >= self._orders.first and report.shown
-            if heard and not report.leaving and report.notice is None and not busy:
+            leaves = report.leaving or report.notice is not None or report.name in self.leaving
+            if heard and not leaves and (busy_too or not busy):
                 found.append(Present(member=member, rank=report.rank, since=since))
         return found
 
@@ -179,17 +182,24 @@ class Roster:
         members = self.assignment.names if self.assignment else ()
         return sorted(one.member.name for one in self._present() if one.member.name not in members)
 
-    def may_shrink(self, name: str) -> bool:
-        """Whether an attempt without that node would be another one: it is part of this one, and not the leader."""
-        return (
-            self._size.least < self._size.most
-            and name != self._orders.own
-            and name in (self.assignment.names if self.assignment else ())
-        )
+    @property
+    def own(self) -> Member:
+        """This node."""
+        return self._orders.own_member
 
-    def without(self, names: set[str]) -> bool:
-        """Whether the job can go on without those nodes."""
-        return len([one for one in self._present() if one.member.name not in names]) >= self._size.least
+    def member(self, name: str) -> Member | None:
+        """The node of that name, as it lives now."""
+        if name == self._orders.own:
+            return self._orders.own_member
+        report = self._orders.reports.get(name)
+        return Member(name=name, life=report.life) if report is not None else None
+
+    def goes_on_without(self, names: Collection[str], *, others_lead: bool) -> bool:
+        """Whether the job does, when those must leave. ``others_lead``: another node could lead it."""
+        here = [one.member.name for one in self._present(busy_too=True)]
+        return membership.goes_on_without(
+            names, here=here, size=self._size, leader=self._orders.own, others_lead=others_lead
+        )
 
     def cold(self, assignment: Assignment) -> Assignment:
         """Not with the standby, where nodes may be waiting already: at another port of the same host."""

@@ -14,7 +14,7 @@ from supervisor.errors import UsageError
 from supervisor.node import Node
 from supervisor.noticing import Source
 from supervisor.program import Program
-from supervisor.stopping import SIGNALS
+from supervisor.warden import SIGNALS, Warden
 
 
 def run(
@@ -54,6 +54,7 @@ async def _run_alone(
                 console.say(finished)
                 return 0
             with charge.taken(engine.name) as (file, ledger):
-                return await Node(options, program, job, file, ledger, console, engine, source).run()
+                warden = Warden(console, source)
+                return await Node(options, program, job, file, ledger, console, engine, warden).run()
         finally:
             console.close()

@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Final
 
 from supervisor import background
@@ -24,11 +25,11 @@ from supervisor.edge.store.protocol import Store
 from supervisor.edge.store.server import Server
 from supervisor.edge.store.tcp import TcpStore
 from supervisor.engine import Engine
-from supervisor.errors import JobError, LeadershipLostError, StoreError, UsageError
+from supervisor.errors import JobError, LeadershipLostError, LeadGivenUpError, StoreError, UsageError
 from supervisor.fleet import Final as FinalOrder
 from supervisor.fleet import Order, Report
 from supervisor.follower import Follower
-from supervisor.joining import Joining, new_life
+from supervisor.joining import Joining, Roll, new_life
 from supervisor.model import StopCause
 from supervisor.node import Node
 from supervisor.noticing import Source
@@ -36,7 +37,7 @@ from supervisor.program import Program
 from supervisor.warden import Warden
 
 SAID_AFTER: Final = 5.0  # seconds without the store until that is said
-GOODBYE: Final = 5.0  # seconds that a leader of a finished job stays to tell the others
+GOODBYE: Final = 5.0  # seconds that a leader of a finished job stays to tell the others, at most
 LOOK: Final = 0.5
 
 
@@ -57,13 +58,13 @@ class Several:
                 "or torchrun's --rdzv-endpoint or --master-addr and --master-port"
             )
         self._options, self._program, self._job = options, program, job
-        self._engine, self._source = engine, source
+        self._engine = engine
         self._size: Size = options.nnodes
         self._address: StoreAddress = options.store
         self._name = options.node_name or socket.gethostname()
         self._console = Console(quiet=options.quiet)
-        self._was_follower = False
-        self._warden = Warden(self._console)
+        self._was_follower = self._took_part = False
+        self._warden = Warden(self._console, source, self._name)
         self._secret = secret.of_job(job.path)
 
     async def run(self) -> int:
@@ -132,21 +133,25 @@ class Several:
         began, said = clock.monotonic(), False
         while True:
             joining.changed.clear()
-            if self._warden.notice is not None:
-                return 130 if self._warden.notice.cause is StopCause.USER else EXIT_AGAIN
+            if (notice := self._warden.must_leave) is not None:
+                stops_all = notice.cause is StopCause.USER
+                if not self._took_part:
+                    await self._warden.acknowledge()
+                if not stops_all or not self._took_part:  # else the next leader is to hear of it
+                    return 130 if stops_all else EXIT_AGAIN
             if joining.has_joined and joining.leader is None and (serves or not team.is_embedded):
                 with contextlib.suppress(StoreError):
                     await joining.campaign()
             if joining.leads:
+                self._took_part = True
                 code = await self._lead(team)
                 if code is not None:
                     return code
-                self._warden.listen()
                 began, said = clock.monotonic(), False
                 continue
             order = joining.order
             if joining.has_joined and order is not None and order.leader == joining.leader:
-                self._was_follower = True
+                self._was_follower = self._took_part = True
                 if not said or order.run_id:
                     self._console.say(f"node {self._name} follows {order.leader.partition(' ')[0]}")
                 code = await Follower(
@@ -181,19 +186,27 @@ class Several:
             charge = Charge(self._options, self._program, self._job, self._console, self._name)
             if (finished := charge.finished) is not None:
                 self._console.say(finished)
-                await self._send_home(team.joining, finished)
+                await self._send_home(team, finished)
                 await charge.bring_home()
                 return 0
             with charge.taken(self._engine.name) as (file, ledger):
                 node = Node(
-                    self._options, self._program, self._job, file, ledger, self._console, self._engine, self._source,
+                    self._options, self._program, self._job, file, ledger, self._console, self._engine, self._warden,
                     team,
                 )  # fmt: skip
                 try:
                     return await node.run()
+                except LeadGivenUpError as error:
+                    self._console.say(str(error))
+                    if error.saved:
+                        jobdir.remove_runtime(Path(file.runtime))
+                        await self._warden.acknowledge()
+                    return EXIT_AGAIN
                 except LeadershipLostError as error:
                     self._console.say(str(error))
                     return None
+                finally:
+                    self._warden.attend(None)
 
     @contextlib.contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -206,15 +219,22 @@ class Several:
                     raise
             yield
 
-    async def _send_home(self, joining: Joining, reason: str) -> None:
-        before = joining.order
+    async def _send_home(self, team: Team, reason: str) -> None:
+        """Tell the others, as many as the job takes, and wait a while for them to come and leave."""
+        joining, before, file = team.joining, team.joining.order, self._job.read()
         order = Order(
-            serial=(before.serial if before else 0) + 1, leader=f"{joining.report.name} {joining.report.life}", epoch=0,
-            run_id="", final=FinalOrder(exit_code=0, reason=reason),
+            serial=(before.serial if before else 0) + 1, leader=joining.own, epoch=0,
+            run_id=file.run_id if file else "", final=FinalOrder(exit_code=0, reason=reason),
         )  # fmt: skip
-        with contextlib.suppress(StoreError):
+        roll, left = Roll(team.store), set[str]()
+        with contextlib.suppress(StoreError, TimeoutError):
             await joining.command(order)
-            await asyncio.sleep(GOODBYE)
+            async with asyncio.timeout(GOODBYE):
+                while True:
+                    told = await roll.look(GOODBYE) - {joining.report.name}
+                    left |= told - roll.reports.keys()
+                    if len(left) >= self._size.least - 1 and roll.reports.keys() <= {joining.report.name}:
+                        return
 
 
 def towards(address: StoreAddress) -> str:

@@ -98,7 +98,7 @@ class Standby:
         self._ahead, self._keep_free = ahead, keep_free
         self._hold: set[str] = set()  # what changes between one attempt and the next
         self._where = ""
-        self._imports: list[str] = []
+        self._imports: Message = {}
         self._waiting: Waiting | None = None
         self._beside: Attempt | None = None
         self._serial = 0
@@ -107,7 +107,7 @@ class Standby:
         self._timer: asyncio.TimerHandle | None = None
         self._watch: asyncio.Task[None] | None = None
         self._dropping = asyncio.Lock()
-        self._memory_said = False
+        self._memory_said = self._imports_said = False
         self._meeting: Rendezvous | None = None  # of several nodes
         self.on_ready: Callable[[int], None] = lambda _serial: None
         self.on_lost: Callable[[int], None] = lambda _serial: None
@@ -299,9 +299,16 @@ class Standby:
 
     # ------------------------------------------------------------------ what its workers say
 
-    def imported(self, names: list[str]) -> None:
-        """What the script has imported: the next standby imports it ahead."""
-        self._imports = names
+    def imported(self, what: Message) -> None:
+        """What the script has imported (``launch/warmup.py``): the next standby imports it ahead."""
+        self._imports = {"names": list(what["names"]), "beyond": dict(what["beyond"])}
+        stopped_by = ", ".join(map(str, what["stopped_by"]))
+        if stopped_by and self._enabled and not self._imports_said:
+            self._imports_said = True
+            self._console.say(
+                f"the script changes {stopped_by} in the environment before it imports torch, so a standby can import nothing ahead: "
+                "set that in front of everstep run instead, and a failure costs seconds less"
+            )
 
     def is_for_us(self, peer: Peer, message: Message) -> bool:
         """Whether a message comes from a worker of the standby."""

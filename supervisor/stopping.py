@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Collection
+from typing import Protocol
 
 from supervisor.deadlines import Deadlines
 from supervisor.decide import notices
@@ -17,9 +18,25 @@ from supervisor.edge.console import Console
 from supervisor.engine import Engine
 from supervisor.ledger import Ledger
 from supervisor.model import StopCause, StopRequested, StopWithdrawn
-from supervisor.noticing import Noticing, Source, means
+from supervisor.noticing import Noticing, means
+from supervisor.warden import Warden
 
-SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+
+class Fellows(Protocol):
+    """The nodes of a job that has several, as far as one that must leave is no reason to stop it: ``Reshaping``."""
+
+    @property
+    def leaving(self) -> Collection[str]:
+        """Those that the job is about to go on without."""
+        ...
+
+    def go_on_without(self, node: str, source: str, deadline: float | None) -> bool:
+        """``source`` wants that node away: whether the job goes on without it."""
+        ...
+
+    def keep(self, node: str, source: str) -> bool | None:
+        """``source`` does not, after all: whether the node stays; None: it never had to leave for that."""
+        ...
 
 
 class Stopping:
@@ -41,16 +58,21 @@ class Stopping:
         end: Callable[[], None],
         recalled: Callable[[], bool],
         save: Callable[[], None],
-        source: Source | None = None,
+        warden: Warden,
     ) -> None:
-        self._ledger, self._console, self._draining = ledger, console, draining
+        self._ledger, self._console, self._draining, self._warden = ledger, console, draining, warden
         self._deadlines = Deadlines(engine, ledger, grace, self._on_deadline)
         self._begun, self._end, self._recalled, self.save = begun, end, recalled, save
-        self._noticing = Noticing(source, self, ledger, console)
+        self._noticing = Noticing(self, ledger, console)
+        self._standing: tuple[Notice, ...] = ()
+        self._watch: asyncio.Task[None] | None = None
+        self._has_engine = not math.isinf(engine.period)
         self._began = (0.0, 0.0)  # Unix, and monotonic
         self._patience = grace  # seconds that the stop may take
         self._time_up: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[object]] = set()
+        #: where there are several nodes
+        self.fellows: Fellows | None = None
         #: what was asked for, and by whom
         self.requested: StopRequested | None = None
         #: set once there is a stop
@@ -59,14 +81,15 @@ class Stopping:
         self.cut_short: str | None = None
 
     def listen(self) -> None:
-        """Hear signals (they are blocked so far) and keep deadlines from now on."""
-        loop = asyncio.get_running_loop()
-        for signum in SIGNALS:
-            if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
-                loop.add_signal_handler(signum, self._on_signal, signum)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self._background(asyncio.create_task(self._deadlines.watch()))
-        self._background(asyncio.create_task(self._noticing.watch()))
+        """Hear signals and notices, and keep deadlines, from now on."""
+        self._warden.listen()
+        self._warden.attend(self)
+        self._watch_deadlines()
+
+    def _watch_deadlines(self) -> None:
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._deadlines.watch())
+            self._background(self._watch)
 
     def time_left(self, at_most: float) -> float | None:
         """Seconds that whoever is told of the end may take; None: as long as it may at any time."""
@@ -75,15 +98,20 @@ class Stopping:
         deadline = self._draining.deadline
         return None if deadline is None else min(at_most, max(1.0, deadline - clock.monotonic()))
 
-    async def acknowledge(self) -> None:
-        """All is saved and everybody has left: whoever gave notice need not wait."""
-        await self._noticing.acknowledge()
-
     # ------------------------------------------------------------------ who asks for it
 
-    def _on_signal(self, signum: signal.Signals) -> None:
+    def on_signal(self, signum: signal.Signals) -> None:
+        """A signal to this node: where there are more, it leaves; a scheduler's is for all of them."""
         if self.requested is None:
             cause = StopCause.USER if signum is signal.SIGINT else StopCause.PREEMPTION
+            node = self._warden.node
+            if (
+                cause is StopCause.PREEMPTION
+                and node is not None
+                and not self._has_engine
+                and self._can_spare(node, f"{signum.name} on {node}")
+            ):
+                return
             again = "; Ctrl-C again stops at once" if cause is StopCause.USER else ""
             self._begin(StopRequested(time=clock.now(), cause=cause, source=signum.name), again)
         elif signum is signal.SIGINT:
@@ -92,37 +120,78 @@ class Stopping:
             return
         self._background(asyncio.create_task(self._learn_deadline()))
 
-    def _on_deadline(self, deadline: Deadline) -> None:
+    def on_notices(self, standing: tuple[Notice, ...]) -> None:
+        """These notices of this machine stand."""
+        self._noticing.standing(standing, self._warden.node)
+
+    def on_nodes_notices(self, node: str, standing: tuple[Notice, ...]) -> None:
+        """These notices of another node's machine stand."""
+        self._noticing.standing(standing, node)
+
+    def left(self, node: str) -> None:
+        """Another node is gone."""
+        self._noticing.left(node)
+
+    def _on_deadline(self, deadline: Deadline) -> bool:
+        if deadline.node is not None and self._can_spare(deadline.node, deadline.source, deadline.end):
+            return False
         if self.requested is None:
             now, cause = clock.now(), StopCause.PREEMPTION
             left = f" (in {max(0.0, deadline.end - now):.0f} s)"
             self._begin(
                 StopRequested(time=now, cause=cause, source=deadline.source, deadline=deadline.end), left
             )
+        return True
 
     def hear(self, standing: tuple[Notice, ...]) -> None:
         """These notices stand."""
-        self._deadlines.hear(notices.deadline(standing))
+        self._standing = standing
+        self._hear_deadline()
         if self.requested is not None:
             self._limit()
 
     def heed(self, notice: Notice) -> None:
         """A notice that asks for a stop now."""
-        if self.requested is None:
-            cause = StopCause.PREEMPTION
-            self._begin(
-                StopRequested(time=clock.now(), cause=cause, source=notice.source, deadline=notice.deadline),
-                "",
-            )
+        if notice.node is None:
+            self.ask(StopCause.PREEMPTION, notice.source, notice.deadline)
+        else:
+            self.depart(notice.node, notice.source, notice.deadline)
+
+    def depart(self, node: str, source: str, deadline: float | None = None) -> None:
+        """That node of several must leave: the job goes on without it where it can, and stops where not."""
+        if not self._can_spare(node, source, deadline):
+            self.ask(StopCause.PREEMPTION, source, deadline)
+
+    def _can_spare(self, node: str, source: str, deadline: float | None = None) -> bool:
+        if self.requested is not None or self.fellows is None:
+            return False
+        spared = self.fellows.go_on_without(node, source, deadline)
+        self._hear_deadline()
+        return spared
+
+    def _hear_deadline(self) -> None:
+        """Who leaves anyway needs no other deadline, unless all of the job stops."""
+        leaving = self.fellows.leaving if self.fellows is not None and self.requested is None else ()
+        self._deadlines.hear(
+            notices.deadline([notice for notice in self._standing if notice.node not in leaving])
+        )
 
     def ask(self, cause: StopCause, source: str, deadline: float | None = None) -> None:
         """Somebody else than a signal, the engine or a cloud asks for a stop."""
         if self.requested is None:
             self._begin(StopRequested(time=clock.now(), cause=cause, source=source, deadline=deadline), "")
 
-    def recall(self, source: str) -> bool | None:
-        """The stop that ``source`` asked for is needless: whether it was taken back; None: it asked for none."""
+    def recall(self, notice: Notice, *, needless: bool) -> bool | None:
+        """What it asked for is needless: whether it was taken back; None: it asked for nothing, or others still do."""
+        source = notice.source
+        if self.fellows is not None and notice.node is not None:
+            kept = self.fellows.keep(notice.node, source)
+            self._hear_deadline()
+            if self.requested is None:
+                return kept
         if self.requested is None or self.requested.source != source:
+            return None
+        if not needless or self._warden.signal is not None:
             return None
         if self.cut_short or not self._recalled():
             return False
@@ -131,14 +200,21 @@ class Stopping:
         self._ledger.add(StopWithdrawn(time=clock.now(), source=source))
         self.requested = self._draining.deadline = None
         self.seen.clear()
-        self._background(asyncio.create_task(self._deadlines.watch()))
+        self._watch_deadlines()
         return True
 
     # ------------------------------------------------------------------ the time it has
 
+    def afford(self, deadline: float | None) -> tuple[float, Plan]:
+        """How long a save may take that is wanted by ``deadline`` (Unix seconds; None: nobody says), and what can be saved in it."""
+        end = None if deadline is None else Deadline(source="", end=deadline, kill=deadline)
+        patience = self._deadlines.patience_for(end, clock.now())
+        return patience, notices.plan(None if end is None else patience, means(self._ledger, self._draining))
+
     def _begin(self, stop: StopRequested, remark: str) -> None:
         self.requested, self._began = stop, (clock.now(), clock.monotonic())
         self._ledger.add(stop)
+        self._hear_deadline()
         self._limit()
         timed = stop.cause is StopCause.PREEMPTION and self._deadlines.nearest is not None
         plan = notices.plan(self._patience if timed else None, means(self._ledger, self._draining))

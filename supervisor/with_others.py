@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from supervisor import background
 from supervisor.attempt import Attempt
@@ -15,13 +15,15 @@ from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide import reach
 from supervisor.decide.causes import unfinished
+from supervisor.decide.restart import EXIT_AGAIN
 from supervisor.edge import clock
-from supervisor.errors import LeadershipLostError, UsageError
-from supervisor.fleet import Assignment, Notice
+from supervisor.errors import LeadershipLostError, LeadGivenUpError, UsageError
+from supervisor.fleet import Assignment, Report
 from supervisor.ledger import Ledger
-from supervisor.model import Failure, FailureKind, ProposalFlag, StopCause
+from supervisor.model import Failure, FailureKind, ProposalFlag, RunEnded, StopCause
 from supervisor.program import Rendezvous
 from supervisor.pulse import Pulse
+from supervisor.reshaping import Reshaping
 from supervisor.resume import Resume
 from supervisor.saves import LeaderSaves
 from supervisor.standby import Standby
@@ -54,15 +56,17 @@ class WithOthers:
         self._pulse: Pulse | None = None
         self._attempt: Attempt | None = None
         self._assignment: Assignment | None = None  # its nodes
-        self._reshape: str | None = None  # why the attempt is stopped, to go on with other nodes
+        self._change = Reshaping(
+            self._lead, stopping, stores.company.console, others_lead=stores.company.others_lead
+        )
+        self._heard: dict[str, Report] = {}  # nodes that have heard of something
         self._apart: tuple[reach.Pair, ...] = ()  # nodes of the attempt that do not reach each other
-        self._leaver = False  # … because one of these leaves
         self._copies = copies
         self._resumed_from: Path | None = None
         self._standby_serial = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._looking: asyncio.Task[None] | None = None
         self._lead.rounds.on_saved = self._on_saved
-        self._lead.on_notice = self._on_notice
+        self._lead.on_reports = self._heed
         self._company.on_standby = self._on_standby
         standby.on_ready = lambda serial: self._company.hand.mind(ready=serial)
         standby.on_lost = lambda serial: self._company.hand.mind(ready=-serial)
@@ -70,7 +74,7 @@ class WithOthers:
     async def start(self) -> None:
         """Lead."""
         await self._company.start()
-        self._background(self._look_for_nodes())
+        self._looking = background.start(self._look_for_nodes())
 
     async def finish(self, code: int, reason: str, *, saved: bool) -> None:
         """Have all nodes leave with that exit code."""
@@ -78,8 +82,8 @@ class WithOthers:
 
     async def close(self) -> None:
         """Lead no more."""
-        for task in self._tasks:
-            task.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
         await self._company.close()
 
     def check(self) -> None:
@@ -103,20 +107,28 @@ class WithOthers:
         return lambda _step, _flags: None
 
     async def muster(self, number: int) -> Turn | None:
-        """The nodes of the next attempt; None when there is to be none, because of a stop that ``Stopping`` knows."""
-        found = asyncio.ensure_future(self._roster.muster(number))
-        stop = asyncio.ensure_future(self._stopping.seen.wait())
-        try:
-            await asyncio.wait({found, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not found.done():
-                return None
-            if (assignment := found.result()) is None:
-                self._stopping.ask(StopCause.PREEMPTION, "too few nodes")
-                return None
-        finally:
-            for task in (found, stop):
-                task.cancel()
-            await asyncio.gather(found, stop, return_exceptions=True)
+        """The nodes of the next attempt; None when there is to be none, because of a stop that ``Stopping`` knows.
+
+        Raises LeadershipLostError, also when it is this node that must leave, and another one is to lead.
+        """
+        assignment: Assignment | None = None
+        while assignment is None:
+            await self._let_go()
+            found = asyncio.ensure_future(self._roster.muster(number))
+            stop = asyncio.ensure_future(self._stopping.seen.wait())
+            leave = asyncio.ensure_future(self._change.own_leave.wait())
+            try:
+                await asyncio.wait({found, stop, leave}, return_when=asyncio.FIRST_COMPLETED)
+                if found.done():
+                    if (assignment := found.result()) is None:
+                        self._stopping.ask(StopCause.PREEMPTION, "too few nodes")
+                        return None
+                elif stop.done():
+                    return None
+            finally:
+                for task in (found, stop, leave):
+                    task.cancel()
+                await asyncio.gather(found, stop, leave, return_exceptions=True)
         report = self._company.joining.report
         return Turn(
             nodes=len(assignment.members),
@@ -133,10 +145,10 @@ class WithOthers:
             turn.from_standby and not from_standby
         ):  # the standby here has gone after all: a cold start, elsewhere
             assignment = self._roster.cold(assignment)
-        self._assignment = assignment
-        self._attempt, self._reshape, self._apart = attempt, None, ()
+        self._assignment, self._attempt, self._apart = assignment, attempt, ()
+        self._change.begin(attempt)
         meeting = self._company.begin(attempt, assignment)
-        self._background(self._look_at_start(attempt))
+        background.start(self._look_at_start(attempt))
         return meeting
 
     async def choose(self, number: int, turn: Turn) -> Resume:
@@ -156,9 +168,10 @@ class WithOthers:
         """Once it has ended on all nodes."""
         failure, noticed, completed = outcome
         self._attempt = None
+        self._change.ended()
         wait = attempt.finished and failure is None and not self._stopping.cut_short
         cause, departed = await self._company.end(attempt, failure, wait=wait, noticed=noticed)
-        stopping = self._stopping.requested is not None or self._reshape is not None
+        stopping = self._stopping.requested is not None or self._change.why is not None
         failure = cause.failure if stopping else await self._apart_or(cause.failure, attempt.number)
         if failure is None and not stopping:
             failure = unfinished(departed, attempt=attempt.number, now=clock.now())
@@ -213,50 +226,57 @@ class WithOthers:
 
     def go_on(self) -> None:
         """It is not, after all."""
+        self._change.why = None
         self._lead.stop(None)
 
     @property
     def reshaping(self) -> str | None:
         """Why the attempt was stopped only to go on with other nodes."""
-        return self._reshape if self._stopping.requested is None else None
+        return self._change.why if self._stopping.requested is None else None
 
-    @property
-    def takes_state_along(self) -> bool:
-        """Whether somebody leaves, with what is in its memory; or nobody can have what is in another's."""
-        return self._leaver or not self._copies
+    async def _let_go(self) -> None:
+        """Have those leave that must, once what they take along is durable. Raises LeadershipLostError: it is this node."""
+        unsaved = None
+        change, taken_apart = self._change, self._change.why is not None and not self._copies
+        if change.takes_along or taken_apart:  # nobody can have what is in another's memory
+            unsaved = await self._stores.draining.secure(None, may_drain=True)
+        if self._stopping.requested is not None or not change.let_go(saved=not unsaved):
+            return
+        reason = f"{change.reason}: another node leads from here on, the job goes on without this one"
+        if unsaved:
+            reason = f"{reason}; {unsaved}"
+        self._ledger.add(RunEnded(time=clock.now(), exit_code=EXIT_AGAIN, reason=reason))
+        self._company.hand.mind(leaving=True)  # the next leader is not to count on this node
+        await self._lead.resign()
+        raise LeadGivenUpError(reason, saved=not unsaved)
 
     async def _look_for_nodes(self) -> None:
         while True:
             await asyncio.sleep(PERIOD)
             since = self._ledger.record.attempt_first_time
-            if self._attempt is None or since is None or self._reshape or self._stopping.requested:
+            if self._attempt is None or since is None or self._change.why or self._stopping.requested:
                 continue
             if self._attempt.in_session and self._roster.should_grow(clock.now() - since):
-                self._reshape_for(f"with {', '.join(self._roster.newcomers())}", leaver=False)
+                self._change.stop_for(f"with {', '.join(self._roster.newcomers())}")
 
-    def _reshape_for(self, why: str, *, leaver: bool) -> bool:
-        attempt = self._attempt
-        if attempt is None or not attempt.in_session or self._stopping.requested is not None:
-            return False
-        self._reshape, self._leaver = why, leaver
-        self._company.say(f"all ranks save the same step, to go on {why}")
-        attempt.stopping = True
-        self._lead.standby.drop()
-        self._lead.stop_for(why)
-        self._lead.want(ProposalFlag.STOP | ProposalFlag.CHECKPOINT)
-        return True
-
-    def _on_notice(self, name: str, notice: Notice) -> None:
-        if (
-            notice.cause is StopCause.PREEMPTION
-            and self._roster.without({name})
-            and self._roster.may_shrink(name)
-        ):
-            if self._reshape_for(f"without {name} ({notice.source})", leaver=True):
-                return
-            if self._attempt is None:
-                return  # it is not asked for the next one
-        self._stopping.ask(notice.cause, f"{notice.source} on {name}", notice.deadline)
+    def _heed(self, news: Mapping[str, Report | None]) -> None:
+        """What other nodes have said, among it what they have heard."""
+        own, stopping = self._company.joining.report.name, self._stopping
+        for name, report in news.items():
+            if report is None:
+                self._heard.pop(name, None)
+                stopping.left(name)
+            elif name != own and (report.notice is not None or report.standing or name in self._heard):
+                self._heard[name] = report
+        for name, report in list(self._heard.items()):
+            stopping.on_nodes_notices(name, report.standing)
+            if report.notice is not None and stopping.requested is None:
+                source = f"{report.notice.source} on {name}"
+                if report.notice.cause is not StopCause.PREEMPTION:
+                    stopping.ask(report.notice.cause, source, report.notice.deadline)
+                elif not self._change.is_due(name, source):
+                    stopping.depart(name, source, report.notice.deadline)
+        self._change.look()
 
     def _on_saved(self, step: int, flags: ProposalFlag) -> None:
         if self._pulse is not None and self._attempt is not None:
@@ -268,7 +288,7 @@ class WithOthers:
         attempt = self._attempt
         if ordered is None:
             if self._standby.attempt is not None and self._standby.attempt.standby == self._standby_serial:
-                self._background(self._standby.drop())
+                background.start(self._standby.drop())
             return
         if (
             ordered.standby <= self._standby_serial
@@ -281,11 +301,6 @@ class WithOthers:
             self._standby.arm_for(attempt, ordered.standby, self._company.hand.meeting(ordered))
         except UsageError:
             self._company.hand.mind(ready=-ordered.standby)
-
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = background.start(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 async def _ends_within(attempt: Attempt, seconds: float) -> bool:

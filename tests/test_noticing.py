@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from supervisor.noticing import Standing
 from supervisor.record import JobRecord, Point
 from supervisor.savepoints import SavePoints
 from supervisor.stopping import Stopping
+from supervisor.warden import Warden
 
 GRACE = 60.0
 MEASURED = JobRecord(
@@ -68,25 +70,30 @@ class Source:
 class Run:
     """A ``Stopping`` with nothing but its surroundings replaced; what it does is put down in order."""
 
-    def __init__(self, record: JobRecord | None = None, recalls: bool = True, **draining: Any) -> None:
+    def __init__(
+        self, record: JobRecord | None = None, recalls: bool = True, node: str | None = None, **draining: Any
+    ) -> None:
         self.done: list[str] = []
         self.said: list[str] = []
         self.facts: list[Fact] = []
         self.source = Source()
+        console: Any = SimpleNamespace(say=self.said.append)
+        self.warden = Warden(console, self.source, node)
         means = {"seconds": None, "under_way": None, "leaves_out_newest": lambda: False} | draining
         self.stopping = Stopping(
             Alone(),
             SimpleNamespace(record=record or JobRecord(), add=self.facts.append),  # type: ignore[arg-type]
-            SimpleNamespace(say=self.said.append),  # type: ignore[arg-type]
+            console,
             SimpleNamespace(deadline=None, cancel=lambda: self.done.append("cancel"), **means),  # type: ignore[arg-type]
             GRACE,
             begun=lambda: self.done.append("stop"),
             end=lambda: self.done.append("end"),
             recalled=lambda: recalls,
             save=lambda: self.done.append("save"),
-            source=self.source,
+            warden=self.warden,
         )
-        self.tell = self.stopping._noticing.standing
+        self.warden.attend(self.stopping)
+        self.tell = self.warden.on_standing
 
     def of(self, kind: type[Fact]) -> list[Fact]:
         return [fact for fact in self.facts if isinstance(fact, kind)]
@@ -227,12 +234,12 @@ def test_stops_are_acknowledged_and_warnings_are_not(monkeypatch: pytest.MonkeyP
     async def test() -> None:
         run = Run()
         run.tell((notice(Effect.WARN, 60), notice(Effect.STOP, 30, "n2")))
-        await run.stopping.acknowledge()
+        await run.warden.acknowledge()
         assert run.source.acknowledged == ["n2"]
         assert run.said[-1] == "n2 acknowledged"
-        monkeypatch.setattr("supervisor.noticing.ACKNOWLEDGE", 0.01)
+        monkeypatch.setattr("supervisor.warden.ACKNOWLEDGE", 0.01)
         run.source.hangs = True
-        await run.stopping.acknowledge()
+        await run.warden.acknowledge()
         assert "in time" in run.said[-1]
 
     within_a_loop(test)
@@ -246,10 +253,10 @@ def test_a_source_that_is_broken_is_said_and_ends_nothing() -> None:
             raise RuntimeError("a bug")
 
         run.source.watch = broken  # type: ignore[method-assign]
-        task = asyncio.ensure_future(run.stopping._noticing.watch())
-        run.stopping._background(task)
+        run.warden.listen()
+        assert run.warden._watch is not None
         with contextlib.suppress(RuntimeError):
-            await task
+            await run.warden._watch
         await asyncio.sleep(0)
         assert "unexpected RuntimeError" in run.said[-1]
 
@@ -288,3 +295,199 @@ def test_a_job_that_was_asked_to_stop_and_goes_on() -> None:
     assert (again.state, again.stop, again.deadline) == (State.RUNNING, None, None)
     with pytest.raises(ProtocolError):
         lifecycle.apply(running, withdrawn[0])
+
+
+# ------------------------------------------------------------------ several nodes: whose notice it is
+
+
+class Others:
+    """``Fellows``: those nodes can be spared that the test says."""
+
+    def __init__(self, *spared: str) -> None:
+        self.spared = spared
+        self.leaving: dict[str, list[str]] = {}
+
+    def go_on_without(self, node: str, source: str, deadline: float | None) -> bool:
+        if node not in self.spared:
+            return False
+        self.leaving.setdefault(node, []).append(source)
+        return True
+
+    def keep(self, node: str, source: str) -> bool | None:
+        return self.leaving.pop(node, None) is not None or None
+
+
+def several(*spared: str, **more: Any) -> tuple[Run, Others]:
+    run, others = Run(node="h1", **more), Others(*spared)
+    run.stopping.fellows = others
+    return run, others
+
+
+def test_the_journal_tells_whose_notice_it_was() -> None:
+    def test() -> None:
+        run, _ = several()
+        run.tell((notice(Effect.WARN, 60),))
+        run.stopping.on_nodes_notices("h2", (notice(Effect.WARN, 60),))
+        run.stopping.on_nodes_notices("h2", (notice(Effect.WARN, 60),))
+        assert run.done == ["save", "save"], "each is another one, though their keys are the same"
+        received = run.of(NoticeReceived)
+        assert [fact.node for fact in received] == ["h1", "h2"]  # type: ignore[attr-defined]
+        assert [fact.source for fact in received] == ["a cloud: n1 on h1", "a cloud: n1 on h2"]  # type: ignore[attr-defined]
+        run.stopping.on_nodes_notices("h2", ())
+        assert run.said[-1] == "a cloud: n1 on h2: over, or withdrawn"
+        assert [fact.source for fact in run.of(NoticeWithdrawn)] == ["a cloud: n1 on h2"]  # type: ignore[attr-defined]
+
+    within_a_loop(test)
+
+
+def test_a_node_that_can_be_spared_stops_nobody_and_one_that_cannot_stops_all() -> None:
+    def test() -> None:
+        run, others = several("h2")
+        run.stopping.on_nodes_notices("h2", (notice(Effect.STOP, 10),))
+        assert others.leaving == {"h2": ["a cloud: n1 on h2"]}
+        assert run.done == []
+        run.stopping.on_nodes_notices("h3", (notice(Effect.STOP, 20),))
+        assert run.done == ["stop"]
+        stop = run.stopping.requested
+        assert stop is not None
+        assert stop.source == "a cloud: n1 on h3"
+        assert run.stopping._patience == pytest.approx(8, abs=2), "all of them go, by the nearest"
+
+    within_a_loop(test)
+
+
+def test_the_leaders_own_notice_is_one_of_a_node() -> None:
+    def test() -> None:
+        run, others = several("h1")
+        run.tell((notice(Effect.STOP, 30),))
+        run.stopping.on_signal(signal.SIGTERM)
+        assert others.leaving == {"h1": ["a cloud: n1 on h1", "SIGTERM on h1"]}
+        assert run.stopping.requested is None
+        run.stopping.on_signal(signal.SIGINT)
+        assert run.stopping.requested is not None
+        assert run.stopping.requested.cause is StopCause.USER
+
+    within_a_loop(test)
+
+
+def test_under_a_scheduler_a_signal_to_the_leader_is_for_all() -> None:
+    def test() -> None:
+        run, others = several("h1")
+        run.stopping._has_engine = True
+        run.stopping.on_signal(signal.SIGTERM)
+        assert others.leaving == {}
+        assert run.done == ["stop"]
+
+    within_a_loop(test)
+
+
+def test_a_deadline_of_one_node_is_kept_by_that_node() -> None:
+    async def test() -> None:
+        run, others = several("h2", record=MEASURED)
+        watch = asyncio.create_task(run.stopping._deadlines.watch())
+        run.stopping.on_nodes_notices("h2", (notice(Effect.LEAVE, 0.001),))
+        run.stopping.on_nodes_notices("h3", (notice(Effect.LEAVE, 7200),))
+        async with asyncio.timeout(30):
+            while not others.leaving:
+                await asyncio.sleep(0)
+        assert run.stopping.requested is None
+        nearest = run.stopping._deadlines.nearest
+        assert nearest is not None
+        assert nearest.node == "h3", "the next one counts now"
+        run.stopping.left("h2")
+        others.leaving.clear()
+        run.stopping.on_nodes_notices("h3", (notice(Effect.LEAVE, 0.001),))
+        await asyncio.wait_for(watch, 30)
+        assert run.stopping.requested is not None
+        assert run.stopping.requested.source == "a cloud: n1 on h3"
+        assert len(run.of(NoticeWithdrawn)) == 1, "that of a node that is gone"
+
+    within_a_loop(test)
+
+
+def test_what_was_to_come_over_a_node_is_withdrawn_from_that_node() -> None:
+    def test() -> None:
+        run, others = several("h2", "h3")
+        run.stopping.on_nodes_notices("h2", (notice(Effect.STOP, 30),))
+        run.stopping.on_nodes_notices("h3", (notice(Effect.STOP, 30),))
+        run.stopping.on_nodes_notices("h2", ())
+        assert set(others.leaving) == {"h3"}
+        assert run.said[-1] == "a cloud: n1 on h2: over, or withdrawn; the job goes on"
+
+    within_a_loop(test)
+
+
+def test_a_signal_is_never_withdrawn() -> None:
+    def test() -> None:
+        run = Run()
+        run.tell((notice(Effect.STOP, 30),))
+        run.warden._on_signal(signal.SIGTERM)
+        run.tell(())
+        assert run.stopping.requested is not None, "the signal asks for it, too"
+        assert run.of(StopWithdrawn) == []
+
+    within_a_loop(test)
+
+
+# ------------------------------------------------------------------ a node that follows: the leader is told
+
+
+def follower() -> tuple[Warden, Source, list[str], list[bool]]:
+    said: list[str] = []
+    told: list[bool] = []
+    source = Source()
+    warden = Warden(SimpleNamespace(say=said.append), source, "h2")  # type: ignore[arg-type]
+    warden.changed = lambda: told.append(True)
+    return warden, source, said, told
+
+
+def test_a_follower_tells_what_has_changed_and_keeps_it_until_it_leads() -> None:
+    def test() -> None:
+        warden, _, said, told = follower()
+        warden.on_standing((notice(Effect.LEAVE, 7200),))
+        warden.on_standing((notice(Effect.LEAVE, 7200.5),))
+        assert said == ["a cloud: n1: the leader is told"]
+        assert len(told) == 1
+        assert warden.must_leave is None, "not yet"
+        run = Run(node="h2")
+        warden.attend(run.stopping)
+        assert run.done == ["save"]
+        assert [fact.source for fact in run.of(NoticeReceived)] == ["a cloud: n1 on h2"]  # type: ignore[attr-defined]
+        warden.attend(None)
+        warden.on_standing((notice(Effect.LEAVE, 7200), notice(Effect.STOP, 30, "n2")))
+        assert warden.must_leave is not None
+        assert warden.must_leave.source == "a cloud: n2"
+        warden.on_standing(())
+        assert warden.must_leave is None
+        assert said[-1] == "a cloud: n2: over, or withdrawn; the leader is told"
+
+    within_a_loop(test)
+
+
+def test_a_signal_outlives_the_change_of_a_nodes_part() -> None:
+    def test() -> None:
+        warden, _, said, _ = follower()
+        first = Run(node="h2")
+        warden.attend(first.stopping)
+        warden._on_signal(signal.SIGINT)
+        assert first.done == ["stop"]
+        warden.attend(None)  # deposed
+        assert warden.must_leave is not None
+        assert warden.must_leave.cause is StopCause.USER
+        second = Run(node="h2")
+        warden.attend(second.stopping)
+        assert second.done == ["stop"]
+        assert said == []
+
+    within_a_loop(test)
+
+
+def test_a_follower_acknowledges_what_takes_its_machine() -> None:
+    async def test() -> None:
+        warden, source, said, _ = follower()
+        warden.on_standing((notice(Effect.WARN, 60), notice(Effect.STOP, 30, "n2")))
+        await warden.acknowledge()
+        assert source.acknowledged == ["n2"]
+        assert said[-1] == "n2 acknowledged"
+
+    within_a_loop(test)

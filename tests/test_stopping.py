@@ -14,6 +14,7 @@ from supervisor.edge import clock
 from supervisor.model import DeadlineSet, Fact, StopCause, StopRequested
 from supervisor.record import JobRecord, Point
 from supervisor.stopping import Stopping
+from supervisor.warden import Warden
 
 GRACE = 60.0
 DEADLINE = 30.0
@@ -51,7 +52,12 @@ class Engine:
 
 def deadlines(engine: Engine, ledger: Ledger) -> tuple[Deadlines, list[Deadline]]:
     stops: list[Deadline] = []
-    return Deadlines(engine, ledger, GRACE, stops.append), stops  # type: ignore[arg-type]
+
+    def stop(deadline: Deadline) -> bool:
+        stops.append(deadline)
+        return True
+
+    return Deadlines(engine, ledger, GRACE, stop), stops  # type: ignore[arg-type]
 
 
 def test_a_deadline_that_has_come_stops_the_job_at_once() -> None:
@@ -78,9 +84,7 @@ def test_what_a_save_took_decides_how_early_the_stop_begins() -> None:
     async def due(record: JobRecord) -> float:
         kept, _ = deadlines(Engine(7200.0), Ledger(record))
         await kept.look()
-        left = kept._due_in()
-        assert left is not None
-        return left
+        return kept._due()[0]
 
     saved, copied = Point(step=1, time=0.0, seconds=30.0), Point(step=1, time=0.0, seconds=1.0)
     measured = JobRecord(checkpoint=saved, snapshot=copied, rate=0.5)
@@ -110,7 +114,7 @@ def stopping(engine: Engine, ledger: Ledger, said: list[str], ended: list[str]) 
     return Stopping(
         engine, ledger, console, draining, GRACE,  # type: ignore[arg-type]
         begun=lambda: said.append("begun"), end=lambda: ended.append("attempt"),
-        recalled=lambda: True, save=lambda: said.append("save"),
+        recalled=lambda: True, save=lambda: said.append("save"), warden=Warden(console),  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -120,10 +124,10 @@ def test_a_signal_is_given_the_time_that_the_engine_has_for_it(kill_in: float | 
         said: list[str] = []
         ledger = Ledger()
         one = stopping(Engine(kill_in), ledger, said, [])
-        one._on_signal(signal.SIGTERM)
+        one.on_signal(signal.SIGTERM)
         assert one.seen.is_set()
         await asyncio.gather(*one._tasks)
-        one._on_signal(signal.SIGUSR1)  # again: the time still counts from the first
+        one.on_signal(signal.SIGUSR1)  # again: the time still counts from the first
         await asyncio.gather(*one._tasks)
         return one, said, ledger
 
@@ -140,10 +144,10 @@ def test_a_second_ctrl_c_ends_it_at_once_and_another_signal_does_not() -> None:
     async def stopped() -> tuple[Stopping, list[str]]:
         ended: list[str] = []
         one = stopping(Engine(None), Ledger(), [], ended)
-        one._on_signal(signal.SIGINT)
-        one._on_signal(signal.SIGTERM)
+        one.on_signal(signal.SIGINT)
+        one.on_signal(signal.SIGTERM)
         assert ended == []
-        one._on_signal(signal.SIGINT)
+        one.on_signal(signal.SIGINT)
         await asyncio.gather(*one._tasks)
         return one, ended
 
@@ -155,7 +159,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_another_signal_does_not() -> None:
 def test_a_deadline_asks_for_a_stop_only_where_none_was_asked_for() -> None:
     async def stopped() -> list[str]:
         one = stopping(Engine(None), Ledger(), said := [], [])
-        one._on_signal(signal.SIGTERM)
+        one.on_signal(signal.SIGTERM)
         one._on_deadline(Deadline(source="a limit", end=0, kill=0))
         other = stopping(Engine(None), Ledger(), said, [])
         other._on_deadline(Deadline(source="a limit", end=clock.now() + 40, kill=clock.now() + 60))

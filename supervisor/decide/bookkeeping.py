@@ -122,7 +122,9 @@ def _resumed(record: JobRecord, fact: Resumed) -> JobRecord:
 
 def _worked(record: JobRecord, fact: FirstStep | Progress) -> JobRecord:
     if isinstance(fact, Progress):
-        record = goodput.worked(record, fact.step).with_(metrics={**record.metrics, **fact.metrics})
+        record = goodput.worked(record, fact.step, since=fact.stepped).with_(
+            metrics={**record.metrics, **fact.metrics}
+        )
     else:
         record = goodput.worked(record, fact.step, fact.restore_seconds)
     return record.with_(total_steps=fact.total_steps) if fact.total_steps is not None else record

@@ -21,11 +21,15 @@ MARGIN: Final = 2.0  # before ``kill``: to write down why
 
 @dataclass(frozen=True, kw_only=True)
 class Deadline:
-    """Unix seconds: from ``end`` on the job is being ended, by ``kill`` nothing of it is left. ``source``: says who."""
+    """Unix seconds: from ``end`` on the job is being ended, by ``kill`` nothing of it is left. ``source``: says who.
+
+    ``node``: of several, the only one that is ended; None: all of the job is.
+    """
 
     source: str
     end: float
     kill: float
+    node: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

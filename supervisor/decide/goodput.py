@@ -37,8 +37,13 @@ def advance(record: JobRecord, time: float) -> JobRecord:
     return record.with_(last_time=record.last_time + elapsed, spent=spent)
 
 
-def worked(record: JobRecord, step: int, restore_seconds: float = 0.0) -> JobRecord:
-    """Count the time up to now (``last_time``) as productive if ``step`` completed steps are news."""
+def worked(
+    record: JobRecord, step: int, restore_seconds: float = 0.0, since: float | None = None
+) -> JobRecord:
+    """Count the time up to now (``last_time``) as productive if ``step`` completed steps are news.
+
+    ``since``: when the last of them was complete, in Unix seconds; what follows may be a hang.
+    """
     now = record.last_time
     if not record.supervised or now is None:
         return record
@@ -56,6 +61,7 @@ def worked(record: JobRecord, step: int, restore_seconds: float = 0.0) -> JobRec
         )
     if step <= record.step:
         return record
+    now = max(record.attempt_last_time, now if since is None else min(now, since))
     seconds = now - record.attempt_last_time
     record = record.with_(
         rate=_smooth(record.rate, step - record.step, seconds), step=step, attempt_last_time=now

@@ -14,7 +14,7 @@ fails everywhere seldom chooses the same node twice, and is not helped by this; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -149,6 +149,15 @@ def should_grow(
     names = {member.name for member in members}
     steady = [one for one in present if now - one.since >= SETTLED / 3]
     return any(one.member.name not in names and one.member.name not in excluded for one in steady)
+
+
+def goes_on_without(
+    names: Collection[str], *, here: Collection[str], size: Size, leader: str, others_lead: bool
+) -> bool:
+    """Whether the job goes on when the nodes ``names`` must leave, of all that are ``here``. ``others_lead``: another than the leader could."""
+    if leader in names and not others_lead:
+        return False
+    return len(set(here) - set(names)) >= size.least
 
 
 def _order(one: Present) -> tuple[int, str]:

@@ -39,12 +39,13 @@ class Notice:
     deadline: float | None = None  # None: it says no time
     scope: Scope = Scope.NODE
     revocable: bool = False  # whether the source ever takes one back
+    node: str | None = None  # of several, the one that it is for; None: this one, which is alone
 
     def fact(self, now: float) -> NoticeReceived:
         """For the journal."""
         return NoticeReceived(
             time=now, source=self.source, key=self.key, effect=self.effect, deadline=self.deadline,
-            scope=self.scope, revocable=self.revocable,
+            scope=self.scope, revocable=self.revocable, node=self.node,
         )  # fmt: skip
 
 
@@ -77,12 +78,14 @@ def _is_news(notice: Notice, before: Notice | None) -> bool:
 def deadline(standing: Collection[Notice]) -> Deadline | None:
     """The nearest end among those that ask for a stop; None: no such notice, or none with a time."""
     ends = [
-        (n.deadline, n.source) for n in standing if n.effect is not Effect.WARN and n.deadline is not None
+        (n.deadline, n.source, n.node)
+        for n in standing
+        if n.effect is not Effect.WARN and n.deadline is not None
     ]
     if not ends:
         return None
-    end, source = min(ends)
-    return Deadline(source=source, end=end, kill=end)
+    end, source, node = min(ends, key=lambda end: end[:2])
+    return Deadline(source=source, end=end, kill=end, node=node)
 
 
 def urgent(standing: Collection[Notice]) -> Notice | None:
@@ -99,6 +102,13 @@ def as_of(notice: Notice, began: float) -> Notice:
     if notice.effect is Effect.WARN or notice.deadline is None or notice.deadline > began:
         return notice
     return replace(notice, effect=Effect.WARN)
+
+
+def of_node(notice: Notice, node: str | None) -> Notice:
+    """The notice as the leader of several nodes knows it, of that one: told from the same notice of another."""
+    if node is None:
+        return notice
+    return replace(notice, source=f"{notice.source} on {node}", key=f"{node}/{notice.key}", node=node)
 
 
 class Plan(enum.Enum):

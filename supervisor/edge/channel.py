@@ -11,7 +11,8 @@ Kinds and fields, worker → supervisor (``?``: answered):
 hello?                rank, local_rank, world_size, local_world_size, attempt, standby, pid → the save points every
                       rank knows by itself; to a standby also what to import ahead
 gate?                 cuda, where, read: a standby waits (in front of what, having read which files) → when it begins
-imported              names: what the script has imported so far and a standby may import ahead
+imported              names, beyond: what the script has imported so far and a standby may import ahead; stopped_by: what
+                      has kept torch from being among them
 session               total_steps: a Session was opened
 resume?               → path, step, tier: where to resume, the same answer to all ranks of an attempt; skips: steps that
                       are left out

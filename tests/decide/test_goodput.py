@@ -120,6 +120,26 @@ def test_what_comes_after_the_end_was_noticed_is_not_productive() -> None:
     assert unknown == Timesheet(productive=21, startup=10, teardown=0.25)
 
 
+def test_the_time_since_a_step_that_was_the_last_is_detection() -> None:
+    begun = [run(0), *attempt(0, 0, 0, 10)]
+    hang = [
+        Progress(time=20, attempt=0, step=5, stepped=14),
+        Progress(time=30, attempt=0, step=5, stepped=14),
+        AttemptEnded(time=32, attempt=0, step=5, failure=FAILURE, noticed=31),
+    ]
+    known = lifecycle.fold([*begun, *hang]).spent
+    assert known == Timesheet(productive=4, startup=10, detection=17, teardown=1)
+    slow = [
+        Progress(time=20, attempt=0, step=5, stepped=14),
+        Progress(time=30, attempt=0, step=6, stepped=29),
+    ]
+    assert lifecycle.fold([*begun, *slow]).spent == Timesheet(productive=19, startup=10, detection=1)
+    odd = [Progress(time=20, attempt=0, step=5, stepped=3), Progress(time=30, attempt=0, step=6, stepped=99)]
+    assert lifecycle.fold([*begun, *odd]).spent == Timesheet(
+        productive=20, startup=10
+    )  # a clock that was set
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_the_gap_between_two_runs_is_nobodys(closed: bool) -> None:
     facts: list[Fact] = [run(0), *attempt(0, 0, 0, 0, (100, 100))]

@@ -142,3 +142,24 @@ def test_a_node_that_others_do_not_reach_is_left_out_at_once_and_for_longer_each
     crashed = membership.exclude(once, "a", "it failed first", 100.0)
     assert crashed.excluded_at(101.0) == {"a", "c"}
     assert crashed.apart_at(101.0) == {"c"}, "what is in the memory of the other one can be had"
+
+
+@pytest.mark.parametrize(
+    ("leaving", "here", "others_lead", "expected"),
+    [
+        ("c", "abc", False, True),
+        ("c", "abcd", False, True),
+        ("bc", "abc", False, False),  # too few
+        ("bc", "abcd", False, True),  # a spare is there
+        ("a", "abc", True, True),
+        ("a", "abc", False, False),  # nobody else can lead
+        ("ab", "abc", True, False),
+        ("d", "abc", False, True),  # who has gone already
+    ],
+)
+def test_going_on_without_nodes_that_must_leave(
+    leaving: str, here: str, others_lead: bool, expected: bool
+) -> None:
+    assert expected is membership.goes_on_without(
+        leaving, here=here, size=TWO_TO_FOUR, leader="a", others_lead=others_lead
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from launch.notices.metadata import ENVIRONMENT
 from supervisor.model import (
     AttemptEnded,
     AttemptStarted,
+    Effect,
     FailureKind,
     FirstStep,
+    NoticeReceived,
+    NoticeWithdrawn,
     Resumed,
     SnapshotCompleted,
     Tier,
@@ -23,6 +28,7 @@ from tests.e2e.conftest import STEPS
 from tests.e2e.harness import ROOT, digests
 from tests.hosts.lab import WHY_NOT, Lab
 from tests.hosts.nodes import Nodes
+from tests.notices.emulators import Answer, Asked, AzureEmulator
 from tests.store import etcd
 
 pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
@@ -85,6 +91,10 @@ def test_two_hosts_fail_stop_and_lose_the_one_that_leads(
     assert job.facts(Resumed)[-1].tier is Tier.RAM
     assert job.facts(Resumed)[-1].step >= 23, "h2 has had a copy of what h1 stored"
     assert digests(out) == undisturbed
+    job.begin_all(*arguments, options=options)
+    assert job.codes(one, other) == [0, 0], job.output
+    for host in (one, other):
+        assert f"is finished (step {STEPS})" in job.output_of(host).read_text()
     assert [job.left_on(host) for host in (one, other)] == [[], []]
 
 
@@ -97,7 +107,7 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
         inside = ("nsenter", f"--target={store.first}", "--net", "--")
         job = Nodes(lab, tmp_path / "job", f"etcd://{store.address}:{port}")
         out = tmp_path / "out"
-        arguments = ("--out", out, "--hold", 5, 10, 16, 22, "--pause", 0.1)
+        arguments = ("--out", out, "--hold", 5, 10, 18, 22, 26, "--pause", 0.1)
         options = ("--nnodes", 2, "--node-timeout", "60s", *OPTIONS)
         with etcd.running(store.address, inside, port, data):
             job.begin(one, *arguments, options=options)
@@ -120,41 +130,68 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
             for host in (one, other):
                 job.until_said(host, "the store is reached again")
             job.let_go(10)
-            assert job.until_at(16, 0, 1) == 0
+            assert job.until_at(18, 0, 1) == 0
+            job.until_copied(other, 16)
 
             # the leader is cut off: another one leads, the spare takes its place; healed, it is the spare
             lab.cut(one)
-            assert job.until_at(16, 0, 1, after=0) == 1
+            assert job.until_at(18, 0, 1, after=0) == 1
             assert job.facts(Resumed)[-1].tier is Tier.RAM, "h2 has had a copy of what h1 stored"
             lab.heal(one)
             leader, rest = (
                 (other, spare) if "job resumed" in job.output_of(other).read_text() else (spare, other)
             )
             job.until_said(one, f"follows {leader}")
-            job.let_go(16)
+            job.let_go(18)
             assert job.until_at(22, 0, 1) == 1
-            leader.crash()
+
+            # the leader is asked to leave: from what all have saved the others go on, under another one, which crashes
+            job.runs[leader.name].send_signal(signal.SIGTERM)
+            job.until_said(leader, f"to go on without {leader} (SIGTERM on {leader})")
             job.let_go(22)
-            assert job.codes(one, rest) == [0, 0], job.output
+            assert job.codes(leader) == [75], job.output
+            assert job.left_on(leader) == []
+            assert job.until_at(26, 0, 1) == 2
+            assert job.facts(Resumed)[-1].step == newest_before(job, job.facts(Resumed)[-1])
+            job.begin(leader, *arguments, options=options)
+            first = one if "job resumed" in job.output_of(one).read_text() else rest
+            job.until_said(leader, f"follows {first}")
+            first.crash()
+            job.let_go(26)
+            rest = rest if first is one else one
+            assert job.codes(leader, rest) == [0, 0], job.output
         assert digests(out) == undisturbed
-        assert [fact.attempt for fact in job.facts(AttemptStarted)] == [0, 1, 2]
-        assert job.record.epoch == 3
-        assert [job.left_on(host) for host in (one, rest)] == [[], []]
-        verified = one.run(
+        assert [fact.attempt for fact in job.facts(AttemptStarted)] == [0, 1, 2, 3]
+        assert job.record.epoch == 4
+        assert [job.left_on(host) for host in (leader, rest)] == [[], []]
+        verified = rest.run(
             sys.executable, "-m", "launch.cli", "checkpoints", "verify", "--dir", job.folder, cwd=ROOT
         )
         assert "damaged" not in verified
 
 
 def test_a_job_of_two_to_three_hosts_shrinks_and_grows_and_strangers_stay_out(tmp_path: Path) -> None:
-    with Lab(4) as lab:
+    with Lab(4) as lab, contextlib.ExitStack() as stack:
         one, other, third, stranger = lab.hosts
         job = Nodes(lab, tmp_path / "job")
+        durable: list[int | None] = []  # when the cloud may have the machine
+
+        class Cloud(AzureEmulator):
+            async def answer(self, asked: Asked) -> Answer:
+                if asked.method == "POST":
+                    durable.append(job.record.checkpoint and job.record.checkpoint.step)
+                return await super().answer(asked)
+
+        cloud = Cloud()
+        stack.enter_context(cloud.serving(other.first))
         out = tmp_path / "out"
-        arguments = ("--out", out, "--hold", 5, 8, "--pause", 0.1)
+        arguments = ("--out", out, "--hold", 5, 8, 20, 25, "--pause", 0.1)
         options = ("--nnodes", "2:3", "--node-timeout", "60s", *OPTIONS)
-        for host in (one, other, third):
+        for host in (one, third):
             job.begin(host, *arguments, options=options)
+        job.begin(
+            other, *arguments, options=(*options, "--notices", "azure"), environ={ENVIRONMENT: cloud.url}
+        )
         assert job.until_at(5, 0, 1, 2) == 0
         elsewhere = Nodes(lab, tmp_path / "elsewhere" / "job")
         elsewhere.begin(
@@ -168,15 +205,41 @@ def test_a_job_of_two_to_three_hosts_shrinks_and_grows_and_strangers_stay_out(tm
         lost = [fact.failure for fact in job.facts(AttemptEnded) if fact.failure]
         assert [failure.kind for failure in lost] == [FailureKind.NODE_LOST]
         assert "h3" in lost[0].reason
+
+        # it comes back, and fails first again and again: it is left out, as long as there are enough without it
         third.boot()
-        job.begin(third, *arguments, options=options)
+        faults: list[dict[str, object]] = [
+            {"attempt": attempt, "rank": 2, "step": None, "kind": "SIGKILL"} for attempt in (2, 3)
+        ]
+        job.begin(third, *arguments, options=options, faults=faults)
         job.until_said(one, "to go on with h3")
         job.let_go(8)
-        assert job.codes(one, other, third) == [0, 0, 0], job.output
-        assert [fact.world_size for fact in job.facts(WorkersReady)] == [3, 2, 3]
+        job.until_said(one, "node h3 is left out for 10 minutes: it failed first 2 times in a row")
+        assert job.until_at(20, 0, 1, after=3) == 4
+
+        # a cloud takes a machine of one that follows, thinks better of it, and takes it
+        cloud.schedule("Reboot", 7200, event="reboot")
+        job.until_fact(NoticeReceived, lambda fact: fact.node == "h2" and fact.effect is Effect.LEAVE)
+        cloud.events = []
+        job.until_fact(NoticeWithdrawn, lambda fact: fact.source == "Azure Reboot on h2")
+        cloud.schedule("Preempt", 300)
+        job.until_said(one, "to go on without h2 (Azure Preempt on h2)")
+        job.let_go(20)
+        assert job.codes(other) == [75], job.output
+        assert "acknowledged: the machine may go" in job.output_of(other).read_text()
+        assert job.until_at(25, 0, 1, after=4) == 5
+        assert durable == [job.facts(Resumed)[-1].step]
+        assert cloud.started == [cloud.events[0]["EventId"]]
+
+        job.runs[third.name].send_signal(signal.SIGINT)
+        job.until_said(one, "SIGINT on h3: all ranks save the same step and stop")
+        job.let_go(25)
+        assert job.codes(one, third) == [130, 130], job.output
+        assert [fact.world_size for fact in job.facts(WorkersReady)] == [3, 2, 3, 3, 2, 2]
         for resumed in job.facts(Resumed)[1:]:
             assert resumed.step == newest_before(job, resumed)
-        assert job.record.step == STEPS
+        assert job.record.checkpoint is not None
+        assert job.record.checkpoint.step >= 25
         assert [job.left_on(host) for host in (one, other, third)] == [[], [], []]
 
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +44,14 @@ assert len(victims) == 1, victims
 print(time.time())
 os.kill(victims[0], signal.SIGKILL)
 """
+#: the newest step of which there is a copy of another node's snapshot
+COPIED = """
+import glob
+from pathlib import Path
+from supervisor.checkpoint import slots
+found = [slots.read_slot(Path(name), None) for name in glob.glob("/dev/shm/*/*/copies/*")]
+print(max([record.step for record in found if record is not None], default=-1))
+"""
 #: what the nodes tell, from the store that h1 serves
 REPORTS = """
 import asyncio, json, sys
@@ -78,13 +86,18 @@ class Nodes(Job):
         faults: Sequence[dict[str, object]] = (),
         key: str | None = None,
         script: object = TRAIN,
+        environ: Mapping[str, str] | None = None,
     ) -> Process:
         """Start ``everstep run`` there. ``arguments`` are the training's, ``options`` everstep's."""
         argv = [
             sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, "--store", self._store,
             "--notices", "none", *options, *torchrun(*arguments, ranks=1, script=str(script)),
         ]  # fmt: skip
-        environ = environment(faults) | ({} if key is None else {"EVERSTEP_KEY": key})
+        environ = {
+            **environment(faults),
+            **({} if key is None else {"EVERSTEP_KEY": key}),
+            **(environ or {}),
+        }
         with open(self.output_of(host), "ab") as sink:
             self.runs[host.name] = host.popen(argv, environ, cwd=ROOT, stdout=sink, stderr=sink)
         return self.runs[host.name]
@@ -155,6 +168,10 @@ class Nodes(Job):
             return all(found.get(name, {}).get("ready", 0) > 0 for name in names) or None
 
         self.until(ready)
+
+    def until_copied(self, host: Host, step: int) -> None:
+        """Wait until this host has a copy of what another one has stored of ``step`` or a later one."""
+        self.until(lambda: int(host.run(sys.executable, "-c", COPIED, cwd=ROOT)) >= step or None)
 
     def let_go(self, step: int) -> None:
         """Have ranks that hold at ``step`` go on."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import email.utils
 import json
 import threading
@@ -20,6 +21,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from urllib.parse import parse_qs, urlsplit
 
+CLONE_NEWNET = 0x40000000
 Fault = int | str
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -33,6 +35,14 @@ class Asked:
     query: dict[str, str]
     headers: dict[str, str]
     body: bytes
+
+
+def enter(process: int) -> None:
+    """Have the network of a process from now on, in this thread alone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/proc/{process}/ns/net") as network:
+        if libc.setns(network.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
 
 
 @dataclass
@@ -50,8 +60,8 @@ class Emulator:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Answer requests until the block is left."""
+    def serving(self, network: int | None = None) -> Iterator[None]:
+        """Answer requests until the block is left; ``network``: only those on that process's network."""
         ready, loop = threading.Event(), asyncio.new_event_loop()
         self.loop = loop
         self.changed = asyncio.Event()
@@ -67,6 +77,8 @@ class Emulator:
                 task.cancel()
 
         def run() -> None:
+            if network is not None:
+                enter(network)
             loop.run_until_complete(serve())
             loop.run_until_complete(asyncio.sleep(0))  # what was cancelled ends
             loop.close()

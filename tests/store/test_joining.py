@@ -124,6 +124,27 @@ def test_a_node_that_is_gone_is_missed_and_its_leadership_is_free() -> None:
     asyncio.run(main())
 
 
+def test_a_leader_that_gives_up_is_followed_at_once() -> None:
+    async def main() -> None:
+        async with lab() as one, one.node("a") as a, one.node("b") as b:
+            await joined(a)
+            await joined(b)
+            assert await a.campaign()
+            assert await until(b, lambda: b.leader == a.own)
+            await a.resign()
+            assert not a.leads
+            assert await until(b, lambda: b.leader is None)
+            assert a.has_joined, "its lease holds: nobody had to wait for that"
+            assert await b.campaign()
+            assert await until(a, lambda: a.leader == b.own)
+            await a.resign()  # it does not lead: the other one still does
+            a.leader = a.own  # as one that has not heard of it yet
+            await a.resign()
+            assert one.store.table.read("job/").entries["job/leader"].value == b.own
+
+    asyncio.run(main())
+
+
 def test_an_old_leader_cannot_write_over_the_order_of_the_next_even_if_it_believes_in_itself() -> None:
     async def main() -> None:
         async with lab() as one, one.node("a") as a, one.node("b") as b:

@@ -1,7 +1,7 @@
 """A small training that dies on schedule: the script under test in tests/e2e.
 
 ``FAULTS`` (environment, JSON): a list of {"attempt", "rank", "step", "kind", …}. A fault strikes in the middle of its
-step (after backward, before the optimizer step) on its rank and in its attempt only. Kinds: a signal name with
+step (after backward, before the optimizer step; "step": null is the attempt's first) on its rank and in its attempt only. Kinds: a signal name with
 "target" (self, torchrun, supervisor, tree), "raise", "exit" (code 0), "kill-in-save".
 Writes ``<out>/digest-<rank>`` at the end: a digest of the final weights, exact to the bit.
 """
@@ -149,6 +149,8 @@ def main() -> None:
         with Session(model=wrapped, optimizer=optimizer, scheduler=scheduler) as session:
             session.state["ballast"] = bytes(options.ballast)
             print(f"rank {rank} attempt {attempt} begins at step {session.step}", flush=True)
+            for fault in faults:
+                fault["step"] = session.step if fault["step"] is None else fault["step"]
             for step in session.steps(options.steps):
                 session.log(loss=train_step(step))
     digest = hashlib.sha256()
