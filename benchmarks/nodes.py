@@ -1,10 +1,14 @@
 """What the loss of a host costs a job on several: everstep and torchrun's own elasticity, on the same hosts, with the same training.
 
     python benchmarks/nodes.py [--quick] [--cap 180]
+    python benchmarks/nodes.py --relaunch 10 [--hosts 2]
 
 Hosts are namespaces with a network, process ids and memory of their own (``tests/hosts/lab.py``; needs root). One of them loses its
 power while the training runs: nobody is told. Measured is the time from then until rank 0 has completed its first step after it. With torchrun
 that is ``--nnodes=2:3`` with the c10d rendezvous and its defaults, and the training has no checkpoint to load. ``--quick``: everstep alone.
+
+``--relaunch N``: instead of that, the rank of a node that does not lead is killed N times. Measured is the time from the signal until the last rank of all
+nodes has completed its first step after it, with the standby ready and without a standby.
 """
 
 from __future__ import annotations
@@ -13,14 +17,16 @@ import argparse
 import itertools
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from supervisor.model import CheckpointCommitted
+from supervisor.model import AttemptStarted, CheckpointCommitted, FirstStep
 from tests.e2e.harness import BIN, ROOT, environment
 from tests.hosts.lab import INTERFACE, Host, Lab, Process
 from tests.hosts.nodes import Nodes
@@ -144,6 +150,59 @@ def notice() -> float:
         return max(fact.time for fact in job.facts(CheckpointCommitted)) - began
 
 
+def _has_made(steps: int, times: list[float]) -> float | None:
+    return 0.0 if len(times) >= steps else None
+
+
+def _is_of(attempt: int, fact: FirstStep) -> bool:
+    return fact.attempt == attempt
+
+
+def relaunches(hosts: int, times: int, standby: bool) -> list[float]:
+    """Seconds from SIGKILL for the rank of the last node to the first step of all."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="everstep-nodes-") as folder, Lab(hosts) as lab:
+        job = Nodes(lab, Path(folder) / "job")
+        script, watch = _script(Path(folder)), Watch(Path(folder) / "steps")
+        options = (
+            "--nnodes",
+            hosts,
+            "--standby",
+            "on" if standby else "off",
+            *OPTIONS,
+            "--max-failures",
+            times,
+        )
+        for host in lab.hosts:
+            job.begin(host, watch.path, options=options, script=script)
+        job.until_fact(FirstStep)
+        for attempt in range(times):
+            if standby:
+                job.until_standby(*lab.hosts)
+            steps = len(watch.times())
+            watch.until(partial(_has_made, steps + STEADY), 300.0)
+            killed = job.kill_rank(lab.hosts[-1], attempt)
+            found.append(job.until_fact(FirstStep, partial(_is_of, attempt + 1)).time - killed)
+        used = [fact.standby for fact in job.facts(AttemptStarted)][1:]
+        if used != [standby] * times:
+            print(f"begun from the standby: {used}", file=sys.stderr)
+        for host in lab.hosts:
+            job.runs[host.name].send_signal(signal.SIGINT)
+        job.codes(*lab.hosts)
+    return found
+
+
+def _print_relaunches(hosts: int, times: int) -> None:
+    print(
+        f"{'a rank is killed on another node: seconds to the first step of all':<70} {'median':>7} {'p95':>7} {'longest':>7}"
+    )
+    for standby in (True, False):
+        seconds = sorted(relaunches(hosts, times, standby))
+        p95 = seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]
+        name = f"{hosts} hosts, {'from the standby' if standby else 'cold'}, {len(seconds)} times"
+        print(f"{name:<70} {statistics.median(seconds):>7.2f} {p95:>7.2f} {seconds[-1]:>7.2f}", flush=True)
+
+
 def _script(folder: Path) -> Path:
     script = folder / "train.py"
     script.write_text(PROGRAM)
@@ -157,11 +216,18 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="without torchrun, whose time-outs take minutes")
     parser.add_argument("--cap", type=float, default=180.0, help="seconds after which a run counts as lost")
+    parser.add_argument(
+        "--relaunch", type=int, metavar="N", help="kill a rank on a node that does not lead N times"
+    )
+    parser.add_argument("--hosts", type=int, default=2, help="for --relaunch")
     options = parser.parse_args()
     print(
         f"{os.cpu_count()} cores for all hosts; load before: {os.getloadavg()[0]:.1f}; lease 5 s",
         file=sys.stderr,
     )
+    if options.relaunch:
+        _print_relaunches(options.hosts, options.relaunch)
+        return
     print(f"{'a host of three is lost: seconds to the next step':<60} {'s':>7}", flush=True)
 
     def row(name: str, seconds: float | None) -> None:

@@ -1,11 +1,12 @@
-"""How agreement among node supervisors grows with their number: the real store, the real protocol, no training.
+"""How agreement among node supervisors grows with their number: the real store and leader, the real protocol, no training.
 
-    python benchmarks/scale.py [--nodes 64 512 4096] [--rounds 20]
+    python benchmarks/scale.py [--nodes 64 512 4096] [--rounds 20] [--lease 5] [--profile FILE]
 
-One process serves the store over TCP and leads: it reads all reports, decides (``decide/agreement.py``) and orders. The nodes are
-``Joining`` objects, each with its own authenticated connection, lease and report, some hundreds to a process. A round is one agreed
-save: from the leader's wish until the last node has the verdict. So all of it, the nodes too, shares this machine; what the leader
-itself costs is its CPU time.
+One process serves the store over TCP and leads: what every report says goes through ``supervisor/lead.py``, and its orders to all nodes. The nodes
+are connections of other processes (``crowd.py``), which do what node supervisors do: each has a lease of its own, reports its steps, confirms
+proposals, makes slots ready, tells of its saves. A round is one agreed save: from the leader's wish until the last node has the verdict. All
+of it shares this machine; what the leader itself costs is its own CPU time, and where a round takes longer than that the nodes are why, or the other
+users of the machine. Peer copies and checkpoints are not made. In between, nothing happens but steps and leases for some seconds.
 """
 
 from __future__ import annotations
@@ -13,166 +14,217 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import cProfile
 import multiprocessing
 import os
 import resource
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 
-from supervisor.decide import agreement as agreements
-from supervisor.decide.agreement import Agreement, Duty, Posted, Standing, duty
+from benchmarks import crowd
+from supervisor.attempt import Attempt
+from supervisor.config import Options
+from supervisor.decide.membership import Size
+from supervisor.edge.console import Console
+from supervisor.edge.journal import Journal
 from supervisor.edge.store.memory import MemoryStore
 from supervisor.edge.store.server import Server
-from supervisor.edge.store.tcp import TcpStore
-from supervisor.fleet import Answer, Course, Order, Report
-from supervisor.joining import Joining, Roll, new_life, until
-from supervisor.model import ProposalFlag, ProposalState
+from supervisor.fleet import Assignment, Member, Report
+from supervisor.joining import Joining, new_life, until
+from supervisor.lead import Lead
+from supervisor.ledger import Ledger
+from supervisor.model import ProposalFlag
+from supervisor.replay import Replay
+from supervisor.shared_snapshots import SharedSnapshots
 
 SECRET = b"of the benchmark"
-HOST = "127.0.0.1"
-LEASE = 10.0  # seconds: twice the default, for processes that share two cores with thousands of others
-A_PROCESS = 512  # nodes
+QUIET = 10.0  # seconds in which nothing happens
+DEADLINE = 300.0
 
 
-# --------------------------------------------------------------------------- the nodes
+class Crowds:
+    """The nodes, in their processes."""
 
-
-async def one_node(name: str, port: int, seen: list[float]) -> None:
-    """Joins, answers every proposal, and notes when it has got each verdict."""
-    client = TcpStore(HOST, port, SECRET, answer=120.0)
-    report = Report(name=name, life=new_life(), host=name, pid=os.getpid(), address=HOST, port=1)
-    node = Joining(client, replace(report, course=Course(attempt=0, world_size=8, in_session=True)), LEASE)
-    node.start()
-    posted = Posted()
-    while True:
-        before = node.revision
-        await until(node, lambda before=before: node.revision != before)  # type: ignore[misc]
-        if node.order is None:
-            continue
-        proposal = node.order.proposal
-        match duty(posted, proposal, 0):
-            case Duty.ANSWER:
-                posted = Posted(serial=proposal.serial, state=ProposalState.PROPOSED)
-                node.tell(replace(node.report, answer=Answer(serial=proposal.serial, confirmed=True)))
-            case Duty.COMMIT:
-                posted = Posted(serial=proposal.serial, state=proposal.state)
-                seen.append(time.monotonic())
-            case _:
-                pass
-
-
-def nodes_process(first: int, count: int, port: int, pipe: Connection) -> None:
-    """``count`` nodes; sends how many verdicts were seen, and when the last was, whenever all have."""
-    raise_file_limit()
-
-    async def main() -> None:
-        seen: list[float] = []
-        tasks = []
-        for number in range(first, first + count):
-            tasks.append(asyncio.create_task(one_node(f"n{number:05d}", port, seen)))
-            if number % 16 == 0:
-                await asyncio.sleep(0.01)
-        told = 0
-        while True:
-            await asyncio.sleep(0.001)
-            if len(seen) >= told + count:
-                told += count
-                pipe.send(max(seen[told - count : told]))
-
-    asyncio.run(main())
-
-
-# --------------------------------------------------------------------------- the leader
-
-
-async def measure(nodes: int, rounds: int) -> None:
-    """One line of the table."""
-    async with MemoryStore() as store:
-        server = Server(store, SECRET)
-        port = await server.open(HOST, 0)
-        pipes: list[Connection] = []
-        processes = []
-        for first in range(0, nodes, A_PROCESS):
-            ours, theirs = multiprocessing.Pipe(duplex=False)
-            count = min(A_PROCESS, nodes - first)
-            process = multiprocessing.Process(
-                target=nodes_process, args=(first, count, port, theirs), daemon=True
-            )
+    def __init__(self, nodes: int, processes: int, port: int, lease: float) -> None:
+        self.pipes: list[Connection] = []
+        self._processes = []
+        self._verdicts: dict[int, list[float]] = {}
+        self._counts: list[tuple[int, int, float]] = []
+        self._news = asyncio.Event()
+        for number in range(processes):
+            first, end = nodes * number // processes, nodes * (number + 1) // processes
+            ours, theirs = multiprocessing.Pipe()
+            arguments = (first, end - first, nodes, port, SECRET, lease, theirs)
+            process = multiprocessing.Process(target=crowd.run, args=arguments, daemon=True)
             process.start()
-            processes.append(process)
-            pipes.append(ours)
+            theirs.close()
+            self._processes.append(process)
+            self.pipes.append(ours)
+            asyncio.get_running_loop().add_reader(ours.fileno(), self._hear, ours)
+
+    def close(self) -> None:
+        """End them."""
+        for pipe in self.pipes:
+            asyncio.get_running_loop().remove_reader(pipe.fileno())
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    async def verdict(self, serial: int) -> float:
+        """When the last node had it."""
+        while len(found := self._verdicts.get(serial, [])) < len(self.pipes):
+            await self._wait()
+        return max(found)
+
+    async def counts(self) -> tuple[int, float]:
+        """Frames sent to them and by them, and their CPU seconds."""
+        self._counts.clear()
+        for pipe in self.pipes:
+            pipe.send("counts")
+        while len(self._counts) < len(self.pipes):
+            await self._wait()
+        return sum(sent + received for sent, received, _ in self._counts), sum(
+            cpu for _, _, cpu in self._counts
+        )
+
+    async def _wait(self) -> None:
+        self._news.clear()
+        await asyncio.wait_for(self._news.wait(), DEADLINE)
+
+    def _hear(self, pipe: Connection) -> None:
         try:
-            roll = Roll(store)
-            while len(roll.reports) < nodes:
-                await roll.look(5.0)
-            await lead(store, roll, pipes, nodes, rounds)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-            await server.close()
+            kind, *rest = pipe.recv()
+        except EOFError:
+            raise SystemExit("a process of nodes has ended") from None
+        if kind == "verdict":
+            serial, when = rest
+            self._verdicts.setdefault(serial, []).append(when)
+        else:
+            self._counts.append(tuple(rest))
+        self._news.set()
 
 
-async def lead(store: MemoryStore, roll: Roll, pipes: Sequence[Connection], nodes: int, rounds: int) -> None:
-    """Agree ``rounds`` times, and print what that took."""
-    quiet = resource.getrusage(resource.RUSAGE_SELF)
+async def measure(nodes: int, options: argparse.Namespace) -> None:
+    """One line of the table."""
+    with tempfile.TemporaryDirectory(prefix="everstep-scale-") as folder:
+        async with MemoryStore() as store:
+            server = Server(store, SECRET)
+            port = await server.open(crowd.HOST, 0)
+            own = Report(
+                name="leader", life=new_life(), host="leader", pid=os.getpid(), address=crowd.HOST, port=1
+            )
+            joining = Joining(store, own, options.lease)
+            joining.start()
+            assert await until(joining, lambda: joining.has_joined)
+            assert await joining.campaign()
+            crowds = Crowds(nodes, options.processes, port, options.lease)
+            try:
+                with _leading(joining, store, Path(folder), options.lease) as lead:
+                    await rounds(lead, crowds, Path(folder), nodes, options)
+                    await lead.close()
+            finally:
+                crowds.close()
+                await joining.close()
+                await server.close()
+
+
+@contextlib.contextmanager
+def _leading(joining: Joining, store: MemoryStore, folder: Path, lease: float) -> Iterator[Lead]:
+    options = Options(lease=lease, peer_copies="off", standby="off")
+    console, folded = Console(quiet=True), Replay(folder / "journal")
+    folded.advance()
+    ledger = Ledger(Journal(folder / "journal" / "leader.jsonl"), folded)
+    snapshots = SharedSnapshots(folder, run_id="run", key=None, fact=lambda _fact: None)
+    try:
+        yield Lead(
+            joining, store, options, ledger, console, snapshots, size=Size(least=1, most=1 << 20), epoch=1, run_id="run"
+        )  # fmt: skip
+    finally:
+        ledger.close()
+        console.close()
+
+
+async def rounds(lead: Lead, crowds: Crowds, folder: Path, nodes: int, options: argparse.Namespace) -> None:
+    """Begin an attempt on all nodes, agree again and again, and print what that took."""
+    lead.start(lambda: None)
+    reports = lead.roster.reports
     began = time.monotonic()
-    await asyncio.sleep(5.0)
-    idle = cpu(quiet) / (time.monotonic() - began)
-    order = Order(serial=0, leader="leader", epoch=1, run_id="run")
-    state = Agreement(attempt=0)
-    latencies, costs, aborted = [], [], 0
-    changes = store.table.revision
-    for number in range(rounds):
-        used, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-        state = agreements.want(state, ProposalFlag.CHECKPOINT)
-        step = 1000 * (number + 1)
-        while True:
-            stands = [
-                Standing(in_session=True, first=step, last=step, answer=report.answer)
-                for report in roll.reports.values()
-            ]
-            new = agreements.look(state, stands, 1.0, time.monotonic())
-            if new.proposal != state.proposal:
-                aborted += new.proposal.state is ProposalState.ABORTED
-                order = replace(order, serial=order.serial + 1, proposal=new.proposal)
-                await store.put("job/order", encoded(order))
-            state = new
-            if state.proposal.state is ProposalState.COMMITTED and state.wanted is None:
-                break
-            await roll.look(1.0)
-        last = max([await asyncio.to_thread(pipe.recv) for pipe in pipes])
-        latencies.append(last - started)
-        costs.append(cpu(used))
-        state, _ = agreements.served(state, state.proposal.step)
-    per_round = (store.table.revision - changes) / rounds
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    ordered = sorted(latencies)
-    print(
-        f"{nodes:>6} {statistics.median(ordered):>9.3f} {ordered[int(0.99 * (len(ordered) - 1))]:>9.3f} "
-        f"{ordered[-1]:>9.3f} {statistics.median(costs):>12.3f} {idle:>12.3f} {per_round:>9.0f} {aborted:>8} {memory:>9.0f}"
+    while len(reports) <= nodes:
+        await asyncio.sleep(0.05)
+    joined = time.monotonic() - began
+    members = tuple(
+        Member(name=name, life=reports[name].life) for name in sorted(reports) if name != "leader"
     )
+    attempt = Attempt(0, folder / "attempt", folder, "run", nodes=nodes)
+    assignment = Assignment(
+        attempt=0, members=members, address=crowd.HOST, port=1, peers=lead.roster.peers(members)
+    )
+    saved = asyncio.Event()
+    lead.rounds.on_saved = lambda _step, _flags: saved.set()
+    began = time.monotonic()
+    lead.roster.assignment = assignment
+    lead.begin(attempt, assignment)
+    while (slot := lead.order.slot) is None or not slot.offered:
+        await asyncio.sleep(0.01)
+    begun = time.monotonic() - began
+    latencies, costs, frames, aborted = [], [], [], 0
+    profile = cProfile.Profile()
+    for number in range(options.rounds):
+        serial = lead.order.proposal.serial
+        before, _ = await crowds.counts()
+        used, started = _used(), time.monotonic()
+        if options.profile and number:
+            profile.enable()
+        saved.clear()
+        lead.want(ProposalFlag.CHECKPOINT)
+        await saved.wait()
+        profile.disable()
+        aborted += lead.order.proposal.serial - serial - 1
+        latencies.append(await crowds.verdict(lead.order.proposal.serial) - started)
+        costs.append(_used() - used)
+        await asyncio.sleep(0.5)
+        frames.append(((await crowds.counts())[0] - before) / nodes)
+    (before, cpu_before), used, began = await crowds.counts(), _used(), time.monotonic()
+    await asyncio.sleep(QUIET)
+    (after, cpu_after), seconds = await crowds.counts(), time.monotonic() - began
+    quiet, theirs, idle = (
+        (_used() - used) / seconds,
+        (cpu_after - cpu_before) / seconds,
+        (after - before) / seconds / nodes,
+    )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if options.verbose:
+        print(
+            " ".join(f"{one:.2f}/{cost:.2f}" for one, cost in zip(latencies, costs, strict=True)),
+            file=sys.stderr,
+        )
+    latencies.sort()
+    print(
+        f"{nodes:>6} {joined:>7.1f} {begun:>7.2f} {statistics.median(latencies):>8.3f} {_percentile(latencies):>8.3f} "
+        f"{statistics.median(costs):>8.3f} {statistics.median(frames):>8.1f} {aborted:>8} {quiet:>8.3f} {theirs:>8.3f} "
+        f"{idle:>8.2f} {quiet / nodes * 1e6:>8.0f} {memory:>6.0f}",
+        flush=True,
+    )
+    if options.profile:
+        profile.dump_stats(f"{options.profile}.{nodes}")
 
 
-def encoded(order: Order) -> str:
-    """As ``Joining`` writes it."""
-    import json
-
-    from supervisor.edge import plain
-
-    return json.dumps(plain.to_plain(order), separators=(",", ":"))
+def _percentile(ordered: list[float]) -> float:
+    return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
 
 
-def cpu(since: resource.struct_rusage) -> float:
-    """Seconds of CPU of this process since then."""
-    now = resource.getrusage(resource.RUSAGE_SELF)
-    return now.ru_utime + now.ru_stime - since.ru_utime - since.ru_stime
+def _used() -> float:
+    """CPU seconds of this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
-def raise_file_limit() -> None:
+def _raise_file_limit() -> None:
     """Thousands of connections."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
@@ -186,15 +238,24 @@ def main() -> None:
     )
     parser.add_argument("--nodes", type=int, nargs="+", default=[64, 512, 4096])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--lease", type=float, default=5.0)
+    parser.add_argument("--processes", type=int, default=1, help="that the nodes are spread over")
+    parser.add_argument(
+        "--profile", help="write what the leader does in its rounds to FILE.<nodes>, for pstats"
+    )
+    parser.add_argument("--verbose", action="store_true", help="every round's seconds")
     options = parser.parse_args()
-    raise_file_limit()
+    _raise_file_limit()
     print(f"{os.cpu_count()} cores for the leader and all nodes; load before: {os.getloadavg()[0]:.1f}")
     print(
-        f"{'nodes':>6} {'p50 s':>9} {'p99 s':>9} {'longest':>9} {'CPU s/round':>12} {'idle cores':>12} {'changes':>9} "
-        f"{'aborted':>8} {'MB':>9}"
+        "         to join, begin | a round: s          leader's  frames            | quiet: cores    frames  leader's |"
+    )
+    print(
+        f"{'nodes':>6} {'s':>7} {'s':>7} {'p50':>8} {'p99':>8} {'CPU s':>8} {'a node':>8} {'aborted':>8} {'leader':>8} {'nodes':>8} "
+        f"{'node/s':>8} {'us/node/s':>8} {'MB':>6}"
     )
     for nodes in options.nodes:
-        asyncio.run(measure(nodes, options.rounds))
+        asyncio.run(measure(nodes, options))
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ class Gate:
             preimport(names, beyond)
             if not self._link.welcome.get("ahead"):
                 self.wait()
-        if self._link.rank == 0:
+        if self._link.local_rank == 0:
             self._recorder = Recorder(names, [name for name in beyond if name in sys.modules])
             sys.meta_path.insert(0, self._recorder)
         if self.is_closed:

@@ -16,17 +16,19 @@ class Chores:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._waiting: list[tuple[Path, Failure, AttemptEvidence]] = []
+        self._waiting: list[tuple[Path, Failure, AttemptEvidence, str]] = []
 
-    def write_evidence(self, folder: Path, failure: Failure, evidence: AttemptEvidence) -> None:
+    def write_evidence(
+        self, folder: Path, failure: Failure, evidence: AttemptEvidence, name: str = "failure.json"
+    ) -> None:
         """Into the attempt's folder, when there is time."""
-        self._waiting.append((folder, failure, evidence))
+        self._waiting.append((folder, failure, evidence, name))
 
     async def catch_up(self) -> None:
         """Do what waits, now."""
         while self._waiting:
-            folder, failure, evidence = self._waiting.pop(0)
-            if problem := await asyncio.to_thread(evidences.write, folder, failure, evidence):
+            folder, failure, evidence, name = self._waiting.pop(0)
+            if problem := await asyncio.to_thread(evidences.write, folder, failure, evidence, name):
                 self._console.say(problem)
 
     def catch_up_soon(self) -> None:

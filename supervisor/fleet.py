@@ -16,6 +16,8 @@ NODES = "node/"  # the directory of reports, by the node's name
 JOB = "job/"
 ORDER = "job/order"
 LEADER = "job/leader"
+#: what of an order is seldom new, and as long as there are nodes: each in a key of its own
+PARTS = ("run", "standby", "origin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ class Course:
     request: int | None = None  # a rank asks for a checkpoint of this step
     saved: Saved | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    ending: bool = False  # it has failed there, and is being cleared away
     ended: Ended | None = None
 
 
@@ -136,6 +139,8 @@ class Report:
     prepared: int = 0  # serial of the newest slot made ready to be written; negative: it cannot be
     held: tuple[Held, ...] = ()
     part: Part | None = None
+    probed: int = 0  # serial of the newest order to connect to other nodes that it has carried out
+    unreached: tuple[str, ...] = ()  # … and who did not answer
     notice: Notice | None = None  # by a signal
     standing: tuple[notices.Notice, ...] = ()  # … and those of its machine
     leaving: bool = False  # it has carried out the last order, or was told to leave at once
@@ -157,6 +162,7 @@ class Assignment:
     members: tuple[Member, ...]
     address: str
     port: int
+    peers: tuple[str, ...] = ()  # HOST:PORT at which each shows its snapshots, by rank
     standby: int = 0
 
     def rank_of(self, name: str, life: str) -> int | None:
@@ -170,6 +176,12 @@ class Assignment:
     def names(self) -> tuple[str, ...]:
         """The nodes' names, by rank."""
         return tuple(member.name for member in self.members)
+
+    def holder(self, rank: int) -> Holder:
+        """The node of that rank, as who has its part of a snapshot."""
+        address, _, port = self.peers[rank].rpartition(":")
+        name, nodes = self.members[rank].name, len(self.members)
+        return Holder(name=name, address=address, port=int(port), rank=rank, nodes=nodes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +220,11 @@ class SlotOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class DrainOrder:
-    """A snapshot that every node of its attempt makes durable, each its own files."""
+    """A snapshot that every node of the attempt that runs makes durable, each its own files."""
 
     serial: int
     attempt: int
     step: int
-    members: tuple[Member, ...]
     bandwidth: float | None = None  # bytes a second, of each node
     world_size: int = 0
     created: float = 0.0  # Unix seconds
@@ -222,13 +233,11 @@ class DrainOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class CopyOrder:
-    """A snapshot of which every node is to keep a copy of its buddy's part: that of the node before it."""
+    """A snapshot of which every node is to keep a copy of its buddy's part: that of the node before it in the attempt that runs."""
 
     serial: int
     attempt: int
     step: int
-    members: tuple[Member, ...]
-    holders: tuple[Holder, ...]  # of the parts, by rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +274,7 @@ class Order:
     slot: SlotOrder | None = None
     drain: DrainOrder | None = None
     copy: CopyOrder | None = None
+    probe: int = 0  # a serial: each node of the attempt is to try whether it reaches the others
     stop: Notice | None = None
     released: tuple[Release, ...] = ()
     final: Final | None = None

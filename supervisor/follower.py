@@ -12,9 +12,9 @@ import signal
 from dataclasses import asdict
 
 from supervisor import background
-from supervisor import evidence as evidences
 from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Key
+from supervisor.chores import Chores
 from supervisor.company import BEAT, Team, incoming, parts_place, peer_copies
 from supervisor.config import Options
 from supervisor.decide import classify, restart
@@ -97,6 +97,7 @@ class Follower:
         self._stop_forwarded = False
         self._followed = False
         self._resume_failed: Failure | None = None
+        self._chores = Chores(console)
         self._work: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------------ the run
@@ -122,6 +123,7 @@ class Follower:
                 self._attempt.call_off()
             if self._work is not None:
                 await asyncio.gather(self._work, return_exceptions=True)
+            await self._chores.catch_up()
             await self._standby.end()
             await self._hand.close()
             await channel.close()
@@ -278,6 +280,7 @@ class Follower:
                 self._launcher.launch(attempt, meeting)
             if failure is None:
                 await attempt.ended.wait()
+                self._hand.tell()  # the others need not wait until it is cleared away here
         except EverstepError as error:
             failure = Failure(kind=FailureKind.STARTUP, reason=str(error), attempt=number, time=clock.now())
         finally:
@@ -302,10 +305,10 @@ class Follower:
             failure = classify.classify(evidence, clock.now())
         if failure is not None:
             self._console.say(f"attempt {attempt.number}: {failure.reason}")
-            if problem := evidences.write(
-                attempt.folder, failure, evidence, name=f"failure-{attempt.node_rank}.json"
-            ):
-                self._console.say(problem)
+            self._chores.write_evidence(
+                attempt.folder, failure, evidence, f"failure-{attempt.node_rank}.json"
+            )
+            self._chores.catch_up_soon()
         completed = all(seat.completed is True for seat in attempt.seats.values()) or not attempt.has_session
         self._hand.over(
             Ended(

@@ -20,7 +20,7 @@ from supervisor.checkpoint import parts
 from supervisor.checkpoint.directory import payload
 from supervisor.checkpoint.manifest import METADATA_NAME, Key, Origin
 from supervisor.checkpoint.slots import is_copy_file
-from supervisor.decide import savepoint
+from supervisor.decide import reach, savepoint
 from supervisor.decide.agreement import Duty, Posted, duty
 from supervisor.edge import clock
 from supervisor.edge.control import Word
@@ -34,7 +34,10 @@ from supervisor.peer_copies import PeerCopies
 from supervisor.program import Rendezvous
 from supervisor.shared_snapshots import SharedSnapshots
 
-STEPS_PERIOD: Final = 0.25  # seconds between two reports that differ by the ranks' steps alone
+STEPS_PERIOD: Final = 0.25  # seconds between two reports that differ by the ranks' steps alone, at least
+PROBE: Final = 3.0  # seconds that another node's host may take to answer
+PROBES: Final = 64  # other nodes that are tried
+REPORTS: Final = 2000  # of all nodes together in a second, of that kind
 
 
 class Hand:
@@ -65,6 +68,9 @@ class Hand:
         self._part: Part | None = None
         self._cancelled = threading.Event()
         self._draining: asyncio.Task[None] | None = None
+        self._probe = self._probed = 0
+        self._unreached: tuple[str, ...] = ()
+        self._probing: asyncio.Task[None] | None = None
         self._told_at = 0.0
         self._address = joining.report.address
         self._port = ReservedPort(self._address)
@@ -75,8 +81,7 @@ class Hand:
 
     def meeting(self, assignment: Assignment) -> Rendezvous:
         """Where its ranks meet, as this node's torchrun is told; the port is held until ``over``."""
-        report = self._joining.report
-        rank = assignment.rank_of(report.name, report.life)
+        rank = self._rank_in(assignment)
         if assignment.port == self._port.number and assignment.address == self._address:
             self._in_use[assignment.attempt] = self._port
             self._port = ReservedPort(self._address)
@@ -92,6 +97,7 @@ class Hand:
         """It is this one's turn."""
         self.attempt, self._ended, self._saved, self._request = attempt, None, None, None
         self._standing.clear()
+        self.mind(ready=0)
         self.tell()
 
     def over(self, ended: Ended) -> None:
@@ -126,6 +132,7 @@ class Hand:
         self._heed_slot(order)
         self._heed_drain(order)
         self._heed_copy(order)
+        self._heed_probe(order)
 
     def _heed_proposal(self, proposal: Proposal) -> None:
         attempt = self.attempt
@@ -178,13 +185,30 @@ class Hand:
                 self.attempt.offer_slot(self._snapshots.offer())
 
     def _heed_copy(self, order: Order) -> None:
-        if order.copy is None:
+        if order.copy is None or order.run is None or order.copy.serial <= self.copies.begun:
             return
-        names = [(member.name, member.life) for member in order.copy.members]
+        if (rank := self._rank_in(order.run)) is not None:
+            self.copies.heed(order.copy, order.run.holder((rank - 1) % len(order.run.members)))
+
+    def _rank_in(self, assignment: Assignment) -> int | None:
         report = self._joining.report
-        if (report.name, report.life) in names:
-            rank = (names.index((report.name, report.life)) - 1) % len(names)
-            self.copies.heed(order.copy, next((one for one in order.copy.holders if one.rank == rank), None))
+        return assignment.rank_of(report.name, report.life)
+
+    def _heed_probe(self, order: Order) -> None:
+        run = order.run
+        if order.probe <= self._probe or run is None or (rank := self._rank_in(run)) is None:
+            return
+        self._probe = order.probe
+        if self._probing is not None:
+            self._probing.cancel()
+        self._probing = background.start(self._try_to_reach(order.probe, run, rank))
+
+    async def _try_to_reach(self, serial: int, run: Assignment, rank: int) -> None:
+        holders = [run.holder(other) for other in reach.asked(rank, len(run.members), PROBES)]
+        reached = await asyncio.gather(*(self.copies.reaches(holder, PROBE) for holder in holders))
+        found = [holder.name for holder, is_there in zip(holders, reached, strict=True) if not is_there]
+        self._probed, self._unreached = serial, tuple(found)
+        self.tell()
 
     # ------------------------------------------------------------------ its part of a checkpoint
 
@@ -197,14 +221,10 @@ class Hand:
         self._drain = drain.serial
         self._cancelled.set()
         self._cancelled = threading.Event()
-        report = self._joining.report
-        names = [(member.name, member.life) for member in drain.members]
-        if (report.name, report.life) not in names:
-            return
-        rank = names.index((report.name, report.life))
-        self._draining = background.start(self._write_part(order, drain, rank))
+        if order.run is not None and (rank := self._rank_in(order.run)) is not None:
+            self._draining = background.start(self._write_part(order, drain, rank, len(order.run.members)))
 
-    async def _write_part(self, order: Order, drain: DrainOrder, rank: int) -> None:
+    async def _write_part(self, order: Order, drain: DrainOrder, rank: int, nodes: int) -> None:
         cancelled, age = self._cancelled, (drain.attempt, drain.step)
         reason = None
         slot = self._snapshots.find(age)
@@ -226,7 +246,7 @@ class Hand:
                 await in_thread(
                     partial(
                         parts.drain_part, folder, self._incoming(order, drain), names, rank=rank,
-                        nodes=len(drain.members), origin=origin, key=self._key, bandwidth=drain.bandwidth,
+                        nodes=nodes, origin=origin, key=self._key, bandwidth=drain.bandwidth,
                         cancelled=cancelled.is_set,
                     )
                 )  # fmt: skip
@@ -244,7 +264,8 @@ class Hand:
         """By the clock: the order may ask for what could not be done before, and steps are made."""
         self.heed()
         now = clock.monotonic()
-        if now - self._told_at >= STEPS_PERIOD:
+        nodes = self.attempt.nodes if self.attempt is not None else 1
+        if now - self._told_at >= max(STEPS_PERIOD, nodes / REPORTS):
             self.tell()
 
     def tell(self) -> None:
@@ -263,6 +284,8 @@ class Hand:
                 shown=self.copies.port,
                 copied=self.copies.copied,
                 part=self._part,
+                probed=self._probed,
+                unreached=self._unreached,
             )
         )
 
@@ -290,6 +313,7 @@ class Hand:
             request=self._request,
             saved=self._saved,
             metrics=dict(attempt.metrics),
+            ending=attempt.ended.is_set() and not attempt.finished,
         )
 
     def mind(self, **changes: object) -> None:
@@ -299,10 +323,11 @@ class Hand:
     async def close(self) -> None:
         """Let go of ports, and of a part that is being written."""
         self._cancelled.set()
-        if self._draining is not None:
-            self._draining.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._draining
+        for work in (self._draining, self._probing):
+            if work is not None:
+                work.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await work
         await self.copies.close()
         for port in (self._port, *self._in_use.values()):
             port.release()

@@ -21,7 +21,8 @@ from supervisor.decide.fencing import Tenure
 from supervisor.edge import clock, plain
 from supervisor.edge.store.protocol import Store, View
 from supervisor.errors import LeaseLostError, StoreError
-from supervisor.fleet import JOB, LEADER, NODES, ORDER, Order, Report
+from supervisor.fleet import JOB, LEADER, NODES, Order, Report
+from supervisor.papers import Papers, encoded
 
 AGAIN: Final = 0.2  # seconds after a call that failed
 PATIENCE: Final = 20.0  # seconds of one watch
@@ -33,8 +34,8 @@ class Joining:
     def __init__(self, store: Store, report: Report, seconds: float) -> None:
         self._store, self._seconds = store, seconds
         self.report = report
+        self._papers = Papers()
         self.order: Order | None = None
-        self.revision = 0  # of the order
         self.leader: str | None = None  # "name life" of who leads
         self._led_since = 0  # revision of that where it is this node
         self.lease: int | None = None
@@ -45,6 +46,11 @@ class Joining:
         self._told: Report | None = None
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def revision(self) -> int:
+        """Of the order."""
+        return self._papers.revision
 
     @property
     def silent(self) -> float:
@@ -111,16 +117,9 @@ class Joining:
         """
         if not self.leads:
             raise StoreError("the lease may have run out")
-        revision = await self._store.put(ORDER, _encoded(order), expected=self.revision)
-        if revision is None:
-            there = (await self._store.read(JOB)).entries.get(ORDER)
-            if there is None or f'"leader":"{self.own}"' not in there.value:
-                return False
-            # it was written, and the answer was lost
-            revision = await self._store.put(ORDER, _encoded(order), expected=there.revision)
-            if revision is None:
-                return False
-        self.order, self.revision = order, revision
+        if not await self._papers.put(self._store, order, self.own):
+            return False
+        self.order = order
         return True
 
     # ------------------------------------------------------------------ in the background
@@ -174,8 +173,8 @@ class Joining:
         """Write it, the first time only where no other life of that name is; whether it is there."""
         key = NODES + report.name
         if self._told is not None:
-            return await self._store.put(key, _encoded(report), lease=self.lease) is not None
-        if await self._store.put(key, _encoded(report), expected=0, lease=self.lease) is not None:
+            return await self._store.put(key, encoded(report), lease=self.lease) is not None
+        if await self._store.put(key, encoded(report), expected=0, lease=self.lease) is not None:
             return True
         there = (await self._store.read(NODES)).entries.get(key)  # ours, if an answer was lost
         return there is not None and json.loads(there.value).get("life") == report.life
@@ -205,13 +204,10 @@ class Joining:
                 self._led_since = view.entries[LEADER].revision
         elif view.whole or LEADER in view.gone:
             self.leader = None
-        entry = view.entries.get(ORDER)
-        if entry is not None and entry.revision != self.revision:
-            with contextlib.suppress(ValueError, TypeError):  # of a newer everstep: as good as none
-                self.order = plain.from_plain(Order, json.loads(entry.value))
-                self.revision = entry.revision
-        elif entry is None and view.whole:  # a store that was started anew
-            self.order, self.revision = None, 0
+        if (order := self._papers.take(view)) is not None:
+            self.order = order
+        elif self._papers.revision == 0:  # a store that was started anew
+            self.order = None
         self.changed.set()
 
     def _renewed(self, began: float) -> None:
@@ -265,10 +261,6 @@ class Roll:
 def new_life() -> str:
     """What tells one supervisor on a node, and one lease of it, from the next."""
     return secrets.token_hex(8)
-
-
-def _encoded(state: Report | Order) -> str:
-    return json.dumps(plain.to_plain(state), allow_nan=False, separators=(",", ":"))
 
 
 async def until(node: Joining, holds: Callable[[], bool], deadline: float = math.inf) -> bool:

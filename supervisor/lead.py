@@ -40,7 +40,9 @@ from supervisor.joining import Joining
 from supervisor.ledger import Ledger
 from supervisor.model import ProposalFlag, StopCause, StopRequested, Tier
 from supervisor.ordered_copies import Copying
+from supervisor.ordered_standby import OrderedStandby
 from supervisor.orders import Orders
+from supervisor.probing import Probing
 from supervisor.resume import Resume
 from supervisor.roster import Roster
 from supervisor.rounds import Rounds
@@ -49,8 +51,6 @@ from supervisor.solitude import Solitude
 
 ENDING: Final = 75.0  # seconds that a node may take to end an attempt
 LEAVING: Final = 10.0  # seconds that nodes may take to leave in the end
-STANDBY_DELAY: Final = 2.0  # seconds after the first step
-STANDBY_TRIES: Final = 3
 
 
 class Lead:
@@ -69,7 +69,7 @@ class Lead:
         epoch: int,
         run_id: str,
     ) -> None:
-        self._options, self._ledger, self._snapshots = options, ledger, snapshots
+        self._ledger, self._snapshots = ledger, snapshots
         before = joining.order
         first = Order(
             serial=(before.serial if before else 0) + 1,
@@ -86,13 +86,15 @@ class Lead:
         self.roster = Roster(self._orders, options, console, size, before.run if before else None)
         enabled = options.peer_copies == "on"
         self.copying = Copying(self._orders, self.roster, ledger, snapshots, enabled=enabled)
+        self.probing = Probing(self._orders)
         self.rounds = Rounds(self._orders, ledger, snapshots, before.proposal if before else Proposal())
         self._attempt: Attempt | None = None
-        self._standby_at: float | None = None
-        self._standby_tries = 0
+        self.standby = OrderedStandby(self._orders, self.roster, enabled=options.standby != "off")
+        self._members: dict[str, Member] = {}  # of the attempt, by name
         self._lost: set[str] = set()
-        #: told what all nodes say, whenever that is looked at
-        self.on_reports: Callable[[Mapping[str, Report]], None] = lambda _reports: None
+        self._untold: set[str] = set()  # nodes whose news were not looked at yet
+        #: told what nodes have said since the last time (None: one is gone), and by the clock
+        self.on_reports: Callable[[Mapping[str, Report | None]], None] = lambda _news: None
 
     # ------------------------------------------------------------------ the run
 
@@ -126,15 +128,22 @@ class Lead:
         """Raise LeadershipLostError if this node leads no more."""
         self._orders.check()
 
+    @property
+    def order(self) -> Order:
+        """As it stands."""
+        return self._orders.order
+
     # ------------------------------------------------------------------ an attempt
 
     def begin(self, attempt: Attempt, assignment: Assignment) -> None:
         """Have all of its nodes launch it."""
         self._attempt = attempt
         attempt.others = self
-        self.rounds.begin(attempt.number)
+        self.rounds.begin(attempt.number, assignment.members)
+        self._members = {member.name: member for member in assignment.members}
+        self._untold |= self._members.keys()
         self._lost.clear()
-        self._standby_at, self._standby_tries = None, 0
+        self.standby.begin(attempt.number)
         self.copying.begin()
         self._orders.change(
             run=assignment,
@@ -267,17 +276,22 @@ class Lead:
         self._ledger.silence()  # the journal is another's now
         self.call_off()
 
-    def _think(self) -> None:
+    def _think(self, names: Collection[str] = ()) -> None:
+        """Look at what these nodes have told, and at the clock."""
+        self._untold.update(names)
         if self._heed_silence():
             return
-        self.on_reports(self._orders.reports)
+        names, self._untold = self._untold, set()
+        self.on_reports({name: self._orders.reports.get(name) for name in names})
         attempt = self._attempt
-        if attempt is not None:
-            self._heed_ends(attempt)
-        if attempt is not None and not attempt.ended.is_set():
-            self.rounds.think({member: self._course(member) for member in self.roster.members})
+        if attempt is None:
+            return
+        members = [self._members[name] for name in names if name in self._members]
+        self._heed_ends(attempt, members)
+        if not attempt.ended.is_set():
+            self.rounds.think({member: self._course(member) for member in members})
             self.copying.think()
-            self._think_of_standby(attempt)
+            self.standby.think(members)
 
     def _heed_silence(self) -> bool:
         """Whether there is nothing to think about, as the store is not reached."""
@@ -295,12 +309,16 @@ class Lead:
                 pass
         return self._solitude.is_alone
 
-    def _heed_ends(self, attempt: Attempt) -> None:
-        for member in self.roster.others:
+    def _heed_ends(self, attempt: Attempt, members: Collection[Member]) -> None:
+        for member in members:
+            if member.name == self._orders.own:
+                continue
             if self._orders.report(member) is None and member.name not in self._lost:
                 self._lost.add(member.name)
-            ended = self._ended(member)
-            if member.name in self._lost or (ended is not None and not ended.finished):
+            course = self._course(member)
+            ended = course.ended if course is not None else None
+            is_ending = course is not None and course.ending
+            if member.name in self._lost or is_ending or (ended is not None and not ended.finished):
                 attempt.call_off()
 
     def want(self, flags: ProposalFlag) -> None:
@@ -312,7 +330,8 @@ class Lead:
 
     async def gather(self, origin: CheckpointOrigin, bandwidth: float | None) -> None:
         """Have every node make its part durable. Raises StorageError."""
-        members = self.roster.members
+        run = self._orders.order.run
+        members = run.members if run is not None else ()
         serial = self._orders.next_serial()
         step = origin.step
         self._orders.change(
@@ -320,7 +339,6 @@ class Lead:
                 serial=serial,
                 attempt=origin.attempt,
                 step=step,
-                members=members,
                 bandwidth=bandwidth,
                 world_size=origin.world_size,
                 created=origin.created,
@@ -353,41 +371,3 @@ class Lead:
         """No part is wanted any more."""
         if self._orders.order.drain is not None:
             self._orders.change(drain=None)
-
-    # ------------------------------------------------------------------ the standby
-
-    def arm_standby(self) -> None:
-        """The attempt has made its first step: have the next one made ready on its nodes."""
-        if self._options.standby != "off":
-            self._standby_at, self._standby_tries = clock.monotonic() + STANDBY_DELAY, STANDBY_TRIES
-
-    def drop_standby(self) -> None:
-        """It is not wanted any more."""
-        self._standby_at = None
-        if self._orders.order.standby is not None:
-            self._orders.change(standby=None)
-
-    def _think_of_standby(self, attempt: Attempt) -> None:
-        standby = self._orders.order.standby
-        reports = [self._orders.report(member) for member in self.roster.members]
-        if standby is not None and any(
-            report is None or report.ready == -standby.standby for report in reports
-        ):
-            self._orders.change(standby=None)
-            again = self._standby_tries > 0 and all(report is not None for report in reports)
-            self._standby_at = clock.monotonic() + STANDBY_DELAY if again else None
-        elif (
-            self._standby_at is not None and clock.monotonic() >= self._standby_at and reports[0] is not None
-        ):
-            self._standby_at = None
-            self._standby_tries -= 1
-            host = reports[0]
-            self._orders.change(
-                standby=Assignment(
-                    attempt=attempt.number + 1,
-                    members=self.roster.members,
-                    address=host.address,
-                    port=host.port,
-                    standby=self._orders.next_serial(),
-                )
-            )

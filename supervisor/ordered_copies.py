@@ -27,33 +27,33 @@ class Copying:
     def think(self) -> None:
         """Order the next copies when those before are made."""
         members, order = self._roster.members, self._orders.order.copy
+        newest = self._snapshots.newest_part(len(members))
+        under_way = order is not None and self._snapshots.copying is not None
+        if not under_way and (newest is None or (self._copied is not None and newest <= self._copied)):
+            return
         reports = [self._orders.report(member) for member in members]
         if order is not None and any(
             report is not None and abs(report.copied) != order.serial for report in reports
         ):
             return
         self._snapshots.copying = None
-        newest = self._snapshots.newest_part(len(members))
-        ready = all(report is not None and report.shown for report in reports)
-        if not self._enabled or len(members) < 2 or newest is None or not ready:
+        if not self._enabled or len(members) < 2 or newest is None or None in reports:
             return
         if self._copied is not None and newest <= self._copied:
             return
         self._copied = self._snapshots.copying = newest
-        holders = tuple(
-            Holder(name=report.name, address=report.address, port=report.shown, rank=rank, nodes=len(members))
-            for rank, report in enumerate(reports)
-            if report is not None
-        )
         serial = self._orders.next_serial()
-        self._orders.change(
-            copy=CopyOrder(serial=serial, attempt=newest[0], step=newest[1], members=members, holders=holders)
-        )
+        self._orders.change(copy=CopyOrder(serial=serial, attempt=newest[0], step=newest[1]))
 
     def best_state(self, assignment: Assignment) -> tuple[Age, tuple[Holder, ...]] | None:
-        """The newest snapshot of which every part is on some node, and on which; rather one of as many nodes as there are."""
+        """The newest snapshot of which every part is on some node, and on which; rather one of as many nodes as there are.
+
+        Of two that have a part it is a node of the attempt, which the others reach.
+        """
         found: dict[tuple[Age, int], dict[int, Holder]] = {}
-        for report in self._orders.reports.values():
+        apart, names = self._roster.apart, set(assignment.names)
+        reports = [report for report in self._orders.reports.values() if report.name not in apart]
+        for report in sorted(reports, key=lambda one: one.name in names):
             for held in sorted(report.held, key=lambda one: one.slot):
                 age = (held.attempt, held.step)
                 if report.shown and not rollback.is_condemned(self._ledger.record, *age):

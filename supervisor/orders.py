@@ -1,10 +1,14 @@
-"""The order that a leader gives, and the reports that it gets: both are states, kept in step with the store for as long as it leads."""
+"""The order that a leader gives, and the reports that it gets: both are states, kept in step with the store for as long as it leads.
+
+Thousands of nodes report at once. Each look takes all that have come meanwhile, and after it as much time is left to the others, among them
+the store that brings the reports, as it has taken.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, Final
 
@@ -16,11 +20,15 @@ from supervisor.fleet import Member, Order, Report
 from supervisor.joining import AGAIN, Joining, Roll
 
 BEAT: Final = 0.1  # seconds between two looks when nothing is heard
+LEFT: Final = 0.05  # seconds that are left to the others after a look, at most
 LOOK: Final = 10.0  # seconds of one wait for reports
 
 
 class Orders:
-    """Of one leader. ``on_news`` is called with every report and by the clock, ``on_change`` when the store has the order."""
+    """Of one leader. ``on_news`` is called with the names of the nodes that have told something, and by the clock with none.
+
+    ``on_change`` is called when the store has the order.
+    """
 
     def __init__(self, joining: Joining, store: Store, first: Order) -> None:
         self._joining = joining
@@ -36,7 +44,7 @@ class Orders:
         self._leader = joining.own
         self._leaderless = 0.0  # since when nobody is said to lead
         self.deposed: str | None = None  # why this node leads no more
-        self.on_news: Callable[[], None] = lambda: None
+        self.on_news: Callable[[Collection[str]], None] = lambda _names: None
         self.on_change: Callable[[], None] = lambda: None
         self.on_deposed: Callable[[], None] = lambda: None
 
@@ -135,12 +143,14 @@ class Orders:
     async def _watch(self) -> None:
         while True:
             try:
-                await self._roll.look(LOOK)
+                names = await self._roll.look(LOOK)
             except StoreError:
                 await asyncio.sleep(AGAIN)
                 continue
-            self.on_news()
+            began = clock.monotonic()
+            self.on_news(names)
             self._news.set()
+            await asyncio.sleep(min(clock.monotonic() - began, LEFT))
 
     async def _beat(self) -> None:
         while True:
@@ -156,17 +166,20 @@ class Orders:
                 self.depose("the store does not know of a leader any more")
             if self.deposed is not None:
                 return
-            self.on_news()
+            self.on_news(())
 
     async def until(self, holds: Callable[[], bool], seconds: float = float("inf")) -> bool:
         """Wait until ``holds``, looked at with every report; False once it has taken so many seconds. Raises LeadershipLostError."""
         deadline = clock.monotonic() + seconds
-        while not holds():
+        while True:
+            began = clock.monotonic()
+            if holds():
+                return True
             self.check()
             self._news.clear()
             left = deadline - clock.monotonic()
             if left <= 0:
                 return False
+            await asyncio.sleep(min(left, clock.monotonic() - began, LEFT))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), min(left, 1.0))
-        return True

@@ -65,7 +65,8 @@ class PeerCopies:
         self.told: Callable[[], None] = lambda: None
         #: the serial of the newest copy that is here; negative: it could not be had
         self.copied = 0
-        self._begun = 0
+        #: the serial of the newest copy that was begun
+        self.begun = 0
         self._work: asyncio.Task[None] | None = None
         self._short_said = False
         self._held: dict[Path, slots.SlotRecord] = {}
@@ -97,11 +98,11 @@ class PeerCopies:
 
     # ------------------------------------------------------------------ the buddy's part
 
-    def heed(self, order: CopyOrder | None, buddy: Holder | None) -> None:
-        """Have a copy of the buddy's part, if that is ordered and not under way."""
-        if order is None or buddy is None or order.serial <= self._begun:
+    def heed(self, order: CopyOrder, buddy: Holder) -> None:
+        """Have a copy of the buddy's part, if that is not under way."""
+        if order.serial <= self.begun:
             return
-        self._begun = order.serial
+        self.begun = order.serial
         if self._work is not None:
             self._work.cancel()
         self._work = background.start(self._copy(order, buddy, self._work))
@@ -129,6 +130,13 @@ class PeerCopies:
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait({self._work})
+
+    async def reaches(self, holder: Holder, patience: float) -> bool:
+        """Whether that node's host answers."""
+        return await client.is_reached(self._peer(holder), patience)
+
+    def _peer(self, holder: Holder) -> Peer:
+        return Peer(name=holder.name, host=holder.address, port=holder.port, secret=self._secret)
 
     # ------------------------------------------------------------------ what an attempt resumes from
 
@@ -194,7 +202,7 @@ class PeerCopies:
         self, holder: Holder, age: Age, part: tuple[int, int], folder: Path, *, whole: bool = False
     ) -> slots.SlotRecord:
         """A part's files, and last its ``slot.json``; for a ``whole``, only what belongs into one, without that."""
-        peer = Peer(name=holder.name, host=holder.address, port=holder.port, secret=self._secret)
+        peer = self._peer(holder)
         listing = await client.listing(peer, *age, part)
         names = [name for name in listing.files if not whole or _belongs(name, part[0])]
         self._make_room(folder, sum(listing.files[name] for name in names))

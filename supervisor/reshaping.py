@@ -83,7 +83,7 @@ class Reshaping:
         self.why = why
         self._console.say(f"all ranks save the same step, to go on {why}")
         self._attempt.stopping = True
-        self._lead.drop_standby()
+        self._lead.standby.drop()
         self._lead.stop_for(why)
         self._lead.want(ProposalFlag.STOP | ProposalFlag.CHECKPOINT)
 
@@ -159,7 +159,7 @@ class Reshaping:
         self.why = None
         attempt.stopping = False
         self._lead.stop(None)
-        self._lead.arm_standby()
+        self._lead.standby.arm()
         return True
 
     def let_go(self, *, saved: bool) -> bool:

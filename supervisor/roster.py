@@ -11,7 +11,7 @@ from supervisor.decide import membership
 from supervisor.decide.membership import Present, Size, Suspicions
 from supervisor.edge import clock
 from supervisor.edge.console import Console
-from supervisor.fleet import Assignment, Member
+from supervisor.fleet import Assignment, Member, Report
 from supervisor.orders import Orders
 
 REGATHERING: Final = 1.0  # seconds that a new leader of a job that was running waits for more than the least
@@ -38,9 +38,19 @@ class Roster:
         return self.assignment.members if self.assignment is not None else ()
 
     @property
+    def reports(self) -> dict[str, Report]:
+        """Of all nodes that there are, by name."""
+        return self._orders.reports
+
+    @property
     def others(self) -> list[Member]:
         """… less this one."""
         return [member for member in self.members if member.name != self._orders.own]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """… of all of them, by rank."""
+        return self.assignment.names if self.assignment is not None else ()
 
     async def muster(self, number: int) -> Assignment | None:
         """The nodes of attempt ``number``, as soon as there are enough; None when there were too few for --node-timeout."""
@@ -75,7 +85,9 @@ class Roster:
             return None
         assert chosen is not None
         host = self._orders.reports[chosen[0].name]
-        assignment = Assignment(attempt=number, members=chosen, address=host.address, port=host.port)
+        assignment = Assignment(
+            attempt=number, members=chosen, address=host.address, port=host.port, peers=self.peers(chosen)
+        )
         standby = self._orders.order.standby
         if (
             standby is not None
@@ -86,6 +98,11 @@ class Roster:
             assignment = standby
         self.assignment, self._previous = assignment, assignment.names
         return assignment
+
+    def peers(self, members: Sequence[Member]) -> tuple[str, ...]:
+        """Where each shows its snapshots."""
+        reports = [self._orders.reports[member.name] for member in members]
+        return tuple(f"{report.address}:{report.shown}" for report in reports)
 
     def _present(self, *, busy_too: bool = False) -> list[Present]:
         found = []
@@ -98,7 +115,7 @@ class Roster:
                 and report.course.ended is None
                 and report.course.attempt <= self._orders.order.over
             )
-            heard = report.seen >= self._orders.first
+            heard = report.seen >= self._orders.first and report.shown
             leaves = report.leaving or report.notice is not None or report.name in self.leaving
             if heard and not leaves and (busy_too or not busy):
                 found.append(Present(member=member, rank=report.rank, since=since))
@@ -130,6 +147,22 @@ class Roster:
             self._console.say(
                 f"node {bad} is left out for {exclusion.seconds / 60:.0f} minutes: {exclusion.reason}"
             )
+
+    @property
+    def apart(self) -> frozenset[str]:
+        """The names of nodes that others do not reach."""
+        return self._suspicions.apart_at(clock.now())
+
+    def leave_out(self, names: Collection[str], reason: str) -> bool:
+        """Go on without these, which others do not reach, if there are enough others; whether there are."""
+        there = {one.member.name for one in self._present()}
+        if len(there - self._excluded() - set(names)) < self._size.least:
+            return False
+        for name in names:
+            self._suspicions = membership.exclude(self._suspicions, name, reason, clock.now(), apart=True)
+            seconds = self._suspicions.excluded[name].seconds
+            self._console.say(f"node {name} is left out for {seconds / 60:.0f} minutes: {reason}")
+        return True
 
     def should_grow(self, running: float) -> bool:
         """Whether there are nodes that an attempt, which has made steps for ``running`` seconds, should be stopped for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final
@@ -12,13 +13,14 @@ from supervisor.attempt import Attempt
 from supervisor.companions import Companions, Nobody, Outcome, Turn
 from supervisor.company import Team
 from supervisor.config import Options
+from supervisor.decide import reach
 from supervisor.decide.causes import unfinished
 from supervisor.decide.restart import EXIT_AGAIN
 from supervisor.edge import clock
-from supervisor.errors import LeadGivenUpError, UsageError
+from supervisor.errors import LeadershipLostError, LeadGivenUpError, UsageError
 from supervisor.fleet import Assignment, Report
 from supervisor.ledger import Ledger
-from supervisor.model import FailureKind, ProposalFlag, RunEnded, StopCause
+from supervisor.model import Failure, FailureKind, ProposalFlag, RunEnded, StopCause
 from supervisor.program import Rendezvous
 from supervisor.pulse import Pulse
 from supervisor.reshaping import Reshaping
@@ -28,11 +30,16 @@ from supervisor.standby import Standby
 from supervisor.stopping import Stopping
 from supervisor.stores import Stores
 
+#: seconds without a first step after which it is looked whether the nodes reach each other
+START: Final = 8.0
+LONGEST_START: Final = 120.0  # they double
 PERIOD: Final = 1.0  # seconds between two looks for nodes that wait
 #: what tells against the node that it happens on
 _SUSPICIOUS: Final = frozenset(
     {FailureKind.CRASH, FailureKind.HOST_OOM, FailureKind.CUDA_OOM, FailureKind.DEVICE, FailureKind.LAUNCHER}
 )
+#: what it looks like when nodes do not reach each other
+_MAY_BE_APART: Final = frozenset({FailureKind.HANG, FailureKind.COMMUNICATION})
 
 
 class WithOthers:
@@ -52,7 +59,8 @@ class WithOthers:
         self._change = Reshaping(
             self._lead, stopping, stores.company.console, others_lead=stores.company.others_lead
         )
-        self._seen: set[str] = set()  # nodes
+        self._heard: dict[str, Report] = {}  # nodes that have heard of something
+        self._apart: tuple[reach.Pair, ...] = ()  # nodes of the attempt that do not reach each other
         self._copies = copies
         self._resumed_from: Path | None = None
         self._standby_serial = 0
@@ -137,9 +145,11 @@ class WithOthers:
             turn.from_standby and not from_standby
         ):  # the standby here has gone after all: a cold start, elsewhere
             assignment = self._roster.cold(assignment)
-        self._assignment, self._attempt = assignment, attempt
+        self._assignment, self._attempt, self._apart = assignment, attempt, ()
         self._change.begin(attempt)
-        return self._company.begin(attempt, assignment)
+        meeting = self._company.begin(attempt, assignment)
+        background.start(self._look_at_start(attempt))
+        return meeting
 
     async def choose(self, number: int, turn: Turn) -> Resume:
         """Where it resumes, on all nodes alike. Raises CheckpointError, StorageError."""
@@ -152,7 +162,7 @@ class WithOthers:
 
     def made_first_step(self, attempt: Attempt) -> None:
         """All ranks have: each node is to launch its part of the standby."""
-        self._lead.arm_standby()
+        self._lead.standby.arm()
 
     async def end(self, attempt: Attempt, outcome: Outcome) -> Outcome:
         """Once it has ended on all nodes."""
@@ -161,8 +171,8 @@ class WithOthers:
         self._change.ended()
         wait = attempt.finished and failure is None and not self._stopping.cut_short
         cause, departed = await self._company.end(attempt, failure, wait=wait, noticed=noticed)
-        failure = cause.failure
         stopping = self._stopping.requested is not None or self._change.why is not None
+        failure = cause.failure if stopping else await self._apart_or(cause.failure, attempt.number)
         if failure is None and not stopping:
             failure = unfinished(departed, attempt=attempt.number, now=clock.now())
         if failure is not None and not stopping:
@@ -173,11 +183,45 @@ class WithOthers:
         completed = completed and all(one.ended is not None and one.ended.completed for one in departed)
         return Outcome(failure, cause.noticed or noticed, completed)
 
+    # ------------------------------------------------------------------ nodes that do not reach each other
+
+    async def _look_at_start(self, attempt: Attempt) -> None:
+        """End an attempt that cannot get to its first step: its ranks wait for each other longer than anybody should."""
+        patience = START
+        with contextlib.suppress(LeadershipLostError):  # which is told where it matters
+            while not await _ends_within(attempt, patience):
+                patience = min(2 * patience, LONGEST_START)
+                if self._ledger.record.attempt_first_time is not None or attempt.in_session:
+                    return
+                pairs = await self._lead.probing.pairs()
+                if pairs and self._attempt is attempt and not attempt.ended.is_set():
+                    self._apart = pairs
+                    attempt.call_off()
+
+    async def _apart_or(self, failure: Failure | None, attempt: int) -> Failure | None:
+        """The failure of an attempt, or that of the network behind it."""
+        if failure is not None and failure.kind in _MAY_BE_APART:
+            self._apart = await self._lead.probing.pairs()
+        elif failure is not None:
+            return failure
+        if not self._apart:
+            return failure
+        why = f"{reach.described(self._apart)}, though they reach the store"
+        names = reach.left_out(self._apart, self._roster.names, self._company.joining.report.name)
+        goes_on = self._roster.leave_out(names, why)
+        return Failure(
+            kind=FailureKind.NODE_LOST if goes_on else FailureKind.COMMUNICATION,
+            reason=why if failure is None else f"{why} ({failure.reason})",
+            attempt=attempt,
+            step=None if failure is None else failure.step,
+            time=clock.now(),
+        )
+
     # ------------------------------------------------------------------ stops, and other nodes
 
     def stop(self) -> None:
         """The job is to stop."""
-        self._lead.drop_standby()
+        self._lead.standby.drop()
         self._lead.stop(self._stopping.requested)
 
     def go_on(self) -> None:
@@ -215,12 +259,16 @@ class WithOthers:
             if self._attempt.in_session and self._roster.should_grow(clock.now() - since):
                 self._change.stop_for(f"with {', '.join(self._roster.newcomers())}")
 
-    def _heed(self, reports: Mapping[str, Report]) -> None:
-        """What the other nodes have heard."""
+    def _heed(self, news: Mapping[str, Report | None]) -> None:
+        """What other nodes have said, among it what they have heard."""
         own, stopping = self._company.joining.report.name, self._stopping
-        for name, report in list(reports.items()):
-            if name == own:
-                continue
+        for name, report in news.items():
+            if report is None:
+                self._heard.pop(name, None)
+                stopping.left(name)
+            elif name != own and (report.notice is not None or report.standing or name in self._heard):
+                self._heard[name] = report
+        for name, report in list(self._heard.items()):
             stopping.on_nodes_notices(name, report.standing)
             if report.notice is not None and stopping.requested is None:
                 source = f"{report.notice.source} on {name}"
@@ -229,9 +277,6 @@ class WithOthers:
                 elif not self._change.is_due(name, source):
                     stopping.depart(name, source, report.notice.deadline)
         self._change.look()
-        for name in self._seen - reports.keys():
-            stopping.left(name)
-        self._seen = set(reports)
 
     def _on_saved(self, step: int, flags: ProposalFlag) -> None:
         if self._pulse is not None and self._attempt is not None:
@@ -256,6 +301,12 @@ class WithOthers:
             self._standby.arm_for(attempt, ordered.standby, self._company.hand.meeting(ordered))
         except UsageError:
             self._company.hand.mind(ready=-ordered.standby)
+
+
+async def _ends_within(attempt: Attempt, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(attempt.ended.wait(), seconds)
+    return attempt.ended.is_set()
 
 
 def companions(

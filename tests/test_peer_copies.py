@@ -11,7 +11,7 @@ import pytest
 
 from supervisor.checkpoint import slots
 from supervisor.errors import PeerError
-from supervisor.fleet import CopyOrder, Holder, Member
+from supervisor.fleet import CopyOrder, Holder
 from supervisor.model import Fact
 from supervisor.peer_copies import PeerCopies
 from supervisor.shared_snapshots import SharedSnapshots
@@ -50,8 +50,7 @@ class Node:
         )  # fmt: skip
 
     async def copy(self, serial: int, step: int, buddy: Holder) -> int:
-        members = tuple(Member(name=f"n{rank}", life="1") for rank in range(self.nodes))
-        order = CopyOrder(serial=serial, attempt=0, step=step, members=members, holders=())
+        order = CopyOrder(serial=serial, attempt=0, step=step)
         self.told.clear()
         self.copies.heed(order, buddy)
         async with asyncio.timeout(60):

@@ -34,6 +34,7 @@ class Lead:
         self.here = {name: member(name) for name in names}
         self.roster = Roster(self)
         self.rounds = SimpleNamespace(recall_stop=lambda: not self.heard)
+        self.standby = SimpleNamespace(drop=lambda: None, arm=lambda: self.done.append("standby"))
 
     def want(self, flags: ProposalFlag) -> None:
         assert flags == STOP
@@ -44,12 +45,6 @@ class Lead:
 
     def stop_for(self, why: str) -> None:
         self.done.append(why)
-
-    def drop_standby(self) -> None:
-        pass
-
-    def arm_standby(self) -> None:
-        self.done.append("standby")
 
     def release(self, members: list[Member], *, saved: bool) -> None:
         self.done.append(("free", *(one.name for one in members), saved))

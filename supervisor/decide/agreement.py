@@ -78,6 +78,11 @@ class Agreement:
         """Whether nothing is wanted and nothing is out."""
         return self.wanted is None and self.out is None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a proposal waits for its verdict."""
+        return self.proposal.state is ProposalState.PROPOSED and self.proposal.attempt == self.attempt
+
 
 def want(agreement: Agreement, flags: ProposalFlag) -> Agreement:
     """All ranks are to save soon, at one step."""
@@ -109,7 +114,7 @@ def look(
     """What is to be ordered now, given what every node of the attempt has said. ``rate``: steps a second; ``skips``: ranks jump over these."""
     if not standings:
         return agreement
-    if agreement.proposal.state is ProposalState.PROPOSED and agreement.proposal.attempt == agreement.attempt:
+    if agreement.is_open:
         return _judged(agreement, standings, now)
     steps = [standing.first for standing in standings]
     if agreement.out is not None and min(steps) > agreement.proposal.step + OVERDUE:

@@ -55,6 +55,7 @@ class Exclusion:
     until: float
     seconds: float
     reason: str
+    apart: bool = False  # some of the others do not reach it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,10 @@ class Suspicions:
         """Who is left out."""
         return frozenset(name for name, one in self.excluded.items() if one.until > now)
 
+    def apart_at(self, now: float) -> frozenset[str]:
+        """… because others do not reach them."""
+        return frozenset(name for name in self.excluded_at(now) if self.excluded[name].apart)
+
 
 def blame(suspicions: Suspicions, node: str | None, *, progressed: bool, now: float) -> Suspicions:
     """An attempt failed, first on ``node`` (None: nobody knows). ``progressed``: something was committed since the last failure."""
@@ -76,11 +81,16 @@ def blame(suspicions: Suspicions, node: str | None, *, progressed: bool, now: fl
     suspicions = replace(suspicions, node=node, count=count if node is not None else 0)
     if node is None or count < SUSPICIONS:
         return suspicions
+    reason = f"it failed first {count} times in a row without progress"
+    return exclude(replace(suspicions, node=None, count=0), node, reason, now)
+
+
+def exclude(suspicions: Suspicions, node: str, reason: str, now: float, *, apart: bool = False) -> Suspicions:
+    """Leave a node out: for twice as long as the last time."""
     before = suspicions.excluded.get(node)
     seconds = min(LONGEST_EXCLUSION, before.seconds * 2 if before is not None else FIRST_EXCLUSION)
-    reason = f"it failed first {count} times in a row without progress"
-    exclusion = Exclusion(until=now + seconds, seconds=seconds, reason=reason)
-    return replace(suspicions, node=None, count=0, excluded={**suspicions.excluded, node: exclusion})
+    exclusion = Exclusion(until=now + seconds, seconds=seconds, reason=reason, apart=apart)
+    return replace(suspicions, excluded={**suspicions.excluded, node: exclusion})
 
 
 def choose(

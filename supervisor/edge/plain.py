@@ -35,32 +35,59 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def to_sparse(value: Any) -> Any:
+    """As ``to_plain``, without the fields of dataclasses that have their default: for what is said thousands of times."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = {}
+        for name, default in _defaults(type(value)):
+            content = getattr(value, name)
+            if default is dataclasses.MISSING or content != default:
+                found[name] = to_sparse(content)
+        return found
+    if isinstance(value, tuple | list):
+        return [to_sparse(item) for item in value]
+    return to_plain(value)
+
+
+@functools.cache
+def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (
+            field.name,
+            field.default if field.default_factory is dataclasses.MISSING else field.default_factory(),
+        )
+        for field in dataclasses.fields(kind)
+    )
+
+
 def from_plain(kind: type[T], plain: dict[str, Any]) -> T:
     """A dataclass of type ``kind``. Raises ValueError naming the field that is missing or of the wrong type."""
+    decoders, required = _fields(typing.cast(Any, kind))
     values: dict[str, Any] = {}
-    for name, decode, required in _fields(typing.cast(Any, kind)):
-        if name in plain:
+    for name, value in plain.items():
+        if (decode := decoders.get(name)) is not None:
             try:
-                values[name] = decode(plain[name])
+                values[name] = decode(value)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{kind.__name__}.{name}: {error}") from None
-        elif required:
-            raise ValueError(f"{kind.__name__} lacks {name!r}")
+    if not required <= values.keys():
+        raise ValueError(
+            f"{kind.__name__} lacks {next(name for name in decoders if name in required - values.keys())!r}"
+        )
     return kind(**values)
 
 
 @functools.cache
-def _fields(kind: Any) -> tuple[tuple[str, Decoder, bool], ...]:
-    """Name of each field, what decodes it, and whether it has no default."""
+def _fields(kind: Any) -> tuple[dict[str, Decoder], frozenset[str]]:
+    """What decodes each field, and the names of those that have no default."""
     hints = typing.get_type_hints(kind)
-    return tuple(
-        (
-            field.name,
-            _decoder(hints[field.name]),
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
-        )
-        for field in dataclasses.fields(kind)
+    fields = dataclasses.fields(kind)
+    required = frozenset(
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     )
+    return {field.name: _decoder(hints[field.name]) for field in fields}, required
 
 
 def _decoder(annotation: Any) -> Decoder:
@@ -98,6 +125,8 @@ def _float(plain: Any) -> float:
 
 
 def _int(plain: Any) -> int:
+    if type(plain) is int:
+        return plain
     if isinstance(plain, bool):
         raise TypeError(f"{plain!r} is no int")
     return _checked(plain, int)

@@ -133,6 +133,17 @@ def test_progress_or_another_node_in_between_clears_it() -> None:
         assert not suspicions.excluded_at(2.0), between
 
 
+def test_a_node_that_others_do_not_reach_is_left_out_at_once_and_for_longer_each_time() -> None:
+    once = membership.exclude(Suspicions(), "c", "b and c do not reach each other", 100.0, apart=True)
+    assert once.excluded_at(100.0 + membership.FIRST_EXCLUSION - 1) == once.apart_at(101.0) == {"c"}
+    assert not once.apart_at(100.0 + membership.FIRST_EXCLUSION)
+    twice = membership.exclude(once, "c", "again", 1000.0, apart=True)
+    assert twice.excluded["c"].seconds == 2 * membership.FIRST_EXCLUSION
+    crashed = membership.exclude(once, "a", "it failed first", 100.0)
+    assert crashed.excluded_at(101.0) == {"a", "c"}
+    assert crashed.apart_at(101.0) == {"c"}, "what is in the memory of the other one can be had"
+
+
 @pytest.mark.parametrize(
     ("leaving", "here", "others_lead", "expected"),
     [

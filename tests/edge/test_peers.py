@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -563,5 +564,25 @@ def test_a_port_that_is_taken_is_said(ram: Path) -> None:
         async with serving(SlotShelf([])) as peer:
             with pytest.raises(PeerError, match=f"{HOST}:{peer.port}"):
                 await PeerServer(SlotShelf([]), SECRET).open(HOST, peer.port)
+
+    run(test)
+
+
+def test_only_a_host_that_is_silent_is_not_reached(ram: Path) -> None:
+    async def test() -> None:
+        said: list[str] = []
+        async with serving(SlotShelf([ram / "0"], None), said) as peer:
+            assert await client.is_reached(peer, DEADLINE)
+        assert await client.is_reached(peer, DEADLINE), "it refuses: so there is a way to it"
+        assert said == []
+        with (
+            socket.create_server((HOST, 0), backlog=0) as full,
+            socket.socket() as first,
+            socket.socket() as second,
+        ):
+            for one in (first, second):  # the kernel drops what more is sent to it
+                one.setblocking(False)
+                one.connect_ex(full.getsockname())
+            assert not await client.is_reached(replace(peer, port=full.getsockname()[1]), 0.2)
 
     run(test)

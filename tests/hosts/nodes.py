@@ -31,7 +31,7 @@ for folder, _, names in os.walk("/dev/shm"):
         print("memory", os.path.join(folder, name))
 """
 KILL = """
-import os, signal, sys
+import os, signal, sys, time
 victims = []
 for pid in filter(str.isdigit, os.listdir("/proc")):
     try:
@@ -41,6 +41,7 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
     if f"EVERSTEP_ATTEMPT={sys.argv[1]}".encode() in words and any(word.startswith(b"RANK=") for word in words):
         victims.append(int(pid))
 assert len(victims) == 1, victims
+print(time.time())
 os.kill(victims[0], signal.SIGKILL)
 """
 #: the newest step of which there is a copy of another node's snapshot
@@ -176,6 +177,6 @@ class Nodes(Job):
         """Have ranks that hold at ``step`` go on."""
         (self.folder.parent / f"go-{step}").touch()
 
-    def kill_rank(self, host: Host, attempt: int) -> None:
-        """SIGKILL for the rank of an attempt there."""
-        host.run(sys.executable, "-S", "-c", KILL, attempt)
+    def kill_rank(self, host: Host, attempt: int) -> float:
+        """SIGKILL for the rank of an attempt there; when that was, in Unix seconds."""
+        return float(host.run(sys.executable, "-S", "-c", KILL, attempt))

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -126,3 +127,29 @@ def test_importing_ahead_leaves_no_trace_in_the_surroundings(
     assert "meddler" in sys.modules
     assert (dict(os.environ), sys.path, sys.argv) == before
     del sys.modules["meddler"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "notes"), [(0, 0, True), (1, 1, False), (8, 0, True), (9, 1, False)]
+)
+def test_on_every_node_one_rank_notes(rank: int, local_rank: int, notes: bool) -> None:
+    """The standby of a node without rank 0 had nothing to import ahead."""
+    told: list[str] = []
+
+    class Link:
+        welcome: ClassVar[dict[str, object]] = {}
+
+        def __init__(self) -> None:
+            self.rank, self.local_rank = rank, local_rank
+
+        def tell(self, kind: str, **_: object) -> None:
+            told.append(kind)
+
+    gate = warmup.Gate(Link(), ROOT)  # type: ignore[arg-type]
+    gate.is_closed = False
+    before = list(sys.meta_path)
+    gate.enter()
+    noted = [finder for finder in sys.meta_path if finder not in before]
+    gate.told()()
+    assert bool(noted) == ("imported" in told) == notes
+    assert sys.meta_path == before

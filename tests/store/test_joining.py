@@ -14,7 +14,7 @@ from supervisor.edge.store.memory import MemoryStore
 from supervisor.edge.store.server import Server
 from supervisor.edge.store.tcp import TcpStore
 from supervisor.errors import StoreError
-from supervisor.fleet import Order, Report
+from supervisor.fleet import Assignment, Member, Order, Origin, Report
 from supervisor.joining import Joining, Roll, new_life, until
 
 SECRET = b"the secret"
@@ -158,7 +158,7 @@ def test_an_old_leader_cannot_write_over_the_order_of_the_next_even_if_it_believ
             assert await until(b, lambda: b.leader is None)
             assert await b.campaign()
             assert await b.command(order(2, "b"))
-            a.leader, a.revision = f"a {a.report.life}", seen  # as one that has not heard of it
+            a.leader, a._papers.revision = f"a {a.report.life}", seen  # as one that has not heard of it
             assert a.leads
             assert not await a.command(order(3, "a"))
 
@@ -179,6 +179,65 @@ def test_a_store_that_is_away_is_borne_and_who_comes_back_late_is_somebody_else(
             await one.up()
             assert await until(a, lambda: a.has_joined, clock.monotonic() + DEADLINE)
             assert a.report.life != life
+
+    asyncio.run(main())
+
+
+def assignment(attempt: int, count: int) -> Assignment:
+    members = tuple(Member(name=f"n{number}", life=new_life()) for number in range(count))
+    return Assignment(attempt=attempt, members=members, address=HOST, port=1)
+
+
+@pytest.mark.parametrize("nodes", [2, 2000])
+def test_what_is_the_same_for_long_is_sent_once_and_who_comes_late_sees_all_of_it(nodes: int) -> None:
+    async def main() -> None:
+        async with lab() as one, one.node("a") as a, one.node("b") as b:
+            await joined(a)
+            await joined(b)
+            assert await a.campaign()
+            run, standby = assignment(1, nodes), assignment(2, nodes)
+            orders = [
+                replace(order(1, a.own), run=run),
+                replace(order(2, a.own), run=run, standby=standby),
+                replace(order(3, a.own), run=standby, origin=Origin(attempt=2, step=7)),
+                order(4, a.own),
+            ]
+            for number, given in enumerate(orders, 1):
+                assert await a.command(given)
+                assert await until(b, lambda number=number: b.order is not None and b.order.serial == number)  # type: ignore[misc]
+                assert b.order == given
+                async with one.node("late") as late:
+                    assert await until(late, lambda: late.order is not None)
+                    assert late.order == given
+            there = one.store.table.read("job/").entries
+            assert len(there["job/order"].value) < 200
+            written = there["job/run"].revision
+            assert await a.command(replace(orders[2], serial=5))
+            assert one.store.table.read("job/").entries["job/run"].revision == written
+
+    asyncio.run(main())
+
+
+def test_the_next_leader_is_not_written_over_in_part() -> None:
+    async def main() -> None:
+        async with lab() as one, one.node("a") as a, one.node("b") as b:
+            await joined(a)
+            await joined(b)
+            assert await a.campaign()
+            assert await a.command(replace(order(1, a.own), run=assignment(1, 2)))
+            assert await until(b, lambda: b.order is not None)
+            for task in a._tasks:  # it hears nothing more
+                task.cancel()
+            own = f"b {b.report.life}"
+            await one.store.put("job/leader", own)
+            assert await until(b, lambda: b.leader == own)
+            given = replace(order(2, own), run=assignment(2, 2))
+            assert await b.command(given)
+            assert not await a.command(replace(order(3, a.own), run=assignment(3, 2)))
+            assert b.order == given
+            async with one.node("late") as late:
+                assert await until(late, lambda: late.order is not None)
+                assert late.order == given
 
     asyncio.run(main())
 

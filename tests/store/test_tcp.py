@@ -233,7 +233,7 @@ def test_a_silent_stranger_is_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
         {"op": "put", "key": "a/b"},
         {"op": "shut down"},
         {"op": "read"},
-        {"op": "changes", "directory": "a/", "since": "x", "patience": 1},
+        {"op": "watch", "directory": "a/", "since": "x"},
     ],
 )
 def test_a_wrong_request_is_refused_and_the_connection_lives(message: dict[str, object]) -> None:
@@ -267,6 +267,36 @@ def test_a_server_that_comes_back_is_found_again_and_says_all_it_knows() -> None
             assert view.whole, "what was removed meanwhile cannot be told otherwise"
             assert view.entries["job/order"].value == "again"
             await member.close()
+
+    asyncio.run(main())
+
+
+def test_a_watcher_that_does_not_listen_is_sent_what_there_is_when_it_does() -> None:
+    """Not all that there was: a node that hangs would fill the memory of the one that leads."""
+
+    async def main() -> None:
+        async with serving() as (store, port, _said):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            watcher = await wire.greet(reader, writer, SECRET)
+            since = store.table.revision
+            watcher.send({"op": "watch", "id": 1, "directory": "job/", "since": since})
+            assert await watcher.receive() == {"id": 1, "ok": None}
+            values = [f"{number} " + "x" * 1_000_000 for number in range(40)]
+            for value in values:
+                await store.put("job/order", value)
+                await asyncio.sleep(0)
+            frames = 0
+            while since < store.table.revision:
+                frame = await watcher.receive()
+                assert frame["since"] == since
+                since, frames = frame["revision"], frames + 1
+            assert frame["entries"]["job/order"] == [values[-1], since]
+            assert frames < len(values) / 2
+            watcher.close()
+            await untouched_by(store)
+
+    async def untouched_by(store: MemoryStore) -> None:
+        await store.put("job/order", "run")
 
     asyncio.run(main())
 

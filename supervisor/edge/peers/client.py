@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Final
 
 from supervisor.edge import clock
 from supervisor.edge.files import Pace, leads_inside
@@ -18,6 +20,28 @@ from supervisor.edge.peers.pump import BrokenOffError
 from supervisor.edge.store import wire
 from supervisor.edge.store.wire import Message, Wire, WireError
 from supervisor.errors import PeerError, SnapshotGoneError
+
+#: what the kernel says of a host that does not answer
+_NO_WAY: Final = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT))
+
+
+async def is_reached(peer: Peer, patience: float) -> bool:
+    """Whether its host takes a connection, or refuses one, in so many seconds: only silence says no."""
+    try:
+        async with asyncio.timeout(patience):
+            reader, writer = await asyncio.open_connection(peer.host, peer.port)
+    except TimeoutError:
+        return False
+    except OSError as error:
+        return error.errno not in _NO_WAY
+    try:  # a stranger would be told of
+        async with asyncio.timeout(patience):
+            await wire.greet(reader, writer, peer.secret, SERVICE)
+    except (TimeoutError, WireError, OSError):
+        pass  # it is reached, and busy or another one: that is not what was asked
+    finally:
+        writer.transport.abort()
+    return True
 
 
 async def listing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 
 from supervisor.edge import clock
 from supervisor.edge.store.protocol import View, directory_of
@@ -19,6 +20,8 @@ class MemoryStore:
         self.table = table or Table(int(clock.now() * 1e6))  # faster than it changes
         self._waiting: defaultdict[str, set[asyncio.Future[None]]] = defaultdict(set)
         self._watch: asyncio.Task[None] | None = None
+        #: told of every directory in which something has changed
+        self.on_change: Callable[[str], None] = lambda _directory: None
 
     async def __aenter__(self) -> MemoryStore:
         self._watch = asyncio.get_running_loop().create_task(self._expire_for_ever())
@@ -48,6 +51,10 @@ class MemoryStore:
         self, key: str, value: str | None, *, expected: int | None = None, lease: int | None = None
     ) -> int | None:
         """As the protocol says."""
+        return self.set(key, value, expected, lease)
+
+    def set(self, key: str, value: str | None, expected: int | None, lease: int | None) -> int | None:
+        """``put`` for who is in this thread."""
         before = self.table.revision
         revision = self.table.put(key, value, expected, lease)
         if self.table.revision != before:
@@ -56,10 +63,18 @@ class MemoryStore:
 
     async def grant(self, seconds: float) -> int:
         """As the protocol says."""
-        return self.table.grant(seconds, clock.monotonic())
+        return self.grant_now(seconds)
 
     async def renew(self, lease: int) -> bool:
         """As the protocol says."""
+        return self.renew_now(lease)
+
+    def grant_now(self, seconds: float) -> int:
+        """``grant`` for who is in this thread."""
+        return self.table.grant(seconds, clock.monotonic())
+
+    def renew_now(self, lease: int) -> bool:
+        """``renew`` for who is in this thread."""
         return self.table.renew(lease, clock.monotonic())
 
     async def close(self) -> None:
@@ -76,6 +91,8 @@ class MemoryStore:
             await asyncio.sleep(LOOK)
 
     def _changed(self, key: str) -> None:
-        for change in self._waiting.pop(directory_of(key), ()):
+        directory = directory_of(key)
+        for change in self._waiting.pop(directory, ()):
             if not change.done():
                 change.set_result(None)
+        self.on_change(directory)

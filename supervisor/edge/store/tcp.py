@@ -23,6 +23,8 @@ class TcpStore:
         self._connecting = asyncio.Lock()
         self._numbers = itertools.count(1)
         self._awaited: dict[int, asyncio.Future[Message]] = {}
+        self._watches: dict[str, _Watch] = {}  # by directory
+        self._heard = 0  # frames
         #: this host's address as the store's host sees it; None before the first call
         self.local_address: str | None = None
 
@@ -31,9 +33,25 @@ class TcpStore:
         return _view(await self._call({"op": "read", "directory": directory}))
 
     async def changes(self, directory: str, since: int, patience: float) -> View:
-        """As the protocol says."""
-        message = {"op": "changes", "directory": directory, "since": since, "patience": patience}
-        return _view(await self._call(message, patience))
+        """As the protocol says; of one directory for one caller at a time. A silent server is asked whether it is there."""
+        heard, watch = self._heard, self._watches.get(directory)
+        if watch is None or watch.since != since:
+            watch = self._watches[directory] = _Watch(since)
+            try:
+                await self._call({"op": "watch", "directory": directory, "since": since})
+            except BaseException:
+                self._watches.pop(directory, None)
+                raise
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(
+                patience
+            ):  # not wait_for, which in Python 3.11 can lose a cancellation
+                await watch.told.wait()
+        if watch.error is not None:
+            raise watch.error
+        if not watch.told.is_set() and self._heard == heard:
+            await self._call({"op": "ping"})
+        return watch.take()
 
     async def put(
         self, key: str, value: str | None, *, expected: int | None = None, lease: int | None = None
@@ -60,17 +78,17 @@ class TcpStore:
 
     # ------------------------------------------------------------------ calls
 
-    async def _call(self, message: Message, patience: float = 0.0) -> Any:
+    async def _call(self, message: Message) -> Any:
         number = next(self._numbers)
         try:
-            async with asyncio.timeout(self._answer + patience):
+            async with asyncio.timeout(self._answer):
                 connection = await self._connected()
                 answered = self._awaited[number] = asyncio.get_running_loop().create_future()
                 connection.send({**message, "id": number})
                 answer = await answered
         except TimeoutError:
             self._part(StoreError(f"{self._where} does not answer"))
-            raise StoreError(f"{self._where} has not answered in {self._answer + patience:g} s") from None
+            raise StoreError(f"{self._where} has not answered in {self._answer:g} s") from None
         except WireError as error:
             self._part(StoreError(f"{self._where}: {error}"))
             raise StoreError(f"{self._where}: {error}") from None
@@ -107,10 +125,15 @@ class TcpStore:
         try:
             while True:
                 answer = await connection.receive()
+                self._heard += 1
+                if "directory" in answer:
+                    if (watch := self._watches.get(answer["directory"])) is not None:
+                        watch.hear(int(answer["since"]), _view(answer))
+                    continue
                 awaited = self._awaited.get(answer.get("id", 0))
                 if awaited is not None and not awaited.done():
                     awaited.set_result(answer)
-        except (WireError, ValueError) as error:
+        except (WireError, KeyError, TypeError, ValueError) as error:
             if self._wire is connection:
                 self._part(StoreError(f"{self._where}: {error}"))
 
@@ -123,6 +146,52 @@ class TcpStore:
         for awaited in self._awaited.values():
             if not awaited.done():
                 awaited.set_exception(error)
+        for watch in self._watches.values():
+            watch.fail(error)
+        self._watches.clear()
+
+
+class _Watch:
+    """A directory whose changes the server sends by itself. ``since``: the revision that the caller knows."""
+
+    def __init__(self, since: int) -> None:
+        self.since = self._reached = since
+        self.told = asyncio.Event()  # there is something to take, or nothing more will come
+        self.error: StoreError | None = None
+        self._whole = False
+        self._entries: dict[str, Entry] = {}
+        self._gone: set[str] = set()
+
+    def hear(self, since: int, view: View) -> None:
+        """What has changed between two revisions; what an earlier watch had asked for is passed over."""
+        if since != self._reached:
+            return
+        self._reached = view.revision
+        if view.whole:
+            self._whole, self._entries, self._gone = True, {}, set()
+        for key in view.gone:
+            self._entries.pop(key, None)
+            self._gone.add(key)
+        self._entries |= view.entries
+        self._gone -= view.entries.keys()
+        self.told.set()
+
+    def fail(self, error: StoreError) -> None:
+        """Nothing more will come."""
+        self.error = error
+        self.told.set()
+
+    def take(self) -> View:
+        """All that was heard since the last time."""
+        view = View(
+            revision=self._reached,
+            whole=self._whole,
+            entries=self._entries,
+            gone=frozenset() if self._whole else frozenset(self._gone),
+        )
+        self.since, self._whole, self._entries, self._gone = self._reached, False, {}, set()
+        self.told.clear()
+        return view
 
 
 def _view(plain: Message) -> View:

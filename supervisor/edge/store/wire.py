@@ -22,6 +22,7 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -40,12 +41,67 @@ NONCE: Final = 32
 PROOF: Final = 32
 HANDSHAKE: Final = 5.0  # seconds
 LIMIT: Final = 64 << 20  # bytes of one frame
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
+_LENGTH: Final = struct.Struct(">I")
+_NUMBER: Final = struct.Struct(">Q")
 
 Message = dict[str, Any]
 
 
 class WireError(Exception):
     """The other end is not who it should be, or the connection is broken."""
+
+
+def encoded(message: Message) -> bytes:
+    """The content of a frame: the same for all that it is sent to."""
+    return _ENCODER.encode(message).encode()
+
+
+def decoded(content: bytes) -> Message:
+    """What a frame's content says. Raises WireError, ValueError."""
+    message = json.loads(content.decode())
+    if not isinstance(message, dict):
+        raise WireError("no message")
+    return message
+
+
+class Frames:
+    """The frames of one connection: both directions have a key, and a number that goes with every frame."""
+
+    def __init__(self, outgoing: bytes, incoming: bytes) -> None:
+        self._outgoing, self._incoming = outgoing, incoming
+        self._sent = self._received = 0
+        self._rest = b""  # of a frame that is not all here
+
+    def seal(self, content: bytes) -> bytes:
+        """The next frame to be sent. Raises WireError where it would be too long."""
+        if len(content) > LIMIT:
+            raise WireError(f"a message of {len(content)} bytes")
+        proof = _proof(self._outgoing, self._sent, content)
+        self._sent += 1
+        return b"".join((_LENGTH.pack(len(content)), content, proof))
+
+    def check(self, content: bytes, proof: bytes) -> bytes:
+        """The content of the next frame that was received. Raises WireError where it is not the other end's."""
+        if not hmac.compare_digest(proof, _proof(self._incoming, self._received, content)):
+            raise WireError("a frame that does not authenticate")
+        self._received += 1
+        return content
+
+    def take(self, data: bytes) -> Iterator[bytes]:
+        """The contents of the frames that are whole with these bytes. Raises WireError."""
+        data = self._rest + data if self._rest else data
+        at, end = 0, len(data)
+        while end - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(data, at)
+            if length > LIMIT:
+                raise WireError(f"a frame of {length} bytes")
+            begin = at + _LENGTH.size
+            if end - begin < length + PROOF:
+                break
+            at = begin + length + PROOF
+            yield self.check(data[begin : begin + length], data[begin + length : at])
+        self._rest = data[at:]
 
 
 class Wire:
@@ -59,38 +115,37 @@ class Wire:
         incoming: bytes,
     ) -> None:
         self._reader, self._writer = reader, writer
-        self._outgoing, self._incoming = outgoing, incoming
-        self._sent = self._received = 0
+        self._frames = Frames(outgoing, incoming)
 
     def send(self, message: Message) -> None:
         """Hand over one message. Raises WireError when the other end does not take what it was sent."""
-        content = json.dumps(message, separators=(",", ":")).encode()
-        if len(content) > LIMIT:
-            raise WireError(f"a message of {len(content)} bytes")
+        frame = self._frames.seal(encoded(message))
         if self._writer.is_closing() or self._writer.transport.get_write_buffer_size() > LIMIT:
             self._writer.transport.abort()
             raise WireError("the other end does not listen")
-        proof = _proof(self._outgoing, self._sent, content)
-        self._sent += 1
-        self._writer.write(struct.pack(">I", len(content)) + content + proof)
+        self._writer.write(frame)
 
     async def receive(self, limit: int = LIMIT) -> Message:
         """The next message, of at most ``limit`` bytes. Raises WireError."""
         try:
-            (length,) = struct.unpack(">I", await self._reader.readexactly(4))
+            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if length > limit:
                 raise WireError(f"a frame of {length} bytes")
             content = await self._reader.readexactly(length)
             proof = await self._reader.readexactly(PROOF)
         except (EOFError, OSError) as error:
             raise WireError(f"the connection broke ({error})") from None
-        if not hmac.compare_digest(proof, _proof(self._incoming, self._received, content)):
-            raise WireError("a frame that does not authenticate")
-        self._received += 1
-        message = json.loads(content)
-        if not isinstance(message, dict):
-            raise WireError("no message")
-        return message
+        return decoded(self._frames.check(content, proof))
+
+    def hand_over(self, protocol: asyncio.Protocol) -> tuple[asyncio.Transport, Frames]:
+        """From now on ``protocol`` is told what comes: without a task and a buffer for each of thousands of connections.
+
+        To be called when nothing has come since the proof: what the other end sent without waiting for ours is lost to it.
+        """
+        transport = self._writer.transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.set_protocol(protocol)
+        return transport, self._frames
 
     def pause(self) -> None:
         """Read nothing until ``resume``: what the other end sends waits for the owner of ``socket()``.
@@ -134,10 +189,10 @@ async def accept(
     except (EOFError, OSError) as error:
         raise WireError(f"no proof ({error})") from None
     client, proof = answer[:NONCE], answer[NONCE:]
-    if not hmac.compare_digest(proof, _mac(secret, service.magic + b"client", server, client)):
+    if not hmac.compare_digest(proof, proof_of(secret, service, "client", server, client)):
         raise WireError("the proof is wrong")
-    writer.write(_mac(secret, service.magic + b"server", server, client))
-    return Wire(reader, writer, *_keys(secret, server, client))
+    writer.write(proof_of(secret, service, "server", server, client))
+    return Wire(reader, writer, *keys_of(secret, server, client))
 
 
 async def greet(
@@ -150,26 +205,31 @@ async def greet(
         if not hello.startswith(magic):
             raise WireError(f"what answers there is no {service.what} of everstep")
         server, client = hello[len(magic) :], os.urandom(NONCE)
-        writer.write(client + _mac(secret, magic + b"client", server, client))
+        writer.write(client + proof_of(secret, service, "client", server, client))
         proof = await reader.readexactly(PROOF)
     except asyncio.IncompleteReadError:
         raise WireError(f"it has closed the connection: {another}") from None
     except OSError as error:
         raise WireError(f"the connection broke ({error})") from None
-    if not hmac.compare_digest(proof, _mac(secret, magic + b"server", server, client)):
+    if not hmac.compare_digest(proof, proof_of(secret, service, "server", server, client)):
         raise WireError(f"it does not know the job's secret: {another}")
-    theirs, ours = _keys(secret, server, client)
+    theirs, ours = keys_of(secret, server, client)
     return Wire(reader, writer, ours, theirs)
 
 
-def _keys(secret: bytes, server: bytes, client: bytes) -> tuple[bytes, bytes]:
+def proof_of(secret: bytes, service: Service, side: str, server: bytes, client: bytes) -> bytes:
+    """What a side, "client" or "server", sends to prove that it knows the secret, given both nonces."""
+    return _mac(secret, service.magic + side.encode(), server, client)
+
+
+def keys_of(secret: bytes, server: bytes, client: bytes) -> tuple[bytes, bytes]:
     """Of what the server says, and of what the client says."""
     return _mac(secret, b"from server", server, client), _mac(secret, b"from client", server, client)
 
 
 def _mac(secret: bytes, label: bytes, server: bytes, client: bytes) -> bytes:
-    return hmac.digest(secret, struct.pack(">I", len(label)) + label + server + client, hashlib.sha256)
+    return hmac.digest(secret, _LENGTH.pack(len(label)) + label + server + client, hashlib.sha256)
 
 
 def _proof(key: bytes, number: int, content: bytes) -> bytes:
-    return hmac.digest(key, struct.pack(">Q", number) + content, "sha256")
+    return hmac.digest(key, _NUMBER.pack(number) + content, "sha256")
