@@ -194,12 +194,11 @@ class Attempt:
             self.ended.set()
 
     def call_off(self) -> None:
-        """It has ended on another node: end it here, which is nobody's failure.
-
-        Unless a rank has died here, of nobody knows yet what: that may be why it has ended elsewhere, and is about to be known.
-        """
-        died = self._decision is not None and ends.any_died(self.seats.values())
-        if not self.ended.is_set() and not died:
+        """It has ended on another node: end it here, which is nobody's failure. Not if a rank has died here: that may be why, and decides."""
+        for seat in self.seats.values():
+            if seat.pidfd is not None and select.select([seat.pidfd], [], [], 0)[0]:
+                self._worker_ended(seat)  # nobody has looked yet
+        if not self.ended.is_set() and not (self._decision and ends.any_died(self.seats.values())):
             self.called_off = True
             self.ended.set()
 

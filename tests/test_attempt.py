@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -125,3 +128,23 @@ def test_what_was_called_off_elsewhere_may_have_its_cause_here(
     asyncio.run(fail())
     assert attempt.called_off is (code is not None)
     assert [end.rank for end in attempt.evidence().ends] == [1]
+
+
+def test_a_death_that_nobody_has_looked_at_yet_decides_too(attempt: Attempt) -> None:
+    child = subprocess.Popen(["sleep", "600"])
+
+    async def fail() -> None:
+        seat = attempt.seats[1]
+        seat.pid, seat.pidfd = child.pid, os.pidfd_open(child.pid)
+        child.kill()
+        select.select([seat.pidfd], [], [])
+        attempt.call_off()
+        assert not attempt.ended.is_set()
+        await asyncio.wait_for(attempt.ended.wait(), 30)
+
+    try:
+        asyncio.run(fail())
+    finally:
+        child.wait()
+    assert not attempt.called_off
+    assert [(end.rank, end.signal) for end in attempt.evidence().ends] == [(1, signal.SIGKILL)]
