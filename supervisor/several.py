@@ -37,7 +37,8 @@ from supervisor.program import Program
 from supervisor.warden import Warden
 
 SAID_AFTER: Final = 5.0  # seconds without the store until that is said
-GOODBYE: Final = 5.0  # seconds that a leader of a finished job stays to tell the others, at most
+GOODBYE: Final = 20.0  # seconds that a leader of a finished job waits for others to come, and leave, at most
+MORE: Final = 5.0  # … once as many have as the job takes at least
 LOOK: Final = 0.5
 
 
@@ -150,10 +151,12 @@ class Several:
                 began, said = clock.monotonic(), False
                 continue
             order = joining.order
-            if joining.has_joined and order is not None and order.leader == joining.leader:
+            leader = order.leader.partition(" ")[0] if order is not None else self._name
+            # an earlier life of this node leads only until the store says that it is over
+            if joining.has_joined and order and order.leader == joining.leader and leader != self._name:
                 self._was_follower = self._took_part = True
                 if not said or order.run_id:
-                    self._console.say(f"node {self._name} follows {order.leader.partition(' ')[0]}")
+                    self._console.say(f"node {self._name} follows {leader}")
                 code = await Follower(
                     self._options,
                     self._program,
@@ -220,21 +223,20 @@ class Several:
             yield
 
     async def _send_home(self, team: Team, reason: str) -> None:
-        """Tell the others, as many as the job takes, and wait a while for them to come and leave."""
+        """Tell the others, and wait a while for them to come and leave."""
         joining, before, file = team.joining, team.joining.order, self._job.read()
         order = Order(
             serial=(before.serial if before else 0) + 1, leader=joining.own, epoch=0,
             run_id=file.run_id if file else "", final=FinalOrder(exit_code=0, reason=reason),
         )  # fmt: skip
-        roll, left = Roll(team.store), set[str]()
-        with contextlib.suppress(StoreError, TimeoutError):
+        roll, left, began = Roll(team.store), {joining.report.name}, clock.monotonic()
+        with contextlib.suppress(StoreError):
             await joining.command(order)
-            async with asyncio.timeout(GOODBYE):
-                while True:
-                    told = await roll.look(GOODBYE) - {joining.report.name}
-                    left |= told - roll.reports.keys()
-                    if len(left) >= self._size.least - 1 and roll.reports.keys() <= {joining.report.name}:
-                        return
+            while (waited := clock.monotonic() - began) < GOODBYE:
+                left |= await roll.look(LOOK) - roll.reports.keys()
+                wanted = self._size.most if waited < MORE else self._size.least
+                if len(left) >= wanted and roll.reports.keys() <= {joining.report.name}:
+                    return
 
 
 def towards(address: StoreAddress) -> str:

@@ -64,3 +64,34 @@ def test_a_node_that_has_no_part_yet_leaves_at_once(
     node._warden._on_signal(signum)
     team: Any = SimpleNamespace(joining=SimpleNamespace(changed=asyncio.Event()), is_embedded=True)
     assert asyncio.run(asyncio.wait_for(node._take_part(team, serves=True), 30)) == code
+
+
+def test_a_node_does_not_follow_its_own_earlier_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off while it led, it has not heard yet that another one does."""
+    options = Options(
+        nnodes=Size(least=2, most=2), store=address.parse("etcd://h9:2379"), node_name="h1", quiet=True
+    )
+    node = Several(options, SimpleNamespace(), JobDirectory(tmp_path / "job"), Alone(), None)  # type: ignore[arg-type]
+    followed: list[str] = []
+
+    class Follower:
+        def __init__(self, *given: Any) -> None:
+            followed.append(given[4].leader)
+
+        async def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr("supervisor.several.Follower", Follower)
+    joining: Any = SimpleNamespace(changed=asyncio.Event(), has_joined=True, leads=False, problem=None)
+
+    def leads(leader: str) -> None:
+        joining.leader, joining.order = leader, SimpleNamespace(leader=leader, run_id="run")
+        joining.changed.set()
+
+    async def main() -> int:
+        leads("h1 0")
+        asyncio.get_running_loop().call_later(0.05, leads, "h2 1")
+        return await node._take_part(SimpleNamespace(joining=joining, is_embedded=False), serves=False)  # type: ignore[arg-type]
+
+    assert asyncio.run(asyncio.wait_for(main(), 30)) == 0
+    assert followed == ["h2 1"]
