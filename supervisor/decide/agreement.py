@@ -127,18 +127,28 @@ def look(
 
 
 def served(agreement: Agreement, step: int) -> tuple[Agreement, ProposalFlag]:
-    """A snapshot of ``step`` is whole on all nodes: what it was asked for, if it was."""
-    if agreement.out is None or step < agreement.proposal.step:
+    """A snapshot of ``step`` is whole on all nodes: what it was asked for, if it was.
+
+    The step may have been a save point by itself, which all ranks have passed before they could see the proposal: no rank stops for
+    one that is not committed, and its purpose is still to be served.
+    """
+    if not _is_for(agreement, step):
         return agreement, _NOTHING
-    return replace(agreement, out=None), agreement.out
+    return replace(agreement, out=None), agreement.out or _NOTHING
 
 
 def failed(agreement: Agreement, step: int) -> Agreement:
     """The save at ``step`` came to nothing; a stop is asked for again."""
-    if agreement.out is None or step < agreement.proposal.step:
+    if not _is_for(agreement, step):
         return agreement
-    flags, agreement = agreement.out, replace(agreement, out=None)
+    flags, agreement = agreement.out or _NOTHING, replace(agreement, out=None)
     return want(agreement, flags) if flags & ProposalFlag.STOP else agreement
+
+
+def _is_for(agreement: Agreement, step: int) -> bool:
+    proposal = agreement.proposal
+    is_committed = proposal.state is ProposalState.COMMITTED and proposal.attempt == agreement.attempt
+    return agreement.out is not None and is_committed and step >= proposal.step
 
 
 def _judged(agreement: Agreement, standings: Sequence[Standing], now: float) -> Agreement:

@@ -273,6 +273,25 @@ def test_after_a_commit_the_next_waits_until_all_have_passed_it() -> None:
     assert agreements.look(wanted, passed, None, 11.0).proposal.serial == 2
 
 
+@pytest.mark.parametrize("ended", ["whole", "failed"])
+def test_a_save_that_was_due_at_that_step_anyway_takes_nothing_from_what_is_proposed(ended: str) -> None:
+    """All ranks had made it before they could see the proposal: a stop was lost."""
+    wanted = agreements.want(Agreement(attempt=0), STOP)
+    made = agreements.look(wanted, TWO, None, 10.0)
+    step = made.proposal.step
+    if ended == "whole":
+        made, flags = agreements.served(made, step)
+        assert not flags
+    else:
+        made = agreements.failed(made, step)
+    refused = [replace(one, first=step, last=step, answer=Answer(serial=1, confirmed=False)) for one in TWO]
+    aborted = agreements.look(made, refused, None, 10.1)
+    assert aborted.proposal.state is ProposalState.ABORTED
+    again = agreements.look(aborted, refused, None, 10.2)
+    assert again.proposal.step > step
+    assert again.proposal.purpose == STOP
+
+
 def test_a_request_for_a_step_ahead_is_that_step() -> None:
     asked = agreements.request(Agreement(attempt=0), 9)
     assert agreements.look(asked, TWO, 1000.0, 0.0).proposal.step == 9
