@@ -194,8 +194,12 @@ class Attempt:
             self.ended.set()
 
     def call_off(self) -> None:
-        """It has ended on another node: end it here, which is nobody's failure."""
-        if not self.ended.is_set():
+        """It has ended on another node: end it here, which is nobody's failure.
+
+        Unless a rank has died here, of nobody knows yet what: that may be why it has ended elsewhere, and is about to be known.
+        """
+        died = self._decision is not None and ends.any_died(self.seats.values())
+        if not self.ended.is_set() and not died:
             self.called_off = True
             self.ended.set()
 

@@ -38,6 +38,12 @@ def gone(seats: Iterable[Seat]) -> list[Seat]:
     return [seat for seat in seats if seat.end]
 
 
+def any_died(seats: Iterable[Seat]) -> bool:
+    """Whether a rank has ended by what is no echo of another failure: by a signal (but for gloo's abort), or nobody knows yet how."""
+    found = [seat.end for seat in seats if seat.end is not None]
+    return any(end.exit_code is None if end.signal is None else end.signal != signal.SIGABRT for end in found)
+
+
 def complete(seat: Seat, reported: Mapping[int, int], oom_killed: bool, logs: Path) -> RankEnd:
     """Its end with what torchrun ``reported`` (codes by pid), the kernel's word and the last lines of its log."""
     # None: it had not managed to die yet

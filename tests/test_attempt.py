@@ -104,3 +104,24 @@ def test_a_rank_that_leaves_its_loop_early_is_known_for_it_before_its_process_ha
     failure = classify.classify(attempt.evidence(), 3.0)
     assert failure is not None
     assert (failure.kind, failure.rank) == (FailureKind.EARLY_EXIT, 0)
+
+
+@pytest.mark.parametrize("code", [None, 1])
+def test_what_was_called_off_elsewhere_may_have_its_cause_here(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    """A rank has died, and torchrun, which has reaped it, has not said yet how; an exception may be an echo of what is elsewhere."""
+    monkeypatch.setattr("supervisor.attempt.UNKNOWN_GRACE", 0.05)
+
+    async def fail() -> None:
+        seat = attempt.seats[1]
+        seat.told_code = code
+        attempt._worker_ended(seat)
+        assert not attempt.ended.is_set()
+        attempt.call_off()
+        assert attempt.ended.is_set() is (code is not None)
+        await asyncio.wait_for(attempt.ended.wait(), 30)
+
+    asyncio.run(fail())
+    assert attempt.called_off is (code is not None)
+    assert [end.rank for end in attempt.evidence().ends] == [1]
