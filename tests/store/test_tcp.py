@@ -214,6 +214,27 @@ def test_strangers_that_hold_connections_open_keep_nobody_out(monkeypatch: pytes
     asyncio.run(main())
 
 
+def test_who_goes_without_a_word_is_not_told_of() -> None:
+    """A node that has changed its mind about a snapshot would be called a stranger."""
+
+    async def main() -> None:
+        async with serving() as (store, port, said):
+            reader, writer = await asyncio.open_connection(HOST, port)
+            await reader.readexactly(1)
+            writer.close()
+            await untouched(store, port)
+            reader, writer = await asyncio.open_connection(HOST, port)
+            writer.write(b"GET /")
+            writer.write_eof()
+            await reader.read()
+            writer.close()
+            await untouched(store, port)
+            assert len(said) == 1
+            assert "no proof (5 bytes" in said[0]
+
+    asyncio.run(main())
+
+
 def test_a_silent_stranger_is_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "HANDSHAKE", 0.05)
 

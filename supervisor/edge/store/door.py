@@ -63,6 +63,8 @@ class Door:
                 self._strangers.pop(task, None)
             with contextlib.suppress(WireError, ValueError):
                 await self._converse(connection)
+        except wire.GoneError:
+            pass  # nothing was asked
         except (WireError, TimeoutError) as error:
             self._refuse(writer, str(error) or "it has said nothing")
         except asyncio.CancelledError:

@@ -65,6 +65,10 @@ def decoded(content: bytes) -> Message:
     return message
 
 
+class GoneError(WireError):
+    """The other end has gone without a word: somebody who has changed their mind, no stranger who wants in."""
+
+
 class Frames:
     """The frames of one connection: both directions have a key, and a number that goes with every frame."""
 
@@ -181,13 +185,15 @@ class Wire:
 async def accept(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, service: Service = STORE
 ) -> Wire:
-    """The server's side. Raises WireError for who does not know the secret."""
+    """The server's side. Raises WireError for who does not know the secret, GoneError for who has not tried."""
     server = os.urandom(NONCE)
     writer.write(service.magic + server)
     try:
         answer = await reader.readexactly(NONCE + PROOF)
-    except (EOFError, OSError) as error:
-        raise WireError(f"no proof ({error})") from None
+    except asyncio.IncompleteReadError as error:
+        raise (WireError(f"no proof ({error})") if error.partial else GoneError("it has gone")) from None
+    except OSError as error:
+        raise GoneError(f"the connection broke ({error})") from None
     client, proof = answer[:NONCE], answer[NONCE:]
     if not hmac.compare_digest(proof, proof_of(secret, service, "client", server, client)):
         raise WireError("the proof is wrong")
