@@ -381,7 +381,9 @@ def test_under_a_scheduler_a_signal_to_the_leader_is_for_all() -> None:
     within_a_loop(test)
 
 
-def test_a_deadline_of_one_node_is_kept_by_that_node() -> None:
+def test_a_deadline_of_one_node_is_kept_by_that_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("supervisor.deadlines._SHORTEST", 0.001)
+
     async def test() -> None:
         run, others = several("h2", record=MEASURED)
         watch = asyncio.create_task(run.stopping._deadlines.watch())
