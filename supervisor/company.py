@@ -151,7 +151,7 @@ class Company:
 
     def _on_order(self) -> None:
         self.hand.heed()
-        order = self.joining.order
+        order = self.joining.in_force
         self.on_standby(order.standby if order is not None else None)
 
     # ------------------------------------------------------------------ attempts

@@ -133,11 +133,9 @@ class Follower:
 
     def _think(self) -> tuple[int | None, bool] | None:
         """Do what the order says; the exit code and whether what is in RAM is to be kept, when it is time to go."""
-        order = self._joining.order
+        order = self._joining.in_force
         if (lost := self._cut_off()) is not None:
             return lost
-        if self._joining.leader is not None and (order is None or order.leader != self._joining.leader):
-            return None  # a new leader has not spoken yet
         if order is None:
             return None
         if order.final is not None and self._attempt is None:

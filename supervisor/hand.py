@@ -125,7 +125,7 @@ class Hand:
 
     def heed(self) -> None:
         """Carry out what is new in the order."""
-        order = self._joining.order
+        order = self._joining.in_force
         if order is None:
             return
         self._heed_proposal(order.proposal)
@@ -173,16 +173,17 @@ class Hand:
             seat.page[Word.PROPOSAL] = savepoint.word(serial, state)
 
     def _heed_slot(self, order: Order) -> None:
-        slot = order.slot
-        if slot is None:
+        slot, attempt = order.slot, self.attempt
+        if slot is None or attempt is None or self._ended is not None:
             return
+        if order.run is None or order.run.attempt != attempt.number:
+            return  # what lies in that slot may be what this attempt resumes from
         if slot.serial > abs(self._slot):
             self._slot = slot.serial if self._snapshots.prepare(slot.index) else -slot.serial
             self.tell()
         if slot.offered and slot.serial == self._slot:
             self._snapshots.open(slot.index)
-            if self.attempt is not None and self._ended is None:
-                self.attempt.offer_slot(self._snapshots.offer())
+            attempt.offer_slot(self._snapshots.offer())
 
     def _heed_copy(self, order: Order) -> None:
         if order.copy is None or order.run is None or order.copy.serial <= self.copies.begun:

@@ -63,6 +63,12 @@ class Joining:
         return self._told is not None and self.tenure is not None and self.tenure.holds(clock.monotonic())
 
     @property
+    def in_force(self) -> Order | None:
+        """The order, unless whoever gave it leads no more: the next leader's first one is still to come."""
+        order = self.order
+        return order if order is not None and self.leader in (None, order.leader) else None
+
+    @property
     def leads(self) -> bool:
         """Whether this node leads, as far as it may count on that now."""
         return self.has_joined and self.leader == self.own
