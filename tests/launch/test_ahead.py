@@ -162,7 +162,7 @@ def test_a_standby_that_is_not_needed_leaves_no_trace(listener: Listener) -> Non
 )
 def test_torch(listener: Listener, text: str, where: str) -> None:
     """Its doors to the outside, under whatever name a script holds them; and it has them back afterwards."""
-    listener.welcome["preimport"] = ["torch", "torch._dynamo"]
+    listener.welcome["preimport"] = {"names": ["torch", "torch._dynamo"]}
     wrapped = f"""
         import contextlib, torch
         from torch.distributed import init_process_group
