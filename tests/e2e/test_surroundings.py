@@ -68,8 +68,8 @@ def test_memory_for_two_snapshots_of_three(tmp_path: Path, undisturbed: dict[str
     """Known after the first: the third goes to disk before it is tried."""
     said = run_in_little_memory(tmp_path, "20M", 4 << 20)
     assert said.count("from now on") == 1, said
-    assert "memory has no room for 3 snapshots" in said
-    assert "failed" not in said
+    assert "memory has no room for 3 snapshots" in said, said
+    assert "failed" not in said, said
     assert digests(tmp_path / "out") == undisturbed
 
 
