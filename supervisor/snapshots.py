@@ -103,7 +103,7 @@ class Snapshots:
 
     def _make_room(self, slot: int) -> None:
         """Move the slot to disk if memory has no room for what it is going to hold."""
-        size = max((record.bytes for record in self._complete.values()), default=0)
+        size = arenas.largest(self._slots)  # also of one that was given up: it still takes its memory
         short = arenas.lacking(self._slots[slot], size)
         if short is None or (place := jobdir.move_slot_to_disk(self._slots[slot])) is None:
             return

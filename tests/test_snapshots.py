@@ -126,3 +126,21 @@ def test_what_memory_has_no_room_for_goes_to_disk_and_that_is_said_once(
     finally:
         jobdir.remove_runtime(runtime)
     assert not runtime.exists()
+
+
+def test_what_one_takes_is_known_from_one_that_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that it takes is still taken: the next one would find none."""
+    runtime = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    try:
+        jobdir.lay_out_runtime(runtime, runtime)
+        snapshots = Snapshots(runtime, run_id="run", key=None, fact=lambda fact: None)
+        slot = snapshots.offer()
+        assert slot is not None
+        write(snapshots, 0, 1, slot)
+        assert snapshots.tear(1, slot)
+        monkeypatch.setattr(memory, "available", lambda: 0)
+        another = snapshots.offer()
+        assert another not in (slot, None)
+        assert (runtime / "slots" / str(another)).is_symlink()
+    finally:
+        jobdir.remove_runtime(runtime)

@@ -6,7 +6,9 @@ first plan on.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -76,6 +78,15 @@ def lacking(slot: Path, size: int) -> tuple[int, int] | None:
     if available is not None:
         room = min(room, int(available * (1 - MARGIN)))
     return (missing, room) if missing > room else None
+
+
+def largest(slots: Iterable[Path]) -> int:
+    """What the largest of these slots is long, whole or not."""
+    found = 0
+    for slot in slots:
+        with contextlib.suppress(OSError):
+            found = max(found, _size(slot)[0])
+    return found
 
 
 def _size(folder: Path) -> tuple[int, int]:
