@@ -34,4 +34,11 @@ def find_jobs(given: Sequence[str] | None) -> list[Path]:
 
 def _last_active(job: Path) -> float:
     files = [job / "job.json", *(job / "journal").glob("*.jsonl")]
-    return max(file.stat().st_mtime for file in files if file.exists())
+    return max((time for file in files if (time := _changed(file)) is not None), default=0.0)
+
+
+def _changed(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # gone, or not ours to look at
+        return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from supervisor.errors import StorageError, UsageError
+from supervisor.wording import count
 
 DEFAULT: Final = "report.html"
 MOST_SAID: Final = 5  # lines about a damaged journal
@@ -57,7 +58,7 @@ def answer(given: Mapping[str, Any], find_job: Callable[[], Path]) -> int:
         sys.stdout.write(page)
     else:
         _write(Path(output).expanduser(), page)
-        print(f"{output}: {len(document['attempts'])} attempts, {len(page.encode()) / 1e6:.1f} MB")
+        print(f"{output}: {count(len(document['attempts']), 'attempt')}, {len(page.encode()) / 1e6:.1f} MB")
     return 0
 
 

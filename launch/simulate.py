@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from supervisor.errors import ConfigError, UsageError
+from supervisor.errors import ConfigError, JobError, UsageError
 
 if TYPE_CHECKING:
     from supervisor.decide.measured import Measured
@@ -217,8 +217,11 @@ def _measured(job: Path) -> Measured:
     from supervisor.decide.measured import measure
     from supervisor.edge.journal import Reader
 
-    if not (job / "journal").is_dir():
-        raise UsageError(f"{job}: no job here")
+    try:
+        if not (job / "journal").is_dir():
+            raise JobError(f"no job in {job.absolute()}")
+    except OSError as error:
+        raise JobError(f"{error.filename}: {error.strerror}") from None
     problems: list[str] = []
     seen = measure(Reader(job / "journal", problems.append).facts())
     if "step" not in seen.costs:

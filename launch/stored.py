@@ -25,8 +25,15 @@ from supervisor.wording import size
 
 
 def checkpoints_of(job: Path) -> Location:
-    """Where a job keeps its checkpoints: where its newest one went, else the default place."""
-    return _folded(job).checkpoints or job / "checkpoints"
+    """Where a job keeps its checkpoints: where its newest one went, else the default place.
+
+    A job directory that was copied or moved says where they were before; those in it are meant.
+    """
+    own, newest = job.absolute() / "checkpoints", _folded(job).checkpoints
+    if isinstance(newest, Path) and newest.name == own.name and own.is_dir():
+        is_anothers = (newest.parent / "job.json").exists()
+        return own if is_anothers or not newest.exists() else newest
+    return newest or job / own.name
 
 
 def show_list(job: Path, place: Location, *, json: bool, verify: bool, best: Best) -> int:

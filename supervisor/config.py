@@ -65,7 +65,11 @@ def load(flags: Mapping[str, object], directory: Path | None = None) -> Options:
     named = given.pop("config", None)
     file = path(named) if named is not None else (directory or Path()) / DEFAULT_FILE
     values: dict[str, Any] = {}
-    if named is not None or file.is_file():
+    try:
+        is_there = named is not None or file.is_file()
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    if is_there:
         values = read_file(file)
         values["config"] = file
     for name, value in given.items():

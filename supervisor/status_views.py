@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from supervisor import numbers
 from supervisor.decide import straggler
@@ -12,6 +12,8 @@ from supervisor.edge.arenas import Arenas
 from supervisor.status import Held, Status
 from supervisor.timesheet import Timesheet
 from supervisor.wording import count, duration, size
+
+MOST_PROBLEMS: Final = 3  # that are printed
 
 
 def to_json(status: Status) -> dict[str, Any]:
@@ -106,7 +108,9 @@ def to_text(status: Status) -> str:
     if record.pid is not None:
         alive = "at work" if status.alive else "gone"
         rows.append(("supervisor", f"pid {record.pid} on {record.host}, {alive}"))
-    rows += [("problem", problem) for problem in status.problems]
+    rows += [("problem", problem) for problem in status.problems[:MOST_PROBLEMS]]
+    if len(status.problems) > MOST_PROBLEMS:
+        rows.append(("", f"and {len(status.problems) - MOST_PROBLEMS} more, which --json lists"))
     return "\n".join(f"{name:<13} {text}" for name, text in rows)
 
 

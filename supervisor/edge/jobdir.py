@@ -18,7 +18,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from supervisor.edge import clock
@@ -72,10 +72,13 @@ class JobDirectory:
                 raise JobError(
                     f"{self.file}: written by a newer everstep (format {raw['format']}, this one knows {FORMAT})"
                 )
-            return JobFile(**raw)
+            known = {field.name for field in fields(JobFile)}  # a newer minor version may say more
+            return JobFile(**{name: value for name, value in raw.items() if name in known})
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise JobError(f"{self.file}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JobError(f"{self.file}: not a job file ({error})") from None
 
     @contextlib.contextmanager

@@ -93,7 +93,6 @@ def test_costs_and_failures_of_a_job_that_has_run(tmp_path: Path, capsys: pytest
         ([], "give --mtbf TIME, --preset NAME, --gpus N or --dir D"),
         (["--preset", "gpt5"], "allowed are llama3, opt-175b"),
         (["--preset", "llama3", "--dir", "x"], "give one of them"),
-        (["--dir", "nowhere"], "no job here"),
         (["--mtbf", "soon"], "--mtbf: 'soon' is no duration"),
         (["--mtbf", "0s"], "--mtbf: longer than 0"),
         (["--mtbf", "1h", "--step-time", "0s"], "longer than 0"),
