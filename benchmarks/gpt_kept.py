@@ -1,6 +1,7 @@
 """The example GPT, kept by a Session, by ``dcp.async_save`` every N steps, or not at all: the script of ``goodput.py``.
 
-The number of the last completed step of each rank is in ``$BENCH/step-<rank>`` (8 bytes, mapped), its process in ``pid-<rank>``.
+The number of the last completed step of each rank, and the monotonic nanosecond in which it was completed, are in
+``$BENCH/step-<rank>`` (16 bytes, mapped), its process in ``pid-<rank>``.
 Rank 0 raises when there is a file ``raise``.
 """
 
@@ -93,13 +94,13 @@ def steps(keep: str, every: int, model: nn.Module, optimizer: torch.optim.Optimi
 
 def counter(rank: int) -> Callable[[int], None]:
     """What notes completed steps."""
-    (FOLDER / f"step-{rank}").write_bytes(bytes(8))
+    (FOLDER / f"step-{rank}").write_bytes(bytes(16))
     (FOLDER / f"pid-{rank}").write_text(str(os.getpid()))
     with open(FOLDER / f"step-{rank}", "r+b") as file:
-        words = mmap.mmap(file.fileno(), 8)
+        words = mmap.mmap(file.fileno(), 16)
 
     def note(step: int) -> None:
-        words[:8] = struct.pack("Q", step)
+        words[:16] = struct.pack("QQ", step, time.monotonic_ns())
 
     return note
 

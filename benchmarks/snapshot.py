@@ -1,8 +1,8 @@
 """What a snapshot costs the training: ours and stock PyTorch's, side by side in one run.
 
 A model trains under AdamW; at the end of every step its whole state (weights, two moments, step counters) is saved to
-tmpfs. The *stall* is the time for which the training stands because of it: the call, and what is waited for before the next
-``optimizer.step()``. Stock savers get their state dict ready made, which does not count; ours gathers its own. A *step*
+tmpfs. The *stall* is the time for which the training stands because of it: the call, which all ranks begin together, and what is
+waited for before the next ``optimizer.step()``. Stock savers get their state dict ready made, which does not count; ours gathers its own. A *step*
 is a whole one with its snapshot, including what has to be finished before the next snapshot can be taken. The limit is one
 ``memcpy`` of the same bytes into memory that was touched before. *CPU* is what a rank's process used for a step, its
 threads included (a saver that has a process of its own for the writing uses more than that).
@@ -40,7 +40,7 @@ import torch.multiprocessing
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from benchmarks.training import Training, World, copied, free_port, ours, restored, timed
+from benchmarks.training import Training, World, copied, free_port, ours, restored, timed, together
 
 dcp: Any = torch.distributed.checkpoint  # neither is typed to the end
 mp: Any = torch.multiprocessing
@@ -74,6 +74,7 @@ def stock(training: Training, rounds: int, save: Callable[[dict[str, Any]], Any]
         training.optimizer.step()
         if pending is not None:
             getattr(pending, "upload_completion", pending).result()
+        together()
         started = time.perf_counter()
         pending = save(state)
         if number >= 2:

@@ -23,7 +23,7 @@ from supervisor.training.reader import Stored
 from supervisor.training.state import TrainingState
 from supervisor.training.world import World
 
-__all__ = ["Training", "World", "copied", "free_port", "ours", "restored", "timed"]
+__all__ = ["Training", "World", "copied", "free_port", "ours", "restored", "timed", "together"]
 
 WIDTH = 1024
 SMALL = 833  # layers: 1,666 parameters, 4,998 tensors beside step counters
@@ -70,6 +70,12 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def together() -> None:
+    """Wait for all ranks: what one waits for another because it was later in its step is no cost of a snapshot."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -121,6 +127,7 @@ def ours(
         completed += 1
         writer.poll()
         outcomes.clear()
+        together()
         slot = root / str(number % 3)
 
         def save_point(slot: Path = slot) -> None:  # as a Session's
@@ -155,7 +162,16 @@ def copied(training: Training, rounds: int) -> Stalls:
     tensors += [local_of(v) for s in training.optimizer.state.values() for v in s.values()]
     pairs = [(t.clone(), t) for t in tensors]
     moves = [(a.data_ptr(), b.data_ptr(), b.numel() * b.element_size()) for a, b in pairs]
-    return [timed(lambda: [ctypes.memmove(*move) for move in moves]) for _ in range(1 + rounds)][1:]
+    return _in_rounds(lambda: [ctypes.memmove(*move) for move in moves], rounds)
+
+
+def _in_rounds(action: Callable[[], object], rounds: int) -> Stalls:
+    """How long it takes, all ranks at the same time, after a first one that does not count."""
+    found = []
+    for _ in range(1 + rounds):
+        together()
+        found.append(timed(action))
+    return found[1:]
 
 
 def restored(training: Training, world: World, slot: Path, rounds: int) -> dict[str, Stalls]:
@@ -170,6 +186,6 @@ def restored(training: Training, world: World, slot: Path, rounds: int) -> dict[
         Stored(slot, world.rank).load(targets)
 
     return {
-        "restore, ours": [timed(straight) for _ in range(1 + rounds)][1:],
-        "restore, dcp.load": [timed(stock) for _ in range(1 + rounds)][1:],
+        "restore, ours": _in_rounds(straight, rounds),
+        "restore, dcp.load": _in_rounds(stock, rounds),
     }

@@ -25,10 +25,13 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from supervisor.edge import huge
+from supervisor.training.copies import offsets_of
 from supervisor.training.layout import tensor_archive
+from supervisor.training.moves import local_of
 
 _PIECE: Final = 16 << 20  # bytes that one thread reads at a time
 _THREADS: Final = 4
@@ -126,22 +129,26 @@ class DirectReader(FileSystemReader):
         return super().read_data(LoadPlan(rest, plan.storage_data, plan.planner_data), planner)
 
     def read_whole(self, targets: Mapping[str, Any]) -> set[str]:
-        """Read, without a plan, each plain tensor that is stored in one piece and wanted whole; which those were.
+        """Read, without a plan, each tensor of which this rank wants one stored piece as it is; which those were.
 
-        DCP's planning of thousands of tensors takes many times as long as reading them. Raises as ``read_data``.
+        That is a plain tensor that is stored whole, and a shard as it was saved: all of them, unless the number of ranks has
+        changed. DCP's planning of thousands of tensors takes many times as long as reading them. Raises as ``read_data``.
         """
         done: set[str] = set()
         reads: list[tuple[torch.Tensor, _File, int]] = []
         with contextlib.ExitStack() as stack:
             files: dict[str, _File] = {}
+            shards: dict[object, torch.Size] = {}
             for key, target in targets.items():
                 entry = self._metadata.state_dict_metadata.get(key)
-                if not isinstance(entry, TensorStorageMetadata) or not _is_like(target, entry):
+                part = _part_of(target, entry, shards)
+                if part is None or not isinstance(entry, TensorStorageMetadata):
                     continue
-                info = (self._metadata.storage_data or {}).get(MetadataIndex(key, entry.chunks[0].offsets))
-                found = self._bare(info, tuple(entry.size), entry.properties.dtype, files, stack)
+                local, offsets = part
+                info = (self._metadata.storage_data or {}).get(MetadataIndex(key, offsets))
+                found = self._bare(info, tuple(local.shape), entry.properties.dtype, files, stack)
                 if found is not None:
-                    reads.append((target, *found))
+                    reads.append((local, *found))
                     done.add(key)
             pieces = [piece for target, file, begin in reads for piece in _pieces(file, begin, target)]
             with _pool() as pool:
@@ -189,19 +196,32 @@ class DirectReader(FileSystemReader):
         return _Stored(*found, shape, dtype, part)
 
 
-def _is_like(target: object, entry: TensorStorageMetadata) -> bool:
-    """Whether ``target`` is a plain tensor to be filled with all that is stored, which is in one piece."""
-    return (
-        type(target) in (torch.Tensor, torch.nn.Parameter)
-        and isinstance(target, torch.Tensor)
-        and target.device.type == "cpu"
-        and target.is_contiguous()
-        and not (target.is_conj() or target.is_neg())
-        and target.dtype == entry.properties.dtype
-        and target.shape == entry.size
-        and len(entry.chunks) == 1
-        and entry.chunks[0].sizes == entry.size
+def _part_of(
+    target: object, entry: object, shards: dict[object, torch.Size]
+) -> tuple[torch.Tensor, torch.Size] | None:
+    """This rank's part of a tensor, and where in the whole it begins, if a stored piece like it can be read to where it lies.
+
+    ``shards``: where those begin that were asked for before, as finding that out takes longer than all the rest.
+    """
+    if not isinstance(entry, TensorStorageMetadata) or not isinstance(target, torch.Tensor):
+        return None
+    if type(target) not in (torch.Tensor, torch.nn.Parameter, DTensor) or target.shape != entry.size:
+        return None
+    local, offsets = local_of(target), torch.Size([0] * len(entry.size))
+    if isinstance(target, DTensor):
+        if target.device_mesh.get_coordinate() is None:
+            return None
+        laid_out = target.shape, target.placements, target.device_mesh
+        if laid_out not in shards:
+            shards[laid_out] = torch.Size(offsets_of(target))
+        offsets = shards[laid_out]
+    fits = (
+        local.device.type == "cpu"
+        and local.is_contiguous()
+        and not (local.is_conj() or local.is_neg())
+        and local.dtype == entry.properties.dtype
     )
+    return (local, offsets) if fits else None
 
 
 def _pool() -> ThreadPoolExecutor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.harness import launch
-from tests.training.programs import elastic
+from tests.training.programs import elastic, shards
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -29,3 +29,11 @@ def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
     expected = launch(elastic.zero, 2, 6, None)
     launch(elastic.zero, 2, 3, str(tmp_path))
     assert launch(elastic.zero, 2, 6, str(tmp_path)) == expected
+
+
+def test_shards_are_read_as_they_were_saved_unless_they_are_others(tmp_path: Path) -> None:
+    launch(shards.save, 2, tmp_path)
+    assert launch(shards.load, 2, tmp_path) == [[], []]
+    sharded = ["model.columns", "model.middle", "model.rows", "model.uneven"]
+    assert launch(shards.load, 3, tmp_path) == [sharded] * 3
+    assert launch(shards.load, 1, tmp_path) == [sharded]

@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from supervisor.training import Session
+from supervisor.training.direct import DirectReader
+from supervisor.training.reader import Stored, read_metadata
 
 PLACEMENTS = {
     "rows": Shard(0),
@@ -42,6 +44,24 @@ def save(directory: Path, seed: int = 0) -> None:
         dcp.save({"model": tensors}, checkpoint_id=directory)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def load(directory: Path) -> list[str]:
+    """On each rank, into shards of these ranks; what was not read as it is stored."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    expected = {
+        f"model.{name}": distribute_tensor(value, mesh, [PLACEMENTS[name]]) for name, value in whole().items()
+    }
+    targets = {key: torch.zeros_like(value) for key, value in expected.items()}
+    read = DirectReader(directory, read_metadata(directory)).read_whole(targets)
+    rest = sorted(targets.keys() - read)
+    Stored(directory, dist.get_rank()).load({key: targets[key] for key in rest})
+    for key, target in targets.items():
+        assert torch.equal(target.to_local(), expected[key].to_local()), key
+    dist.barrier()
+    dist.destroy_process_group()
+    return rest
 
 
 def train_replicated(directory: Path) -> int:
