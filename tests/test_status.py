@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import struct
@@ -299,7 +300,16 @@ def test_from_another_host_it_is_seen_by_the_live_file(held: Job) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"format": 2}, {"run_id": "xyz"}, {"epoch": 2}, {"attempt": 0}, {"written": 1121.0 - status.STALE - 1}],
+    [
+        {"written": math.nan},
+        {"written": 10**400},
+        {"saved_time": math.inf},
+        {"format": 2},
+        {"run_id": "xyz"},
+        {"epoch": 2},
+        {"attempt": 0},
+        {"written": 1121.0 - status.STALE - 1},
+    ],
 )
 def test_a_live_file_of_something_else_is_ignored(held: Job, changes: dict[str, Any]) -> None:
     held.journal(elsewhere())

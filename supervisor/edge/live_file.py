@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,10 @@ def read(job: Path) -> tuple[Told, float] | None:
         raw = json.loads(content)
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             return None
-        return plain.from_plain(Told, raw), modified
-    except (OSError, ValueError, TypeError, RecursionError):
+        told = plain.from_plain(Told, raw)
+        is_sound = math.isfinite(told.written) and math.isfinite(told.saved_time or 0.0)
+        return (told, modified) if is_sound else None
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
