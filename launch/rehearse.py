@@ -40,7 +40,9 @@ def add_parser(commands: Any, add_job: Callable[[argparse.ArgumentParser], None]
     )  # fmt: skip
     parser.add_argument("kind", nargs="?", metavar="KIND", help="which fault; --list explains them")
     parser.add_argument("--list", action="store_true", help="what can be rehearsed")
-    parser.add_argument("--rank", type=int, metavar="N", help="the rank that it strikes (default: the last)")
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="the rank that it strikes (default: the last on this host)"
+    )
     parser.add_argument(
         "--timeout", metavar="TIME", help="how long to wait for the recovery (default: 10m; --list)"
     )
@@ -139,34 +141,41 @@ def _alone(job: Path) -> Iterator[None]:
 
 
 def _scene(kind: Kind, job: Path, rank: int | None, *, agreed: bool) -> Scene:
+    from launch import here
     from launch.strikes import Scene
-    from supervisor.decide import rehearsal
+    from supervisor.decide import rehearsable
     from supervisor.edge import clock
     from supervisor.edge.jobdir import JobDirectory
     from supervisor.status import read_status
 
     status = read_status(job, clock.now())
     file, record = JobDirectory(job).read(), status.record
-    why_not = rehearsal.refusal(
-        kind, record, alive=status.alive, host=socket.gethostname(), rank=rank, now=status.now
+    seats = None
+    if file is not None and here.is_of_several(file):
+        seats = here.seats(file, status.path, record.attempt or 0)
+    why_not = rehearsable.refusal(
+        kind, record, alive=status.alive, host=socket.gethostname(), rank=rank, now=status.now, here=seats
     )
     if why_not is not None:
         raise UsageError(f"{job}: {why_not}")
     assert file is not None
+    if rank is None:
+        rank = max(seats) if seats else (record.world_size or 1) - 1
     return Scene(
         job=status.path,
-        runtime=Path(file.runtime),
+        runtime=seats[rank].runtime if seats else Path(file.runtime),
+        local_rank=seats[rank].local_rank if seats else None,
         run_id=file.run_id,
         record=record,
         attempt=record.attempt or 0,
-        rank=(record.world_size or 1) - 1 if rank is None else rank,
+        rank=rank,
         agreed=agreed,
     )
 
 
 def _may(kind: Kind, scene: Scene, plan: Plan) -> bool:
     """Say what will be done, and ask. Raises UsageError without a terminal."""
-    from supervisor.decide import rehearsal
+    from supervisor.decide import rehearsable
     from supervisor.edge import clock
 
     if not sys.stdin.isatty():
@@ -174,7 +183,7 @@ def _may(kind: Kind, scene: Scene, plan: Plan) -> bool:
             f"this would be done: {plan.words}; without a terminal nobody can be asked: --yes does it"
         )
     _say(f"this will be done: {plan.words}")
-    verdict = rehearsal.foreseen(kind, scene.record, clock.now())
+    verdict = rehearsable.foreseen(kind, scene.record, clock.now())
     if verdict is not None:
         _say(f"the answer will be: {verdict.reason}")
     if scene.record.resumed_step is None:

@@ -53,12 +53,17 @@ class Scene:
     attempt: int
     rank: int
     agreed: bool
+    local_rank: int | None = None  # of the rank on its node, where there are several
 
     @contextlib.contextmanager
     def page(self) -> Iterator[ControlPage]:
         """The rank's control page."""
         try:
-            page = ControlPage(page_path(self.runtime, self.attempt, self.rank))
+            page = ControlPage(
+                page_path(
+                    self.runtime, self.attempt, self.rank if self.local_rank is None else self.local_rank
+                )
+            )
         except PermissionError:
             raise UsageError(f"{self.job} is another user's job") from None
         except (OSError, ValueError):
@@ -155,12 +160,12 @@ def _resume(target: Target) -> None:
 
 
 def _launcher(scene: Scene) -> int:
-    """The pid of torchrun: the supervisor's child that the rank descends from."""
+    """The pid of torchrun: the supervisor's child that the rank descends from. A supervisor is not part of its own run."""
     pid = rank = scene.pid
-    while (parent := parent_of(pid)) != scene.record.pid:
-        if parent <= 1:
-            raise UsageError(f"attempt {scene.attempt} is over: try again")
+    while processes.bears(parent := parent_of(pid), f"EVERSTEP_RUN_ID={scene.run_id}"):
         pid = parent
+    if not parent:
+        raise UsageError(f"attempt {scene.attempt} is over: try again")
     if pid == rank:
         raise UsageError("this job runs without torchrun; kill-rank kills its process")
     return pid

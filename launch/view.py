@@ -23,6 +23,7 @@ from supervisor.errors import ConfigError
 from supervisor.intervals import parse_duration
 from supervisor.model import State
 from supervisor.status import Held, Status
+from supervisor.status_views import slow_node
 from supervisor.wording import duration
 
 LABEL: Final = 11  # columns
@@ -88,6 +89,8 @@ class View:
         yield from self._ranks(room)
         yield from self._remarks()
         yield "left", Text(self._budgets())
+        if status.age is not None:
+            yield "live", Text(f"as {record.host} told {duration(status.age)} ago", "dim")
 
     def _steps(self) -> Text:
         status = self._status
@@ -167,7 +170,8 @@ class View:
             text = Text(f"{rank:>4} ").append("━" * round(share * width), "red" if rank == slow else "cyan")
             text.append("╌" * (width - round(share * width)), "dim").append(f" {duration_ms(share / rate)}")
             if rank == slow:
-                text.append(" ◀ waited for", "red")
+                node = slow_node(self._status)
+                text.append(" ◀ waited for" + ("" if node is None else f", on {node}"), "red")
             yield ("own time" if number == 0 else ""), text
         if len(shown) < len(shares):
             yield "", Text(f"the busiest of {len(shares)} ranks; a step takes {duration_ms(1 / rate)}", "dim")

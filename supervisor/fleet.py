@@ -97,6 +97,7 @@ class Course:
     request: int | None = None  # a rank asks for a checkpoint of this step
     saved: Saved | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    shares: tuple[int, ...] = ()  # by rank, percent of own time (decide/straggler.py); -1: not known yet
     ending: bool = False  # it has failed there, and is being cleared away
     ended: Ended | None = None
 

@@ -14,13 +14,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from supervisor import background
+from supervisor import background, shares
 from supervisor.attempt import Attempt
 from supervisor.checkpoint import parts
 from supervisor.checkpoint.directory import payload
 from supervisor.checkpoint.manifest import METADATA_NAME, Key, Origin
 from supervisor.checkpoint.slots import is_copy_file
-from supervisor.decide import reach, savepoint
+from supervisor.decide import reach, savepoint, straggler
 from supervisor.decide.agreement import Duty, Posted, duty
 from supervisor.edge import clock
 from supervisor.edge.control import Word
@@ -35,6 +35,7 @@ from supervisor.program import Rendezvous
 from supervisor.shared_snapshots import SharedSnapshots
 
 STEPS_PERIOD: Final = 0.25  # seconds between two reports that differ by the ranks' steps alone, at least
+SHARES_PERIOD: Final = 2.0  # seconds between two looks at the ranks' own time, which are told with the steps
 PROBE: Final = 3.0  # seconds that another node's host may take to answer
 PROBES: Final = 64  # other nodes that are tried
 REPORTS: Final = 2000  # of all nodes together in a second, of that kind
@@ -72,6 +73,8 @@ class Hand:
         self._unreached: tuple[str, ...] = ()
         self._probing: asyncio.Task[None] | None = None
         self._told_at = 0.0
+        self._shares: tuple[int, ...] = ()
+        self._shares_at = 0.0
         self._address = joining.report.address
         self._port = ReservedPort(self._address)
         self._in_use: dict[int, ReservedPort] = {}  # by attempt
@@ -96,6 +99,7 @@ class Hand:
     def begin(self, attempt: Attempt) -> None:
         """It is this one's turn."""
         self.attempt, self._ended, self._saved, self._request = attempt, None, None, None
+        self._shares, self._shares_at = (), 0.0
         self._standing.clear()
         self.mind(ready=0)
         self.tell()
@@ -314,8 +318,17 @@ class Hand:
             request=self._request,
             saved=self._saved,
             metrics=dict(attempt.metrics),
+            shares=self._own_shares(attempt),
             ending=attempt.ended.is_set() and not attempt.finished,
         )
+
+    def _own_shares(self, attempt: Attempt) -> tuple[int, ...]:
+        now = clock.monotonic()
+        if attempt.is_full and now - self._shares_at >= SHARES_PERIOD:
+            self._shares_at = now
+            known = shares.here(attempt)
+            self._shares = straggler.percents([known.get(rank) for rank in sorted(attempt.seats)])
+        return self._shares
 
     def mind(self, **changes: object) -> None:
         """Report something else of this node."""

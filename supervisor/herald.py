@@ -23,6 +23,7 @@ from supervisor.edge.live import read_live
 from supervisor.edge.threads import in_thread
 from supervisor.errors import ConfigError
 from supervisor.ledger import Ledger
+from supervisor.live_view import LiveView
 from supervisor.model import Decided, Fact
 
 if TYPE_CHECKING:
@@ -36,8 +37,15 @@ class Herald:
     """Used by the node from the loop's thread. Raises ConfigError for what cannot be exposed where it was asked."""
 
     def __init__(
-        self, options: Options, job: JobDirectory, file: JobFile, ledger: Ledger, say: Callable[[str], None]
+        self,
+        options: Options,
+        job: JobDirectory,
+        file: JobFile,
+        ledger: Ledger,
+        say: Callable[[str], None],
+        view: LiveView,
     ) -> None:
+        self._view = view
         self._options, self._job, self._file, self._ledger, self._say = options, job, file, ledger, say
         for hook in options.hook:
             if hook.url is None and shutil.which(hook.argv[0]) is None:
@@ -126,10 +134,14 @@ class Herald:
 
     def _status(self) -> Status:
         """As ``everstep status`` has it. Called from the threads of whoever asks."""
-        from supervisor.status import describe
+        from supervisor.status import describe, of_all_ranks
 
         record, runtime = self._ledger.record, Path(self._file.runtime)
         live = read_live(runtime, record.attempt or 0) if record.attempt_first_time is not None else None
+        if live is not None:
+            newest = self._view.newest
+            told = newest[1] if newest is not None and newest[0] == record.attempt else None
+            live = of_all_ranks(live, told, record)
         return describe(
             self._job.path,
             record,

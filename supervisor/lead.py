@@ -14,6 +14,7 @@ from typing import Final
 from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Origin as CheckpointOrigin
 from supervisor.config import Options
+from supervisor.decide import straggler
 from supervisor.decide.causes import Departed
 from supervisor.decide.fencing import Isolation
 from supervisor.decide.membership import Size
@@ -271,6 +272,21 @@ class Lead:
         """When the last rank of each other node completed its first step."""
         courses = [self._course(member) for member in self.roster.others]
         return [course.first_step_time if course else None for course in courses]
+
+    @property
+    def own_shares(self) -> dict[int, float]:
+        """Of the ranks of the other nodes, where they are known."""
+        found: dict[int, float] = {}
+        for number, member in enumerate(self.roster.members):
+            course = None if member.name == self._orders.own else self._course(member)
+            if course is not None:
+                found |= straggler.from_percents(course.shares, number * len(course.shares))
+        return found
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of all nodes of the attempt, by rank."""
+        return self.roster.names
 
     def _on_deposed(self) -> None:
         self._ledger.silence()  # the journal is another's now

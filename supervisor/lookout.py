@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
+from supervisor import shares
 from supervisor.attempt import Attempt
 from supervisor.config import Options
 from supervisor.decide.warning import Change, Lookout, Sample
 from supervisor.edge import clock
 from supervisor.edge.console import Console
-from supervisor.edge.control import Word
 from supervisor.ledger import Ledger
 from supervisor.model import Fact, WarningCleared, WarningKind, WarningRaised
 
 PERIOD: Final = 1.0  # seconds
+MOST_RANKS: Final = 1024  # of a job in which ranks of other nodes are looked at, too
 
 
 class Warnings:
@@ -44,13 +44,15 @@ class Warnings:
             return
         seconds = (now - self._last[0]) / (step - self._last[1])
         self._last = now, step
-        shares = {seat.rank: seat.page.double(Word.OWN_SHARE) for seat in attempt.seats.values()}
+        is_large = (attempt.world_size or 0) > MOST_RANKS
         sample = Sample(
             step,
             attempt.metrics.get(self._loss),
             attempt.metrics.get(self._norm),
             seconds,
-            {rank: share for rank, share in shares.items() if not math.isnan(share)},
+            shares.here(attempt) if is_large else shares.everywhere(attempt),
+            attempt.world_size,
+            shares.nodes(attempt),
         )
         for change in self._lookout.see(sample):
             self._ledger.add(_fact(change, attempt.number))

@@ -31,6 +31,7 @@ from supervisor.errors import EverstepError, LeadershipLostError
 from supervisor.herald import Herald
 from supervisor.launching import Launcher, attempt_ended, run_started
 from supervisor.ledger import Ledger
+from supervisor.live_view import LiveView
 from supervisor.lookout import Warnings
 from supervisor.model import (
     Action,
@@ -78,7 +79,8 @@ class Node:
         self._standby = Standby.asked_for(
             options, self._launcher, job.attempt, self._welcome, ledger, console
         )
-        self._herald = Herald(options, job, file, ledger, console.say)
+        self._view = LiveView(job.path, file.run_id, file.epoch, console.say)
+        self._herald = Herald(options, job, file, ledger, console.say, self._view)
         self._warnings = Warnings(options, ledger, console)
         self._engine, self._warden = engine, warden
         self._stopping = Stopping(
@@ -125,6 +127,7 @@ class Node:
         finally:
             await self._standby.end()
             await channel.close()
+        await self._view.close()
         if not self._unsaved:
             jobdir.remove_runtime(self._runtime)
         code = restart.exit_code(verdict.action, self._stopping.requested)
@@ -179,6 +182,7 @@ class Node:
         self._pulse = Pulse(
             attempt, self._options, self._ledger, self._snapshots, self._draining, saves, self._console, self._drive_stop,
             on_first_step=lambda: self._companions.made_first_step(attempt), warnings=self._warnings,
+            view=self._view,
         )  # fmt: skip
         self._reception = Reception(
             attempt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 
@@ -21,4 +22,14 @@ class Others(Protocol):
     @property
     def first_step_times(self) -> list[float | None]:
         """When the last rank of each node completed its first step, in Unix seconds; None: not yet."""
+        ...
+
+    @property
+    def own_shares(self) -> Mapping[int, float]:
+        """Of its ranks (``decide/straggler.py``), where they are known."""
+        ...
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of all of its nodes, this one's too, by rank."""
         ...

@@ -15,6 +15,7 @@ from supervisor.edge import clock, processes
 from supervisor.edge.console import Console
 from supervisor.edge.control import Word
 from supervisor.ledger import Ledger
+from supervisor.live_view import LiveView
 from supervisor.lookout import Warnings
 from supervisor.model import FirstStep, Progress, ProposalFlag
 from supervisor.saves import Agreed
@@ -41,10 +42,11 @@ class Pulse:
         drive_stop: Callable[[], None],
         on_first_step: Callable[[], None],
         warnings: Warnings,
+        view: LiveView,
     ) -> None:
         self._attempt, self._options, self._ledger = attempt, options, ledger
         self._snapshots, self._savepoints, self._console = snapshots, savepoints, console
-        self._draining, self._warnings = draining, warnings
+        self._draining, self._warnings, self._view = draining, warnings, view
         self._wants_stop, self._on_first_step = drive_stop, on_first_step
         self._stop_proposed = self._stop_forwarded = False
         now = clock.monotonic()
@@ -69,6 +71,7 @@ class Pulse:
             self._vigil.look()
             if self._first_step_said:
                 self._warnings.look(self._attempt)
+                self._view.look(self._attempt)
             if (proven := guarding.proven(self._attempt)) is not None:
                 self._draining.proven = proven
             self._console.progress(self._line())

@@ -1,7 +1,8 @@
 """How a job stands, for people and for programs: its journal, and what its live workers' control pages say beyond it.
 
 The journal alone describes a job that is over. While a supervisor holds the job's lock on this host, steps, loss and the
-newest snapshot come from the control pages, which are never more than a step old. A journal that ends in the middle of
+newest snapshot come from the control pages, which are never more than a step old; what only the supervisor knows, and what is
+looked at from another host, comes from ``live.json``, some seconds old (``edge/live_file.py``). A journal that ends in the middle of
 the work while nobody holds the lock tells of a supervisor that was killed: such a job can be resumed, so it is shown
 as preempted.
 """
@@ -9,20 +10,22 @@ as preempted.
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
-from supervisor.decide import goodput, lifecycle
-from supervisor.edge import arenas
+from supervisor.decide import goodput, lifecycle, straggler
+from supervisor.edge import arenas, live_file
 from supervisor.edge.arenas import Arenas
-from supervisor.edge.jobdir import JobDirectory
+from supervisor.edge.jobdir import JobDirectory, JobFile
 from supervisor.edge.live import Live, is_held, read_live
 from supervisor.errors import JobError
 from supervisor.model import State
 from supervisor.record import JobRecord
 from supervisor.replay import Replay
 from supervisor.timesheet import Timesheet
+
+STALE: Final = 30.0  # seconds by which the journal may be ahead of the live file: each is written every ten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,9 @@ class Status:
     checkpoint: Held | None
     metrics: dict[str, float]
     own_shares: dict[int, float] = field(default_factory=dict)  # by rank (decide/straggler.py)
+    nodes: tuple[str, ...] = ()  # the names of the attempt's nodes, by rank, where there are several
+    seen_from: str | None = None  # what shows more than the journal: "control pages" or "live.json"
+    age: float | None = None  # … and how many seconds old that is
     arenas: Arenas | None = None  # this node's
     run_id: str | None = None
     problems: tuple[str, ...] = ()  # lines of the journal that could not be used
@@ -85,6 +91,9 @@ class Watch:
         self._given = job_dir
         self._job = JobDirectory(job_dir)
         self._folded = folded or Replay(self._job.journal)
+        self._seen: tuple[float, float] | None = (
+            None  # of the live file: when it was written, and that it was new then
+        )
 
     def look(self, now: float) -> Status:
         """The job's status. Raises JobError when there is no job or it cannot be read."""
@@ -100,18 +109,60 @@ class Watch:
         live = None
         # before an attempt's first step, the pages may still be those of the one before
         started = record.attempt_first_time is not None
-        if alive and started and file is not None and record.host == socket.gethostname():
-            live = read_live(Path(file.runtime), record.attempt or 0)
+        if alive and started and file is not None:
+            told = self._told(file, record, now)
+            if record.host == socket.gethostname():
+                live = read_live(Path(file.runtime), record.attempt or 0)
+            live = told if live is None else of_all_ranks(live, told, record)
         return describe(
             job.path,
             record,
             now,
             alive=alive,
             live=live,
-            arenas=arenas.measure(Path(file.runtime), record.pid) if live and file is not None else None,
+            arenas=arenas.measure(Path(file.runtime), record.pid)
+            if live and live.age is None and file is not None
+            else None,
             run_id=file.run_id if file is not None else None,
             problems=self._folded.problems,
         )
+
+    def _told(self, file: JobFile, record: JobRecord, now: float) -> Live | None:
+        """What the live file says, if it is of the attempt that runs and not left from earlier."""
+        if (
+            record.state not in (State.RUNNING, State.STOPPING)
+            or (found := live_file.read(self._job.path)) is None
+        ):
+            return None
+        told, modified = found
+        if (told.run_id, told.epoch, told.attempt) != (file.run_id, file.epoch, record.attempt):
+            return None
+        if (record.last_time or 0) - told.written > STALE:
+            return None
+        if self._seen is None:
+            self._seen = told.written, min(modified, now)
+        elif self._seen[0] != told.written:
+            self._seen = told.written, now
+        return Live(
+            step=told.step,
+            total_steps=told.total_steps,
+            saved_step=told.saved_step,
+            saved_time=told.saved_time,
+            loss=told.loss,
+            own_shares=straggler.from_percents(told.own_shares),
+            ranks=told.world_size,
+            nodes=told.nodes,
+            age=max(0.0, now - self._seen[1]),
+        )
+
+
+def of_all_ranks(live: Live, told: Live | None, record: JobRecord) -> Live:
+    """The control pages of one node, with what the supervisor knows of the ranks of all: those pages do not say which ranks they are of."""
+    if record.world_size is None or live.ranks >= record.world_size:
+        return live
+    if told is None:
+        return replace(live, own_shares={})
+    return replace(live, own_shares=told.own_shares, ranks=told.ranks, nodes=told.nodes)
 
 
 def read_status(job_dir: Path, now: float) -> Status:
@@ -158,6 +209,9 @@ def describe(
         checkpoint=checkpoint,
         metrics=metrics,
         own_shares=live.own_shares if live else {},
+        nodes=live.nodes if live else (),
+        seen_from=None if live is None else "control pages" if live.age is None else live_file.NAME,
+        age=live.age if live else None,
         arenas=arenas,
         run_id=run_id,
         problems=problems,

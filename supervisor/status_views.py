@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -30,8 +31,13 @@ def to_json(status: Status) -> dict[str, Any]:
         "total_steps": status.total_steps,
         "rate": _number(status.rate),
         "metrics": {name: _number(value) for name, value in status.metrics.items()},
-        "own_shares": [round(share, 3) for _, share in sorted(status.own_shares.items())],
+        "own_shares": _shares(status.own_shares),
         "slow_rank": straggler.slowest(status.own_shares),
+        "slow_node": slow_node(status),
+        "nodes": list(status.nodes),
+        "live": None
+        if status.seen_from is None
+        else {"from": status.seen_from, "age_s": round(status.age or 0.0, 3)},
         "warnings": numbers.warnings(record, alive=status.alive),
         "guard": numbers.guard(record),
         "restarts": record.restarts,
@@ -78,6 +84,7 @@ def to_text(status: Status) -> str:
         ("job", str(status.path)),
         ("state", status.state.value + (f": {status.reason}" if status.reason else "")),
         ("progress", _progress(status)),
+        *_live(status),
         *_deadline(status),
         *_slow_rank(status),
         *numbers.rows(record, alive=status.alive),
@@ -141,8 +148,27 @@ def _slow_rank(status: Status) -> list[tuple[str, str]]:
     shares, rank = status.own_shares, straggler.slowest(status.own_shares)
     if rank is None:
         return []
-    text = f"rank {rank}: {shares[rank]:.0%} of its time is its own, the others' {straggler.others(shares, rank):.0%}"
+    node = slow_node(status)
+    where = "" if node is None else f" on {node}"
+    text = f"rank {rank}{where}: {shares[rank]:.0%} of its time is its own, the others' {straggler.others(shares, rank):.0%}"
     return [("slow rank", f"{text}: they wait for it")]
+
+
+def slow_node(status: Status) -> str | None:
+    """The name of the node that has the slow rank; None where there is none, or a single node."""
+    rank = straggler.slowest(status.own_shares)
+    return None if rank is None else straggler.node_of(rank, status.record.world_size, status.nodes)
+
+
+def _shares(shares: Mapping[int, float]) -> list[float | None]:
+    known = (shares.get(rank) for rank in range(max(shares, default=-1) + 1))
+    return [None if share is None else round(share, 3) for share in known]
+
+
+def _live(status: Status) -> list[tuple[str, str]]:
+    if status.age is None:
+        return []
+    return [("live", f"as {status.record.host} told {duration(status.age)} ago")]
 
 
 def _memory(arenas: Arenas | None) -> list[tuple[str, str]]:

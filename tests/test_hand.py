@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from supervisor.attempt import Attempt
 from supervisor.checkpoint import slots
 from supervisor.checkpoint.slots import SlotRecord
+from supervisor.edge import clock
+from supervisor.edge.control import ControlPage, Word
 from supervisor.edge.store.memory import MemoryStore
 from supervisor.fleet import Assignment, Ended, Member, Order, Report, SlotOrder
-from supervisor.hand import Hand
+from supervisor.hand import SHARES_PERIOD, Hand
 from supervisor.joining import Joining
 from supervisor.peer_copies import PeerCopies
+from supervisor.seat import Seat
 from supervisor.shared_snapshots import SharedSnapshots
 
 
@@ -101,5 +107,38 @@ def test_no_slot_is_touched_for_another_attempt_or_a_leader_that_was(tmp_path: P
         assert bench.snapshots.offer() is None
         assert bench.held == [(1, 24, 0)]
         assert bench.joining.report.prepared == 0
+
+    run(tmp_path, test)
+
+
+def test_the_own_time_of_its_ranks_is_told_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(clock, "monotonic", lambda: now)
+
+    def test(bench: Bench) -> None:
+        nonlocal now
+        bench.begin(1)
+        attempt = bench.hand.attempt
+        assert attempt is not None
+        attempt.local_size = attempt.world_size = 2
+        pages = [ControlPage(tmp_path / f"rank-{number}", create=True) for number in (0, 1)]
+        for number, page in enumerate(pages):
+            attempt.seats[2 + number] = Seat(2 + number, number, 1, None, page)
+
+        def told() -> tuple[int, ...]:
+            bench.hand.tell()
+            course = bench.joining.report.course
+            assert course is not None
+            return course.shares
+
+        assert told() == (-1, -1)
+        pages[1][Word.OWN_SHARE] = struct.unpack("Q", struct.pack("d", 0.904))[0]
+        assert told() == (-1, -1), "too soon"
+        now += SHARES_PERIOD
+        assert told() == (-1, 90)
+        for page in pages:
+            page.close()
 
     run(tmp_path, test)

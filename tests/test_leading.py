@@ -187,6 +187,18 @@ def test_the_end_on_one_node_ends_all(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_the_own_time_of_all_ranks_is_known(tmp_path: Path) -> None:
+    async def test(led: Led) -> None:
+        await led.course("a", shares=(20, 30))
+        await led.course("c", shares=(-1, 90))
+        await led.until(lambda: led.lead.own_shares == {0: 0.2, 1: 0.3, 5: 0.9})
+        assert led.lead.nodes == NAMES
+        await led.course("c", shares=(-1, 90), attempt=7)  # another attempt's
+        await led.until(lambda: led.lead.own_shares == {0: 0.2, 1: 0.3})
+
+    run(tmp_path, test)
+
+
 def test_a_node_that_is_gone_ends_all(tmp_path: Path) -> None:
     async def test(led: Led) -> None:
         await led.store.put(NODES + "b", None)

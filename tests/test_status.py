@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
+import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,10 +18,11 @@ from hypothesis import strategies as st
 
 from supervisor import status
 from supervisor.decide import lifecycle
-from supervisor.edge import journal
+from supervisor.edge import journal, live_file
 from supervisor.edge.control import ControlPage, Word
 from supervisor.edge.journal import decode, encode
 from supervisor.edge.live import Live, is_held
+from supervisor.edge.live_file import Told
 from supervisor.errors import JobError
 from supervisor.model import (
     Action,
@@ -255,6 +259,92 @@ def test_a_supervisor_on_another_host_is_believed_by_its_journal(held: Job) -> N
     held.page(0, STEP=170)
     shown = held.read()
     assert (shown["state"], shown["step"]) == ("running", 100)
+
+
+def elsewhere() -> list[Fact]:
+    first, *others = running()
+    assert isinstance(first, RunStarted)
+    return [replace(first, host="elsewhere"), *others]
+
+
+def told(**changes: Any) -> Told:
+    known = {
+        "format": 1,
+        "run_id": "abc",
+        "epoch": 1,
+        "attempt": 1,
+        "written": 1121.0,
+        "step": 124,
+        "world_size": 2,
+    }
+    return Told(**{**known, "own_shares": (30, 90), "nodes": ("h1", "h2"), **changes})
+
+
+def test_from_another_host_it_is_seen_by_the_live_file(held: Job) -> None:
+    held.journal(elsewhere())
+    live_file.write(held.path, told(loss=1.5, total_steps=200))
+    os.utime(held.path / live_file.NAME, (1128.0, 1128.0))
+    watch = status.Watch(held.path)
+    shown = to_json(watch.look(1130.0))
+    assert (shown["step"], shown["metrics"], shown["own_shares"]) == (124, {"loss": 1.5}, [0.3, 0.9])
+    assert (shown["slow_rank"], shown["slow_node"], shown["nodes"]) == (1, "h2", ["h1", "h2"])
+    assert shown["live"] == {"from": "live.json", "age_s": 2.0}
+    text = to_text(watch.look(1131.0))
+    assert "live          as elsewhere told 3.0 s ago" in text
+    assert "slow rank     rank 1 on h2: 90% of its time is its own" in text
+    live_file.write(held.path, told(written=1123.0, step=125))  # whatever the clocks say, it is new now
+    os.utime(held.path / live_file.NAME, (5.0, 5.0))
+    assert to_json(watch.look(1132.0))["live"] == {"from": "live.json", "age_s": 0.0}
+    assert to_json(watch.look(1133.5))["live"] == {"from": "live.json", "age_s": 1.5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"written": math.nan},
+        {"written": 10**400},
+        {"saved_time": math.inf},
+        {"format": 2},
+        {"run_id": "xyz"},
+        {"epoch": 2},
+        {"attempt": 0},
+        {"written": 1121.0 - status.STALE - 1},
+    ],
+)
+def test_a_live_file_of_something_else_is_ignored(held: Job, changes: dict[str, Any]) -> None:
+    held.journal(elsewhere())
+    live_file.write(held.path, told(**changes))
+    shown = held.read()
+    assert (shown["state"], shown["step"], shown["live"], shown["own_shares"]) == ("running", 100, None, [])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"format":1,"run_id":"abc","ep', "[1]", "[" * 100_000, '{"format": 1, "step": "x"}', "\0" * 300],
+)
+def test_a_live_file_that_is_garbage_is_ignored(held: Job, content: str) -> None:
+    held.journal(elsewhere())
+    (held.path / live_file.NAME).write_text(content)
+    assert held.read()["step"] == 100
+
+
+def test_a_live_file_of_a_job_that_is_over_is_ignored(job: Job) -> None:
+    job.journal(elsewhere())
+    live_file.write(job.path, told())
+    shown = job.read()
+    assert (shown["state"], shown["step"], shown["live"]) == ("preempted", 100, None)
+
+
+def test_on_the_leaders_host_it_adds_the_ranks_of_the_others(held: Job) -> None:
+    held.journal(running())
+    page = held.page(0, STEP=126)
+    page[Word.OWN_SHARE] = struct.unpack("Q", struct.pack("d", 0.5))[0]
+    shown = held.read()
+    assert (shown["step"], shown["own_shares"]) == (126, []), "nobody says which rank's it is"
+    live_file.write(held.path, told())
+    shown = held.read()
+    assert (shown["step"], shown["own_shares"], shown["slow_node"]) == (126, [0.3, 0.9], "h2")
+    assert shown["live"]["from"] == "control pages"
 
 
 def test_a_killed_supervisors_job_can_be_carried_on(job: Job) -> None:

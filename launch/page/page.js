@@ -47,7 +47,7 @@ function summary(status) {
     status.reason ? h("p", { class: "reason" }, status.reason) : "",
     ...warnings.map((warning) => h("p", { class: "reason warn" }, `Warning: ${warning.text}`)),
     status.deadline ? h("p", { class: "reason" }, `${status.deadline.source} in ${duration(status.deadline.seconds)}`) : "",
-    status.slow_rank !== null ? h("p", { class: "reason warn" }, `The others wait for rank ${status.slow_rank}.`) : "",
+    status.slow_rank !== null ? h("p", { class: "reason warn" }, `The others wait for rank ${status.slow_rank}${status.slow_node ? ` on ${status.slow_node}` : ""}.`) : "",
     h("dl", { class: "tiles" }, tiles),
     problems.length ? h("details", {}, h("summary", { class: "warn" }, `${plural(problems.length, "remark")} on the journal`), problems.map((text) => h("p", { class: "quiet" }, text))) : "",
   );

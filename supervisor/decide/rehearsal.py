@@ -18,9 +18,7 @@ import enum
 from dataclasses import dataclass, replace
 from typing import Final
 
-from supervisor.decide import lifecycle, restart
 from supervisor.model import (
-    Action,
     AttemptEnded,
     AttemptStarted,
     CheckpointCommitted,
@@ -33,11 +31,8 @@ from supervisor.model import (
     FirstStep,
     Resumed,
     RunEnded,
-    State,
     StopRequested,
-    Verdict,
 )
-from supervisor.record import JobRecord
 
 SAVED: Final = 75  # exit code: state saved, run me again
 _MINUTE: Final = 60.0
@@ -114,51 +109,6 @@ ABOUT: Final[dict[Kind, About]] = {
         of_rank=False,
     ),
 }  # fmt: skip
-
-
-# --------------------------------------------------------------------------- whether
-
-
-def refusal(
-    kind: Kind, record: JobRecord, *, alive: bool, host: str, rank: int | None, now: float
-) -> str | None:
-    """Why it cannot be rehearsed on this job now, from ``host``, on ``rank`` (None: any); None: it can."""
-    if not alive:
-        return f"no job is running there (it is {record.state.value}): a rehearsal needs a live one"
-    if record.host != host:
-        return f"the job runs on {record.host}, this is {host}: rehearse it there"
-    if record.state is not State.RUNNING or record.attempt_first_time is None:
-        return f"the job is {record.state.value}: wait until it makes steps"
-    world = record.world_size or 0
-    if rank is not None and not ABOUT[kind].of_rank:
-        return f"{kind.value} strikes no single rank: leave --rank out"
-    if rank is not None and not 0 <= rank < world:
-        return f"there is no rank {rank}: the job has ranks 0 to {world - 1}"
-    verdict = foreseen(kind, record, now)
-    if verdict is None:
-        return None
-    if record.resumed_step is not None and record.snapshot is None and record.checkpoint is None:
-        return "nothing was saved yet, so everything would be done again: wait for the first snapshot"
-    if verdict.action is Action.GIVE_UP:
-        return f"the job would not survive it ({verdict.reason}): wait for its next snapshot"
-    return None
-
-
-def foreseen(kind: Kind, record: JobRecord, now: float) -> Verdict | None:
-    """The verdict that the fault will have, by the rules that will decide; None: it ends no attempt."""
-    taken_for = ABOUT[kind].taken_for
-    if taken_for is None or record.attempt is None:
-        return None
-    failure = Failure(
-        kind=taken_for,
-        reason="the rehearsed fault",
-        attempt=record.attempt,
-        time=now,
-        step=record.step,
-        exception="each says when it was raised, so no two are alike" if ABOUT[kind].inside else None,
-    )
-    ended = AttemptEnded(time=now, attempt=record.attempt, step=record.step, failure=failure, noticed=now)
-    return restart.decide(lifecycle.apply(record, ended), failure)
 
 
 # --------------------------------------------------------------------------- its course

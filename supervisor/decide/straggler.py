@@ -12,7 +12,7 @@ from work.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 APART: Final = 0.2  # of the time: less is noise, or not worth a name
@@ -24,6 +24,22 @@ def slowest(own_shares: Mapping[int, float]) -> int | None:
         return None
     rank = max(own_shares, key=lambda each: own_shares[each])
     return rank if own_shares[rank] - others(own_shares, rank) > APART else None
+
+
+def percents(shares: Sequence[float | None]) -> tuple[int, ...]:
+    """As they are told to others: small numbers; -1: not known."""
+    return tuple(-1 if share is None else round(100 * share) for share in shares)
+
+
+def from_percents(percents: Sequence[int], first: int = 0) -> dict[int, float]:
+    """Own shares by rank, of the ranks from ``first`` on."""
+    return {first + i: percent / 100 for i, percent in enumerate(percents) if percent >= 0}
+
+
+def node_of(rank: int, world_size: int | None, nodes: Sequence[str]) -> str | None:
+    """The name of the node that has this rank, as every one of ``nodes`` has equally many; None on a single one."""
+    each = (world_size or 0) // len(nodes) if nodes else 0
+    return nodes[rank // each] if each and 0 <= rank < each * len(nodes) else None
 
 
 def others(own_shares: Mapping[int, float], rank: int) -> float:

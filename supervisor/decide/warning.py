@@ -27,9 +27,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
+from supervisor.decide import straggler
 from supervisor.decide.guard import GuardPolicy, Watch
 from supervisor.decide.plateau import Plateau
 from supervisor.model import WarningKind
@@ -57,6 +58,8 @@ class Sample(NamedTuple):
     norm: float | None = None
     seconds: float | None = None
     own_shares: Mapping[int, float] = {}
+    world_size: int | None = None
+    nodes: Sequence[str] = ()  # their names, by rank, where there are several
 
 
 class Change(NamedTuple):
@@ -143,6 +146,8 @@ class Lookout:
         if now > SLOWER * was and now - was > LEAST_SLOWER:
             rank = pace.slower_rank(now - was)
             whose = "" if rank is None else f"; what has grown is rank {rank}'s own time"
+            node = None if rank is None else straggler.node_of(rank, sample.world_size, sample.nodes)
+            whose += "" if node is None else f", on node {node}"
             text = f"steps take {_seconds(now)}, early in this attempt they took {_seconds(was)}{whose}"
             return self._set(WarningKind.SLOWER, step, text, rank)
         return self._clear(WarningKind.SLOWER, step) if now < CALM_SLOWER * was else []

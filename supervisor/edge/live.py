@@ -1,10 +1,11 @@
-"""Looking at a live job from outside, without disturbing it: is its lock held, and what do its control pages say."""
+"""Looking at a live job from outside, without disturbing it: is its lock held, and what do the control pages of this host say."""
 
 from __future__ import annotations
 
 import fcntl
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +23,12 @@ class Live:
     saved_step: int | None = None  # newest snapshot of every rank
     saved_time: float | None = None  # Unix seconds when the last rank completed its newest one
     loss: float | None = None
-    own_shares: dict[int, float] = field(
-        default_factory=dict
-    )  # local rank → Word.OWN_SHARE, where there is one
+    own_shares: dict[int, float] = field(default_factory=dict)  # by rank, where known (decide/straggler.py)
+    ranks: int = 0  # … of which it speaks
+    nodes: tuple[str, ...] = ()  # the names of the attempt's nodes, by rank, where there are several
+    age: float | None = (
+        None  # seconds, of what came by the live file; None: the control pages, as they are now
+    )
 
 
 def is_held(lock: Path) -> bool:
@@ -50,7 +54,7 @@ def read_live(runtime: Path, attempt: int) -> Live | None:
     try:
         for path in sorted(control_folder(runtime, attempt).glob("rank-*"), key=_local_rank):
             pages.append(ControlPage(path))  # noqa: PERF401 (those opened are closed whatever happens)
-        return _read_pages(pages)
+        return of_pages(pages)
     except (OSError, ValueError):
         return None
     finally:
@@ -62,7 +66,8 @@ def _local_rank(page: Path) -> int:
     return int(page.name.rpartition("-")[2])
 
 
-def _read_pages(pages: list[ControlPage]) -> Live | None:
+def of_pages(pages: Sequence[ControlPage]) -> Live | None:
+    """What the pages of all ranks of a node say, in the order of the ranks; None without any."""
     if not pages:
         return None
     saved = min(page[Word.SAVED_STEP] for page in pages)
@@ -76,4 +81,5 @@ def _read_pages(pages: list[ControlPage]) -> Live | None:
         saved_time=clock.unix_of(moment) if saved and moment else None,
         loss=None if math.isnan(loss) else loss,
         own_shares={rank: share for rank, share in enumerate(shares) if not math.isnan(share)},
+        ranks=len(pages),
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from supervisor.decide import rehearsal
+from supervisor.decide import rehearsable, rehearsal
 from supervisor.decide.rehearsal import ABOUT, Course, Kind, Report
 from supervisor.model import (
     Action,
@@ -40,7 +40,7 @@ ENDS_ATTEMPT = [kind for kind in Kind if ABOUT[kind].taken_for is not None]
 def refused(
     kind: Kind, record: JobRecord, *, alive: bool = True, host: str = "here", rank: int | None = None
 ) -> str:
-    return rehearsal.refusal(kind, record, alive=alive, host=host, rank=rank, now=20.0) or ""
+    return rehearsable.refusal(kind, record, alive=alive, host=host, rank=rank, now=20.0) or ""
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -60,6 +60,27 @@ def test_what_is_senseless_is_refused(kind: Kind) -> None:
         assert "ranks 0 to 1" in refused(kind, RUNNING, rank=-1)
 
 
+@pytest.mark.parametrize("kind", Kind)
+def test_of_a_job_on_several_nodes_the_ranks_here_can_be_struck(kind: Kind) -> None:
+    def refused_on(host: str, *here: int, rank: int | None = None) -> str:
+        record = replace(RUNNING, world_size=4)
+        why_not = rehearsable.refusal(kind, record, alive=True, host=host, rank=rank, now=20.0, here=here)
+        return why_not or ""
+
+    if kind is Kind.CORRUPT_CHECKPOINT:
+        assert "for jobs on one node" in refused_on("here", 0, 1)
+    elif ABOUT[kind].of_rank:
+        assert (
+            refused_on("here", 0, 1) == refused_on("there", 2, 3) == refused_on("there", 2, 3, rank=2) == ""
+        )
+        assert refused_on("there", 2, 3, rank=1).startswith("rank 1 is not on there, which has 2, 3")
+        assert "no rank of the job runs on nowhere" in refused_on("nowhere")
+        assert "ranks 0 to 3" in refused_on("there", 2, 3, rank=4)
+    else:
+        assert refused_on("here", 0, 1) == ""
+        assert "leads the job, which is on here" in refused_on("there", 2, 3)
+
+
 @pytest.mark.parametrize("kind", ENDS_ATTEMPT)
 def test_no_job_is_lost_over_it(kind: Kind) -> None:
     assert "not survive it" in refused(kind, replace(RUNNING, failures_since_progress=2))
@@ -75,7 +96,7 @@ def test_a_second_one_at_the_same_step_is_not_taken_for_proof(kind: Kind) -> Non
     before = Failure(kind=taken_for, reason="", attempt=2, time=1.0, step=140, exception="raised, at 1.000")
     record = replace(RUNNING, failures_since_progress=1, last_failure=before)
     assert refused(kind, record) == ""
-    verdict = rehearsal.foreseen(kind, record, 20.0)
+    verdict = rehearsable.foreseen(kind, record, 20.0)
     assert verdict is not None
     assert (verdict.action, verdict.delay) == (Action.RESTART, 1.0)
 

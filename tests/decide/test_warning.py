@@ -116,6 +116,8 @@ def test_steps_that_get_slower_name_the_rank_that_makes_them_so() -> None:
     (found,) = changes(paces(early + late))
     assert (found.kind, found.rank) == (WarningKind.SLOWER, 1)
     assert "rank 1's own time" in str(found.text)
+    (found,) = changes(each._replace(world_size=2, nodes=("h1", "h2")) for each in paces(early + late))
+    assert str(found.text).endswith("rank 1's own time, on node h2")
     all_alike = [(0.5, {0: 0.5, 1: 0.5}) for _ in range(60)]
     lookout = Lookout()
     (found,) = changes(paces(early + all_alike), lookout)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +28,7 @@ from supervisor.model import (
     WorkersReady,
 )
 from tests.e2e.conftest import STEPS
-from tests.e2e.harness import ROOT, digests
+from tests.e2e.harness import DEADLINE, ROOT, digests
 from tests.hosts.lab import WHY_NOT, Lab
 from tests.hosts.nodes import Nodes
 from tests.notices.emulators import Answer, Asked, AzureEmulator
@@ -50,14 +53,38 @@ def test_two_hosts_fail_stop_and_lose_the_one_that_leads(
     out = tmp_path / "out"
     arguments = ("--out", out, "--hold", 6, 25, "--pause", 0.2, "--pause-until", tmp_path / "go-25")
     options = ("--nnodes", 2, "--node-timeout", "15s", *OPTIONS)
-    faults = [{"attempt": 1, "rank": 0, "step": 12, "kind": "raise"}]
+    faults = [{"attempt": 1, "rank": 0, "step": 18, "kind": "raise"}]
     job.begin_all(*arguments, options=options, faults=faults)
 
-    # a rank is killed on one host while the standby waits, then one raises on the other
+    # seen from a host that does not lead, and from the one that does
     assert job.until_at(6, 0, 1) == 0
     job.until_standby(one, other)
-    job.kill_rank(other, 0)
+    for host in (other, one):
+        shown = job.until(lambda host=host: all_seen(job.status_on(host)))
+        assert (shown["step"], shown["nodes"]) == (6, ["h1", "h2"])
+    assert shown["live"]["from"] == "control pages"
+
+    # a rank is killed on one host while the standby waits, then one raises on the other
+    elsewhere = one.popen(
+        [*job.command("rehearse", "--yes", "kill-rank", "--rank", 1)], stderr=subprocess.PIPE, cwd=ROOT
+    )
+    refused = elsewhere.communicate(timeout=DEADLINE)[1].decode()
+    assert elsewhere.returncode == 64
+    assert "rank 1 is not on h1, which has 0" in refused
+    with open(tmp_path / "rehearsal", "wb") as sink:
+        rehearsal = other.popen(
+            job.command("rehearse", "--yes", "--json", "kill-rank"), stdout=sink, cwd=ROOT
+        )
+    job.until_fact(AttemptStarted, lambda fact: fact.attempt == 1)
     job.let_go(6)
+    assert rehearsal.wait(DEADLINE) == 0
+    report = json.loads((tmp_path / "rehearsal").read_text())
+    assert (report["rank"], report["failure"], report["standby"], report["recovered"]) == (
+        1,
+        "crash",
+        True,
+        True,
+    )
     job.until_fact(FirstStep, lambda fact: fact.attempt == 2)
     assert [fact.standby for fact in job.facts(AttemptStarted)] == [False, True, False], job.output
     assert [fact.failure.kind for fact in job.facts(AttemptEnded) if fact.failure] == [
@@ -242,6 +269,11 @@ def test_a_job_of_two_to_three_hosts_shrinks_and_grows_and_strangers_stay_out(tm
         assert job.record.checkpoint is not None
         assert job.record.checkpoint.step >= 25
         assert [job.left_on(host) for host in (one, other, third)] == [[], [], []]
+
+
+def all_seen(shown: dict[str, Any]) -> dict[str, Any] | None:
+    """The status, once the own time of both ranks is known."""
+    return shown if len(shown["own_shares"]) == 2 and None not in shown["own_shares"] else None
 
 
 def newest_before(job: Nodes, resumed: Resumed) -> int:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tests.e2e.harness import DEADLINE, ROOT, TRAIN, Job, environment, torchrun
 from tests.hosts.lab import Host, Lab, Process
@@ -168,6 +168,15 @@ class Nodes(Job):
             return all(found.get(name, {}).get("ready", 0) > 0 for name in names) or None
 
         self.until(ready)
+
+    def status_on(self, host: Host) -> dict[str, Any]:
+        """What ``everstep status --json`` shows there."""
+        found: dict[str, Any] = json.loads(host.run(*self.command("status", "--json"), cwd=ROOT))
+        return found
+
+    def command(self, name: str, *words: object) -> list[object]:
+        """The command line of an everstep command about the job."""
+        return [sys.executable, "-m", "launch.cli", name, "--dir", self.folder, *words]
 
     def until_copied(self, host: Host, step: int) -> None:
         """Wait until this host has a copy of what another one has stored of ``step`` or a later one."""

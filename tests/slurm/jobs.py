@@ -235,7 +235,7 @@ def killed(story: Story) -> None:
 
 
 def container(story: Story) -> None:
-    """The template, with an everstep that has no scontrol, told by a signal to the batch script alone."""
+    """The template, with an everstep that has no scontrol, told by SLURM's signal to the batch script alone: the end is near."""
     tools, hidden = story.folder / "tools", story.folder / "hidden"
     for folder in (tools, hidden):
         folder.mkdir()
@@ -251,12 +251,14 @@ def container(story: Story) -> None:
     (story.folder / "everstep.yaml").write_text("standby: off\nsnapshot-every: never\n")
     path = f"{tools}:{os.environ['PATH']}"
     output = story.lab.call(
-        "sbatch", "--parsable", "--time=10", "--nodelist=n7", TEMPLATE, cwd=story.folder,
+        "sbatch", "--parsable", "--time=10", "--signal=B:USR1@120", "--nodelist=n7", TEMPLATE, cwd=story.folder,
         environment=story.environment(PATH=path),
     )  # fmt: skip
     story.number = output.strip()
     story.until_it_steps()
-    story.lab.call("scancel", "--batch", "--signal=USR1", story.number)
+    story.lab.call("scontrol", "update", f"JobId={story.number}", "TimeLimit=2")  # it looks every 30 s
+    story.until("PENDING", restarts=1)
+    story.lab.call("scontrol", "update", f"JobId={story.number}", "TimeLimit=10")
     story.finish(restarts=1)
 
 
