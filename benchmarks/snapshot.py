@@ -283,7 +283,10 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--deadline", type=float, default=90, help="seconds for each row, and for each GB more; ours is several rows"
+        "--deadline",
+        type=float,
+        default=90,
+        help="seconds for each row, and for each GB more; ours is several rows",
     )
     parser.add_argument("--limit", type=float, default=1800, help="seconds in all: rows beyond are left out")
     parser.add_argument("--only", choices=["1", "2", "small"], help="1 rank; 2 ranks; 5,000 small tensors")
