@@ -55,8 +55,7 @@ def strike(fault: dict) -> None:
     if kind == "exit":
         sys.exit(0)
     if kind == "kill-in-save":
-        victim = supervisor_pid() if fault.get("target") == "supervisor" else os.getpid()
-        threading.Thread(target=kill_in_save, args=(victim,), daemon=True).start()
+        kill_in_save(supervisor_pid() if fault.get("target") == "supervisor" else os.getpid())
         return
     signum = getattr(signal, kind)
     target = fault.get("target", "self")
@@ -82,15 +81,27 @@ def hold(folder: str, here: str, until: str) -> None:
 
 
 def kill_in_save(victim: int) -> None:
-    """Kill it in the middle of the next save: when this rank's page says that one is under way."""
-    from supervisor.edge import link
-    from supervisor.edge.control import Phase, Word
+    """Kill it in the next save: by a thread that runs as that begins, and at its end if the thread did not come to run."""
+    from supervisor.edge.control import Phase
+    from supervisor.training import saving
 
-    current = link.current()
-    assert current is not None
-    while current.page[Word.PHASE] != Phase.SAVE:
-        pass
-    os.kill(victim, signal.SIGKILL)
+    set_phase, begun = saving.set_phase, threading.Event()
+
+    def kill() -> None:
+        begun.wait()
+        os.kill(victim, signal.SIGKILL)
+
+    def watched(words: memoryview, phase: Phase) -> Phase:
+        if begun.is_set():
+            os.kill(victim, signal.SIGKILL)
+        before = set_phase(words, phase)
+        if phase == Phase.SAVE:
+            begun.set()
+        return before
+
+    saving.set_phase = watched
+    sys.setswitchinterval(1e-5)
+    threading.Thread(target=kill, daemon=True).start()
 
 
 def main() -> None:
