@@ -13,10 +13,11 @@ from typing import Final
 
 from supervisor import background
 from supervisor.attempt import Attempt
-from supervisor.checkpoint import parts, slots
+from supervisor.checkpoint import slots
 from supervisor.checkpoint.copying import CancelledError
+from supervisor.checkpoint.in_parts import Making, PartStorage
 from supervisor.checkpoint.manifest import Key, Manifest, Origin
-from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage
+from supervisor.checkpoint.storage import CheckpointStorage, Owner
 from supervisor.config import Options
 from supervisor.decide.causes import Cause, Departed, first_cause
 from supervisor.decide.membership import Size
@@ -24,13 +25,14 @@ from supervisor.edge import clock
 from supervisor.edge.console import Console
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.store.protocol import Store
-from supervisor.errors import CheckpointError, EverstepError
-from supervisor.fleet import Assignment, DrainOrder, Ended, Holder, Order
+from supervisor.errors import EverstepError
+from supervisor.fleet import Assignment, Ended, Holder
 from supervisor.hand import Hand
 from supervisor.joining import Joining
 from supervisor.lead import Lead
 from supervisor.ledger import Ledger
 from supervisor.model import Failure
+from supervisor.part_places import PartPlaces
 from supervisor.peer_copies import PeerCopies
 from supervisor.program import Rendezvous
 from supervisor.resume import Resume
@@ -50,17 +52,6 @@ class Team:
     size: Size
     is_embedded: bool  # only the node that serves the store can lead
     secret: bytes = field(repr=False)
-
-
-def parts_place(options: Options, job: JobDirectory) -> Path:
-    """The directory, seen by all nodes, where their parts of a checkpoint are put together."""
-    where = options.checkpoints_directory
-    return where.absolute() if isinstance(where, Path) else job.path / "checkpoints"
-
-
-def incoming(place: Path, order: Order, drain: DrainOrder) -> parts.Incoming:
-    """Where the parts of one checkpoint lie."""
-    return parts.Incoming(checkpoints=place, step=drain.step, attempt=drain.attempt, epoch=order.epoch)
 
 
 def peer_copies(
@@ -92,7 +83,7 @@ class Company:
     ) -> None:
         self.joining = team.joining
         self._snapshots, self._key = snapshots, key
-        self._place = parts_place(options, job)
+        self._places = PartPlaces.asked_for(options, job, key)
         self.lead = Lead(
             team.joining,
             team.store,
@@ -108,12 +99,12 @@ class Company:
         self.hand = Hand(
             team.joining,
             snapshots,
-            lambda order, drain: incoming(self._place, order, drain),
-            key,
+            self._places,
             console.say,
             self.copies,
         )
         self._holders: tuple[Holder, ...] = ()
+        self._failed: list[tuple[PartStorage, Making]] = []  # drains that left what is of no use
         self.saves = LeaderSaves(self.hand, snapshots, self.lead)
         self.console, self._lease = console, options.lease
         #: whether another node can lead
@@ -237,10 +228,17 @@ class Company:
         if record is None or record.nodes == 1:
             return storage.drain(source, origin, fence=both, bandwidth=bandwidth, cancelled=cancelled)
         assert self._loop is not None
-        place = parts.Incoming(
-            checkpoints=self._place, step=origin.step, attempt=origin.attempt, epoch=origin.epoch
-        )
-        work = asyncio.run_coroutine_threadsafe(self.lead.gather(origin, bandwidth), self._loop)
+        emergency = storage.where != self._places.storage.where
+        place = self._places.of(Owner(origin.run_id, origin.epoch), emergency=emergency)
+        making = Making(step=origin.step, attempt=origin.attempt, epoch=origin.epoch)
+        if not emergency:  # which must not wait for the storage that fails
+            self._discard_failed()
+        existing = place.begin(making, fence=both, cancelled=cancelled)
+        if existing is not None:
+            return existing
+        self._failed.append((place, making))
+        gathering = self.lead.gather(origin, bandwidth, emergency=emergency)
+        work = asyncio.run_coroutine_threadsafe(gathering, self._loop)
         try:
             while True:
                 try:
@@ -252,36 +250,18 @@ class Company:
                         raise CancelledError(f"the drain of step {origin.step} was given up") from None
                 except FutureCancelledError:
                     raise CancelledError(f"the drain of step {origin.step} was given up") from None
-            return complete(storage, place, origin, self._key, both, cancelled)
+            manifest = place.complete(making, origin, fence=both, cancelled=cancelled)
+            self._failed.remove((place, making))
+            return manifest
         finally:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self.lead.gathered)
 
-    def finish_parts(self, storage: CheckpointStorage, fence: Callable[[], None]) -> None:
-        """Make checkpoints of what earlier runs have left whole, but without a manifest; remove what is not whole."""
-        for place in parts.left(self._place):
+    def _discard_failed(self) -> None:
+        """Remove what drains that failed have left, now that the storage may answer again; else the next run does."""
+        while self._failed:
+            place, making = self._failed.pop()
             try:
-                found = parts.read_parts(place, self._key)
-                if found is not None:
-                    complete(storage, place, found[0].origin, self._key, fence, lambda: False)
-                    self.console.say(f"step {place.step} was durable on all nodes: it is a checkpoint now")
-                    continue
-            except CheckpointError:
-                pass
-            parts.discard(place)
-
-
-def complete(
-    storage: CheckpointStorage,
-    place: parts.Incoming,
-    origin: Origin,
-    key: Key | None,
-    fence: Callable[[], None],
-    cancelled: Callable[[], bool],
-) -> Manifest:
-    """The parts are all there: make the checkpoint of them, where it belongs."""
-    if isinstance(storage, LocalStorage) and storage.where == place.checkpoints:
-        return parts.complete(place, origin, key=key, fence=fence)
-    manifest = storage.drain(place.files, origin, fence=fence, cancelled=cancelled)
-    parts.discard(place)
-    return manifest
+                place.discard(making)
+            except EverstepError as error:
+                self.console.say(f"what a failed drain of step {making.step} left stays for now: {error}")

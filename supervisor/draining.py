@@ -354,7 +354,7 @@ class Draining:
         self._fact(
             CheckpointCommitted(
                 time=clock.now(), attempt=origin.attempt, step=origin.step,
-                path=str(catalog.step_directory(storage.where, origin.step)), seconds=self.seconds,
+                path=str(manifest.place or catalog.step_directory(storage.where, origin.step)), seconds=self.seconds,
                 bytes=manifest.bytes, metrics=dict(manifest.origin.metrics), emergency=storage is self._refuge,
             )
         )  # fmt: skip

@@ -230,6 +230,7 @@ class DrainOrder:
     world_size: int = 0
     created: float = 0.0  # Unix seconds
     metrics: dict[str, float] = field(default_factory=dict)
+    emergency: bool = False  # into the job directory, as the checkpoints' place does not take it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from supervisor import background
 from supervisor.attempt import Attempt
 from supervisor.checkpoint.manifest import Key
 from supervisor.chores import Chores
-from supervisor.company import BEAT, Team, incoming, parts_place, peer_copies
+from supervisor.company import BEAT, Team, peer_copies
 from supervisor.config import Options
 from supervisor.decide import classify, restart
 from supervisor.decide.fencing import Isolation
@@ -28,6 +28,7 @@ from supervisor.fleet import Assignment, Ended, Member, Order, Release
 from supervisor.hand import Hand
 from supervisor.launching import Launcher
 from supervisor.model import Failure, FailureKind
+from supervisor.part_places import PartPlaces
 from supervisor.private_ledger import PrivateLedger
 from supervisor.program import Program
 from supervisor.reception import Reception
@@ -69,11 +70,9 @@ class Follower:
         self._snapshots = SharedSnapshots(
             self._runtime, run_id=order.run_id, key=self._key, fact=self._ledger.add, report=console.say
         )
-        place = parts_place(options, job)
         self._copies = peer_copies(team, options, self._runtime, self._snapshots, self._key, console)
         self._hand = Hand(
-            team.joining, self._snapshots, lambda order, drain: incoming(place, order, drain), self._key, console.say,
-            self._copies,
+            team.joining, self._snapshots, PartPlaces.asked_for(options, job, self._key), console.say, self._copies,
         )  # fmt: skip
         self._saves = NodeSaves(self._hand, self._snapshots)
         self._staging = Staging(self._runtime, self._runtime)

@@ -16,10 +16,11 @@ from typing import Final
 
 from supervisor import background, shares
 from supervisor.attempt import Attempt
-from supervisor.checkpoint import parts
 from supervisor.checkpoint.directory import payload
-from supervisor.checkpoint.manifest import METADATA_NAME, Key, Origin
+from supervisor.checkpoint.in_parts import Making
+from supervisor.checkpoint.manifest import METADATA_NAME, Origin
 from supervisor.checkpoint.slots import is_copy_file
+from supervisor.checkpoint.storage import Owner
 from supervisor.decide import reach, savepoint, straggler
 from supervisor.decide.agreement import Duty, Posted, duty
 from supervisor.edge import clock
@@ -30,6 +31,7 @@ from supervisor.errors import EverstepError
 from supervisor.fleet import Answer, Assignment, Course, DrainOrder, Ended, Order, Part, Proposal, Saved
 from supervisor.joining import Joining
 from supervisor.model import ProposalState
+from supervisor.part_places import PartPlaces
 from supervisor.peer_copies import PeerCopies
 from supervisor.program import Rendezvous
 from supervisor.shared_snapshots import SharedSnapshots
@@ -42,20 +44,19 @@ REPORTS: Final = 2000  # of all nodes together in a second, of that kind
 
 
 class Hand:
-    """One node's. ``incoming`` gives the place of a checkpoint that is being put together, by step and attempt, under an order."""
+    """One node's. ``places`` are where checkpoints are put together."""
 
     def __init__(
         self,
         joining: Joining,
         snapshots: SharedSnapshots,
-        incoming: Callable[[Order, DrainOrder], parts.Incoming],
-        key: Key | None,
+        places: PartPlaces,
         say: Callable[[str], None],
         copies: PeerCopies,
     ) -> None:
         self.copies = copies
         copies.told = self.tell
-        self._joining, self._snapshots, self._incoming, self._key = joining, snapshots, incoming, key
+        self._joining, self._snapshots, self._places = joining, snapshots, places
         self._say = say
         self.attempt: Attempt | None = None
         self._ended: Ended | None = None
@@ -243,6 +244,8 @@ class Hand:
                     step=drain.step, attempt=drain.attempt, epoch=order.epoch, run_id=order.run_id,
                     world_size=drain.world_size, created=drain.created, metrics=drain.metrics,
                 )  # fmt: skip
+                place = self._places.of(Owner(order.run_id, order.epoch), emergency=drain.emergency)
+                making = Making(step=drain.step, attempt=drain.attempt, epoch=order.epoch)
                 names = [
                     name
                     for name in payload(folder)
@@ -250,15 +253,16 @@ class Hand:
                 ]
                 await in_thread(
                     partial(
-                        parts.drain_part, folder, self._incoming(order, drain), names, rank=rank,
-                        nodes=nodes, origin=origin, key=self._key, bandwidth=drain.bandwidth,
+                        place.drain_part, folder, making, names, rank=rank, nodes=nodes, origin=origin,
+                        bandwidth=drain.bandwidth,
                         cancelled=cancelled.is_set,
                     )
                 )  # fmt: skip
             except (EverstepError, OSError) as error:
                 reason = str(error)
             finally:
-                self._snapshots.work_on(None)
+                if self._drain == drain.serial:  # else the next one is at work
+                    self._snapshots.work_on(None)
         if not cancelled.is_set():
             self._part = Part(serial=drain.serial, reason=reason)
             self.tell()

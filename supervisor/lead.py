@@ -344,7 +344,7 @@ class Lead:
 
     # ------------------------------------------------------------------ a checkpoint
 
-    async def gather(self, origin: CheckpointOrigin, bandwidth: float | None) -> None:
+    async def gather(self, origin: CheckpointOrigin, bandwidth: float | None, *, emergency: bool) -> None:
         """Have every node make its part durable. Raises StorageError."""
         run = self._orders.order.run
         members = run.members if run is not None else ()
@@ -359,6 +359,7 @@ class Lead:
                 world_size=origin.world_size,
                 created=origin.created,
                 metrics=dict(origin.metrics),
+                emergency=emergency,
             )
         )
         problem: str | None = None

@@ -6,9 +6,11 @@ import platform
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from supervisor.about import version
+from supervisor.checkpoint.in_parts import finish_left
 from supervisor.checkpoint.location import Location
 from supervisor.checkpoint.manifest import Key
 from supervisor.checkpoint.storage import LocalStorage, Owner, open_storage
@@ -113,8 +115,12 @@ class Stores:
         Raises ConfigError, StorageError.
         """
         swept = await in_thread(lambda: self._storage.sweep(self._owner))
-        if (company := self.company) is not None:
-            await in_thread(lambda: company.finish_parts(self._storage, lambda: self._job.fence(self._epoch)))
+        # also where the job runs on one node now; in the job directory may be emergency copies
+        emergency = LocalStorage(self._job.path / "checkpoints", self._key)
+        for storage in (self._storage, emergency):
+            place = storage.parts(self._owner)
+            for step in await in_thread(partial(finish_left, place, lambda: self._job.fence(self._epoch))):
+                self._console.say(f"step {step} was durable on all nodes: it is a checkpoint now")
         return swept
 
     async def choose(self) -> Resume:

@@ -52,7 +52,7 @@ class Bench:
         def no_drain(*_: object) -> object:
             raise AssertionError
 
-        self.hand = Hand(self.joining, self.snapshots, no_drain, None, lambda _: None, copies)  # type: ignore[arg-type]
+        self.hand = Hand(self.joining, self.snapshots, no_drain, lambda _: None, copies)  # type: ignore[arg-type]
 
     def begin(self, number: int) -> None:
         self.hand.begin(

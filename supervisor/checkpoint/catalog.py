@@ -18,7 +18,7 @@ from supervisor.errors import CheckpointError, StorageError
 
 _PREFIX: Final = "step-"
 _ASIDE: Final = "bad-"
-_NAME: Final = re.compile(r"step-([0-9]{9,18})")
+_NAME: Final = re.compile(r"step-([0-9]{9,18})(?:-(0|[1-9][0-9]*)-(0|[1-9][0-9]*))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,20 @@ def step_of(name: str) -> int:
     """The step that a checkpoint's directory is named for; -1 when it is not the name of one."""
     match = _NAME.fullmatch(name)
     step = int(match[1]) if match else -1
-    return step if name == f"{_PREFIX}{step:09d}" else -1
+    return step if match is not None and match[1] == f"{step:09d}" else -1
+
+
+def parts_name(step: int, attempt: int, epoch: int) -> str:
+    """The name in an object store of a checkpoint of several nodes (``object_parts`` says why it is another one)."""
+    return f"{_PREFIX}{step:09d}-{attempt}-{epoch}"
+
+
+def parts_named(name: str) -> tuple[int, int, int] | None:
+    """Step, attempt and epoch of a name that ``parts_name`` gave."""
+    match = _NAME.fullmatch(name)
+    if match is None or match[2] is None or step_of(name) < 0:
+        return None
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def local(record: CheckpointRecord) -> Path:

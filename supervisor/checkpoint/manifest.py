@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 
 from blake3 import blake3
 
+from supervisor.checkpoint.location import Location
 from supervisor.edge.files import leads_inside
 from supervisor.errors import CheckpointError, ConfigError
 
@@ -102,6 +103,9 @@ class Manifest:
     origin: Origin
     files: Mapping[str, FileEntry]
     version: int = VERSION
+    place: Location | None = field(
+        default=None, compare=False
+    )  # set by who committed it elsewhere than by its step
 
     @property
     def step(self) -> int:

@@ -50,7 +50,11 @@ class ObjectReader:
             async with limit:
                 return await self._judge(directory, found[directory])
 
-        whole = [name for name, sizes in found.items() if not is_leftover(sizes)]
+        whole = [
+            name
+            for name, sizes in found.items()
+            if not is_leftover(sizes) and (MANIFEST_NAME in sizes or catalog.parts_named(name) is None)
+        ]
         records = await together(map(judge, whole))
         return sorted(records, key=lambda record: (-record.step, record.path.name))
 

@@ -31,10 +31,10 @@ from supervisor.checkpoint.object_reading import ObjectReader, is_leftover
 from supervisor.checkpoint.storage import Owner
 from supervisor.errors import CheckpointError, ConfigError, StorageError
 
-_FILES_AT_ONCE: Final = 2
+FILES_AT_ONCE: Final = 2
 _PROBE: Final = 20.0  # seconds at most
 _CLEANING: Final = 2.0  # seconds for removing what a failed drain has written
-_LARGEST_MARKER: Final = 4096  # bytes
+LARGEST_MARKER: Final = 4096  # bytes
 
 
 class ObjectWriter:
@@ -59,28 +59,28 @@ class ObjectWriter:
         """As ``CheckpointStorage.drain``, of the files ``sizes``."""
         directory = catalog.step_directory(self._where, origin.step).name
         fence()
-        marker = _marker(Owner(origin.run_id, origin.epoch))
+        marker = marker_of(Owner(origin.run_id, origin.epoch))
         while True:
-            if (existing := await self._make_room(directory)) is not None:
+            if (existing := await self.make_room(directory)) is not None:
                 return existing
-            await self._claim(directory, marker)
+            await self.claim(directory, marker)
             if f"{directory}/{MANIFEST_NAME}" not in await self._bucket.sizes(directory):
                 break
             # somebody has committed between that look and our claim, which was free again: his files are not for us
             await self._bucket.delete([f"{directory}/{PARTIAL_NAME}"])
         try:
-            files = await self._upload(source, sizes, directory, fence, feed)
+            files = await self.upload(source, sizes, directory, fence, feed)
             manifest = Manifest(origin=origin, files=files)
             if cancelled():
                 raise CancelledError(f"the drain to {self._where / directory} was cancelled")
             fence()
-            await self._commit(directory, encode(manifest, self._key), marker)
+            await self.commit(directory, encode(manifest, self._key), marker)
         except (StorageError, CheckpointError):
             await self._clean(directory, marker)
             raise
         return manifest
 
-    async def _make_room(self, directory: str) -> Manifest | None:
+    async def make_room(self, directory: str) -> Manifest | None:
         """The manifest of a good checkpoint of that step; else see that the prefix is free, or a leftover."""
         place = self._where / directory
         names = {path.partition("/")[2] for path in await self._bucket.sizes(directory)}
@@ -100,22 +100,22 @@ class ObjectWriter:
         await self.discard(directory, owner)
         return None
 
-    async def _claim(self, directory: str, marker: bytes) -> None:
+    async def claim(self, directory: str, marker: bytes) -> None:
         """Create the marker; a leftover of this job is removed first. Raises StorageError when it is another's."""
         name, place = f"{directory}/{PARTIAL_NAME}", self._where / directory
-        ours = _owner(marker)
+        ours = owner_of(marker)
         while True:
             try:
                 return await self._bucket.put(name, marker, create=True)
             except TakenError:
                 pass
             try:
-                found = await self._bucket.get(name, _LARGEST_MARKER)
+                found = await self._bucket.get(name, LARGEST_MARKER)
             except MissingError:
                 continue
             if found == marker:  # ours: the answer to the first request was lost
                 return None
-            theirs = _owner(found)
+            theirs = owner_of(found)
             if theirs.run_id != ours.run_id:
                 raise StorageError(
                     f"{place} is being written by another job (run {theirs.run_id or 'unknown'}): "
@@ -125,10 +125,11 @@ class ObjectWriter:
                 raise StorageError(f"{place} is being written by a newer supervisor (epoch {theirs.epoch})")
             await self.discard(directory, ours)
 
-    async def _upload(
+    async def upload(
         self, source: Path, sizes: dict[str, int], directory: str, fence: Callable[[], None], feed: Feed
     ) -> dict[str, FileEntry]:
-        limit = asyncio.Semaphore(_FILES_AT_ONCE)
+        """Upload the files ``sizes``; what the manifest says of them."""
+        limit = asyncio.Semaphore(FILES_AT_ONCE)
 
         async def one(name: str) -> FileEntry:
             async with limit:
@@ -140,10 +141,11 @@ class ObjectWriter:
         names = sorted(sizes, key=lambda name: (-sizes[name], name))
         return dict(zip(names, await together(map(one, names)), strict=True))
 
-    async def _commit(self, directory: str, manifest: bytes, marker: bytes) -> None:
+    async def commit(self, directory: str, manifest: bytes, marker: bytes) -> None:
+        """Put the manifest if there is none, and take the marker away, which must be ``marker`` still."""
         place = self._where / directory
         try:
-            current = await self._bucket.get(f"{directory}/{PARTIAL_NAME}", _LARGEST_MARKER)
+            current = await self._bucket.get(f"{directory}/{PARTIAL_NAME}", LARGEST_MARKER)
         except MissingError:
             current = b""
         if current != marker:
@@ -177,7 +179,7 @@ class ObjectWriter:
         """
 
         async def work() -> None:
-            if await self._quick.get(f"{directory}/{PARTIAL_NAME}", _LARGEST_MARKER) == marker:
+            if await self._quick.get(f"{directory}/{PARTIAL_NAME}", LARGEST_MARKER) == marker:
                 paths = await self._quick.sizes(directory)
                 if f"{directory}/{MANIFEST_NAME}" not in paths:
                     await self._quick.delete(sorted(paths.keys() - {f"{directory}/{PARTIAL_NAME}"}))
@@ -195,7 +197,7 @@ class ObjectWriter:
             if only_leftover:
                 return
             if marker not in paths:
-                await self._bucket.put(marker, _marker(owner))
+                await self._bucket.put(marker, marker_of(owner))
             await self._bucket.delete([manifest])
         await self._bucket.delete(sorted(paths - {manifest, marker}))
         await self._bucket.delete([marker])
@@ -213,10 +215,12 @@ class ObjectWriter:
             if catalog.step_of(directory) < 0 or not is_leftover(sizes):
                 continue
             try:
-                whose = _owner(await self._bucket.get(f"{directory}/{PARTIAL_NAME}", _LARGEST_MARKER))
+                whose = owner_of(await self._bucket.get(f"{directory}/{PARTIAL_NAME}", LARGEST_MARKER))
             except MissingError:
                 continue
             if whose.run_id == owner.run_id and whose.epoch <= owner.epoch:
+                if catalog.parts_named(directory) is not None:
+                    continue  # it may be whole: ``object_parts``
                 await self.discard(directory, owner, only_leftover=True)
                 swept.append(self._where / directory)
             else:
@@ -264,12 +268,13 @@ class ObjectWriter:
             raise ConfigError(f"--checkpoints {self._where} cannot be used: {error}") from None
 
 
-def _marker(owner: Owner) -> bytes:
+def marker_of(owner: Owner) -> bytes:
+    """A new marker: no two are alike."""
     document = {"run_id": owner.run_id, "epoch": owner.epoch, "token": secrets.token_hex(8)}
     return json.dumps(document).encode()
 
 
-def _owner(marker: bytes) -> Owner:
+def owner_of(marker: bytes) -> Owner:
     """Whose marker it is; nobody's (no run has this id) when it cannot be read."""
     try:
         document = json.loads(marker)

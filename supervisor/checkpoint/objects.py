@@ -34,6 +34,7 @@ from supervisor.checkpoint.commit import no_fence
 from supervisor.checkpoint.directory import payload
 from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME, Key, Manifest, Origin
+from supervisor.checkpoint.object_parts import ObjectParts
 from supervisor.checkpoint.object_reading import ObjectReader
 from supervisor.checkpoint.object_writing import ObjectWriter
 from supervisor.checkpoint.storage import Owner
@@ -54,6 +55,7 @@ class ObjectStorage:
         self._where = where
         self._reader = ObjectReader(attached(), where, key)
         self._patient = ObjectReader(attached(attempts=100, patience=_PATIENCE * limits.timeout), where, key)
+        self._objects, self._key = attached(), key
         self._writer = ObjectWriter(attached(), attached(attempts=1), where, key)
 
     @classmethod
@@ -105,6 +107,9 @@ class ObjectStorage:
             raise CheckpointError(f"{source} has no {METADATA_NAME}: not a DCP checkpoint")
         feed = Feed(None if bandwidth is None else Pace(bandwidth), cancelled)
         return bucket.run(self._writer.drain(source, sizes, origin, fence, feed, cancelled), cancelled)
+
+    def parts(self, owner: Owner) -> ObjectParts:
+        return ObjectParts(self._objects, self._writer, self._where, self._key, owner)
 
     def remove(self, record: CheckpointRecord) -> None:
         origin = record.manifest.origin if record.manifest else None

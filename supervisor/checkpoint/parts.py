@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -26,6 +26,7 @@ from supervisor.checkpoint.commit import no_fence
 from supervisor.checkpoint.copying import Copy, Retries, in_parallel
 from supervisor.checkpoint.directory import payload, sync_directory, translated
 from supervisor.checkpoint.displaced import Displaced, good_checkpoint
+from supervisor.checkpoint.location import Location
 from supervisor.checkpoint.manifest import (
     MANIFEST_NAME,
     METADATA_NAME,
@@ -69,7 +70,7 @@ class Incoming:
 
     def part(self, rank: int) -> Path:
         """What the node of that rank says of its part."""
-        return self.path / f"part-{rank}.json"
+        return self.path / part_name(rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +136,8 @@ def complete(
         parts = read_parts(incoming, key)
         if parts is None:
             raise CheckpointError(f"{incoming.path}: not all nodes have written their part")
-        entries: dict[str, FileEntry] = {}
-        for part in parts:
-            for name, entry in part.files.items():
-                if entries.setdefault(name, entry) != entry:
-                    raise CheckpointError(f"{incoming.path}: two nodes have written {name}")
-        if METADATA_NAME not in entries:
-            raise CheckpointError(f"{incoming.path} has no {METADATA_NAME}: not a DCP checkpoint")
         there = payload(incoming.files)
-        wrong = [name for name, entry in entries.items() if there.get(name) != entry.bytes]
-        if wrong:
-            raise CheckpointError(f"{incoming.files / wrong[0]} is not what its node has written")
+        entries = entries_of(parts, there, incoming.files)
         manifest = Manifest(origin=origin or parts[0].origin, files=entries)
         if (existing := good_checkpoint(destination, incoming.step, key, files)) is not None:
             discard(incoming, files=files)
@@ -166,12 +158,17 @@ def complete(
 
 def read_parts(incoming: Incoming, key: Key | None = None) -> list[Part] | None:
     """All parts by rank; None while some are missing. Raises CheckpointError for one that is damaged or does not fit."""
-    first = _read(incoming, 0, key)
+    return all_of(lambda rank: _read(incoming, rank, key))
+
+
+def all_of(read: Callable[[int], Part | None]) -> list[Part] | None:
+    """All parts by rank, each of them ``read``; None while some are missing. Raises CheckpointError for one that does not fit."""
+    first = read(0)
     if first is None:
         return None
     parts = [first]
     for rank in range(1, first.nodes):
-        part = _read(incoming, rank, key)
+        part = read(rank)
         if part is None:
             return None
         if (part.nodes, part.origin.step, part.origin.attempt, part.origin.run_id) != (
@@ -180,9 +177,24 @@ def read_parts(incoming: Incoming, key: Key | None = None) -> list[Part] | None:
             first.origin.attempt,
             first.origin.run_id,
         ):
-            raise CheckpointError(f"{incoming.part(rank)} is of another checkpoint than {incoming.part(0)}")
+            raise CheckpointError(f"{part_name(rank)} is of another checkpoint than {part_name(0)}")
         parts.append(part)
     return parts
+
+
+def entries_of(parts: Iterable[Part], there: Mapping[str, int], place: Location) -> dict[str, FileEntry]:
+    """The files of all parts. Raises CheckpointError when they are no checkpoint, or not what is ``there``, by size."""
+    entries: dict[str, FileEntry] = {}
+    for part in parts:
+        for name, entry in part.files.items():
+            if entries.setdefault(name, entry) != entry:
+                raise CheckpointError(f"{place}: two nodes have written {name}")
+    if METADATA_NAME not in entries:
+        raise CheckpointError(f"{place} has no {METADATA_NAME}: not a DCP checkpoint")
+    for name, entry in entries.items():
+        if there.get(name) != entry.bytes:
+            raise CheckpointError(f"{place / name} is not what its node has written")
+    return entries
 
 
 def left(checkpoints: Path) -> list[Incoming]:
@@ -212,7 +224,13 @@ def discard(incoming: Incoming, *, files: Files = LOCAL) -> None:
         raise translated(error, "removing", incoming.path) from error
 
 
-def _say(incoming: Incoming, part: Part, key: Key | None, files: Files) -> None:
+def part_name(rank: int) -> str:
+    """The name of what a node says of its part."""
+    return f"part-{rank}.json"
+
+
+def encode_part(part: Part, key: Key | None) -> bytes:
+    """What a node says of its part, signed."""
     document = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -222,7 +240,11 @@ def _say(incoming: Incoming, part: Part, key: Key | None, files: Files) -> None:
         "origin": asdict(part.origin),
         "files": {name: asdict(entry) for name, entry in part.files.items()},
     }
-    _write(incoming.part(part.rank), sign(document, key), files)
+    return sign(document, key)
+
+
+def _say(incoming: Incoming, part: Part, key: Key | None, files: Files) -> None:
+    _write(incoming.part(part.rank), encode_part(part, key), files)
     sync_directory(incoming.path, files=files)
 
 
@@ -247,7 +269,12 @@ def _read(incoming: Incoming, rank: int, key: Key | None) -> Part | None:
         return None
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from error
-    document = authenticate(data, key, kind=_FORMAT, newest=_VERSION, name=str(path))
+    return decode_part(data, rank, key, str(path))
+
+
+def decode_part(data: bytes, rank: int, key: Key | None, path: str) -> Part:
+    """What the node of that rank said at ``path``. Raises CheckpointError."""
+    document = authenticate(data, key, kind=_FORMAT, newest=_VERSION, name=path)
     try:
         origin = Origin(**document["origin"])
         files = {str(name): FileEntry(**entry) for name, entry in document["files"].items()}

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from supervisor.checkpoint import catalog, commit
 from supervisor.checkpoint.catalog import CheckpointRecord
+from supervisor.checkpoint.in_parts import DirectoryParts, PartStorage
 from supervisor.checkpoint.location import TIMEOUT, Location, Remote
 from supervisor.checkpoint.manifest import Key, Manifest, Origin
 from supervisor.errors import CheckpointError, ConfigError
@@ -66,6 +67,10 @@ class CheckpointStorage(Protocol):
         ``bandwidth`` in bytes a second. Raises StorageError (CancelledError when ``cancelled`` said so) with nothing
         older touched, CheckpointError when the source is no DCP checkpoint.
         """
+        ...
+
+    def parts(self, owner: Owner) -> PartStorage:
+        """The same place, for checkpoints that several nodes write."""
         ...
 
     def fetch(
@@ -128,6 +133,9 @@ class LocalStorage:
             bandwidth=bandwidth,
             cancelled=cancelled,
         )
+
+    def parts(self, owner: Owner) -> DirectoryParts:
+        return DirectoryParts(self.where, self.key)
 
     def fetch(
         self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False

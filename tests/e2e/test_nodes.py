@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from tests.hosts.lab import WHY_NOT, Lab
 from tests.hosts.nodes import Nodes
 from tests.notices.emulators import Answer, Asked, AzureEmulator
 from tests.store import etcd
+from tests.stores import seaweed
 
 pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
@@ -128,14 +130,15 @@ def test_two_hosts_fail_stop_and_lose_the_one_that_leads(
 def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_crashes(
     tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
-    with Lab(4) as lab:
+    with Lab(4) as lab, contextlib.ExitStack() as stack:
         one, other, spare, store = lab.hosts
         port, data = etcd.free_port(), tmp_path / "etcd"
         inside = ("nsenter", f"--target={store.first}", "--net", "--")
-        job = Nodes(lab, tmp_path / "job", f"etcd://{store.address}:{port}")
+        bucket = stack.enter_context(seaweed.running(store.address, inside))
+        job = Nodes(lab, tmp_path / "job", f"etcd://{store.address}:{port}", bucket.environment())
         out = tmp_path / "out"
-        arguments = ("--out", out, "--hold", 5, 10, 18, 22, 26, "--pause", 0.1)
-        options = ("--nnodes", 2, "--node-timeout", "60s", *OPTIONS)
+        arguments = ("--out", out, "--hold", 5, 10, 16, 18, 22, 26, "--pause", 0.1)
+        options = ("--nnodes", 2, "--node-timeout", "60s", "--checkpoints", "s3://ckpt/run", *OPTIONS)
         with etcd.running(store.address, inside, port, data):
             job.begin(one, *arguments, options=options)
             job.until_said(one, "job started")
@@ -157,8 +160,11 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
             for host in (one, other):
                 job.until_said(host, "the store is reached again")
             job.let_go(10)
+            assert job.until_at(16, 0, 1) == 0
+            job.until_offered(one, attempt=0)
+            job.let_go(16)
             assert job.until_at(18, 0, 1) == 0
-            job.until_copied(other, 16)
+            job.until_copied(other, 17)
 
             # the leader is cut off: another one leads, the spare takes its place; healed, it is the spare
             lab.cut(one)
@@ -192,10 +198,13 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
         assert [fact.attempt for fact in job.facts(AttemptStarted)] == [0, 1, 2, 3]
         assert job.record.epoch == 4
         assert [job.left_on(host) for host in (leader, rest)] == [[], []]
-        verified = rest.run(
-            sys.executable, "-m", "launch.cli", "checkpoints", "verify", "--dir", job.folder, cwd=ROOT
-        )
-        assert "damaged" not in verified
+        # each node has put its own files into the store, and none of them into the job directory
+        words = ("checkpoints", "list", "--verify", "--json", "--dir", job.folder)
+        environ = {**os.environ, **bucket.environment()}
+        kept = json.loads(store.run(sys.executable, "-m", "launch.cli", *words, cwd=ROOT, env=environ))
+        assert [one["verified"] for one in kept] == [True] * 3
+        assert kept[0]["step"] == STEPS
+        assert not list(job.folder.rglob("*.distcp"))
 
 
 def test_a_job_of_two_to_three_hosts_shrinks_and_grows_and_strangers_stay_out(tmp_path: Path) -> None:

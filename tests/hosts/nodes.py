@@ -52,6 +52,14 @@ from supervisor.checkpoint import slots
 found = [slots.read_slot(Path(name), None) for name in glob.glob("/dev/shm/*/*/copies/*")]
 print(max([record.step for record in found if record is not None], default=-1))
 """
+#: whether rank 0 of an attempt has been given a place for the next snapshot
+OFFERED = """
+import glob, sys
+from pathlib import Path
+from supervisor.edge.control import ControlPage, Word
+pages = glob.glob(f"/dev/shm/*/*/control/{sys.argv[1]}/rank-0")
+print(sum(bool(ControlPage(Path(name))[Word.FREE_SLOT]) for name in pages))
+"""
 #: what the nodes tell, from the store that h1 serves
 REPORTS = """
 import asyncio, json, sys
@@ -71,8 +79,15 @@ asyncio.run(main())
 class Nodes(Job):
     """One job on the hosts of ``lab``; ``process`` is None: there are several."""
 
-    def __init__(self, lab: Lab, folder: Path, store: str | None = None) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        folder: Path,
+        store: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(folder)
+        self._environ = environ or {}
         self.lab = lab
         self.runs: dict[str, Process] = {}  # the newest on each host
         self._store = store or f"tcp://{lab.hosts[0].address}:{PORT}"
@@ -95,6 +110,7 @@ class Nodes(Job):
         ]  # fmt: skip
         environ = {
             **environment(faults),
+            **self._environ,
             **({} if key is None else {"EVERSTEP_KEY": key}),
             **(environ or {}),
         }
@@ -181,6 +197,10 @@ class Nodes(Job):
     def until_copied(self, host: Host, step: int) -> None:
         """Wait until this host has a copy of what another one has stored of ``step`` or a later one."""
         self.until(lambda: int(host.run(sys.executable, "-c", COPIED, cwd=ROOT)) >= step or None)
+
+    def until_offered(self, host: Host, attempt: int) -> None:
+        """Wait until rank 0, which runs there, will take a snapshot after the step that it is in."""
+        self.until(lambda: int(host.run(sys.executable, "-c", OFFERED, attempt, cwd=ROOT)) or None)
 
     def let_go(self, step: int) -> None:
         """Have ranks that hold at ``step`` go on."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +44,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Server]:
-    """A server with an empty store, for as long as the block lasts."""
+def running(host: str = "127.0.0.1", before: Sequence[str] = ()) -> Iterator[Server]:
+    """A server with an empty store, for as long as the block lasts. ``before``: words in front of the command (a namespace)."""
     folder = Path(tempfile.mkdtemp(prefix="everstep-weed-"))
     ports = _free_ports(2 * len(PARTS))
     named = {part: ports[2 * i : 2 * i + 2] for i, part in enumerate(PARTS)}
@@ -58,7 +58,7 @@ def running() -> Iterator[Server]:
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir()
     argv = [
-        str(WEED), f"-logdir={folder}", "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        *before, str(WEED), f"-logdir={folder}", "server", f"-dir={folder / 'data'}", f"-ip={host}", f"-ip.bind={host}",
         "-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=256", "-volume.max=64",
         "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
         *(f"-{part}.port={first}" for part, (first, _) in named.items()),
@@ -71,8 +71,12 @@ def running() -> Iterator[Server]:
         ) as server,
     ):
         try:
-            endpoint = f"http://127.0.0.1:{named['s3'][0]}"
-            _await(endpoint, server, folder / "output")
+            endpoint = f"http://{host}:{named['s3'][0]}"
+            if before:
+                look = [*before, sys.executable, "-m", "tests.stores.seaweed", endpoint]
+                subprocess.run(look, cwd=Path(__file__).parents[2], check=True, timeout=2 * DEADLINE)
+            else:
+                _await(endpoint, lambda: server.poll() is None, folder / "output")
             yield Server(endpoint)
         finally:
             server.kill()
@@ -87,7 +91,7 @@ def _identity(name: str, access: str, actions: Sequence[str]) -> dict[str, objec
     }
 
 
-def _await(endpoint: str, server: subprocess.Popen[bytes], output: Path) -> None:
+def _await(endpoint: str, is_up: Callable[[], bool], output: Path) -> None:
     """Until a bucket can be made: the port is open a while before."""
     import obstore
     from obstore.store import S3Store
@@ -104,7 +108,7 @@ def _await(endpoint: str, server: subprocess.Popen[bytes], output: Path) -> None
             obstore.delete(store, "ready")
             return
         except (OSError, obstore.exceptions.BaseError):
-            if server.poll() is not None or time.monotonic() > limit:
+            if not is_up() or time.monotonic() > limit:
                 raise AssertionError(f"no S3 server:\n{output.read_text(errors='replace')}") from None
             time.sleep(0.1)
 
@@ -115,3 +119,7 @@ def _free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+if __name__ == "__main__":  # from where the server is reached
+    _await(sys.argv[1], lambda: True, Path(os.devnull))
