@@ -101,7 +101,8 @@ def count(run: Run) -> Count:
     tree = run.tree()
     supervisor = tree[0]
     runtime = run.runtime
-    files = [path for path in runtime.rglob("*") if path.is_file()] if runtime else []
+    # slots come and go while they are counted: os.walk passes over what has gone, rglob raises
+    files = [Path(parent, name) for parent, _, names in os.walk(runtime) for name in names] if runtime else []
     with supervisor.oneshot():
         kinds = Counter(
             os.path.basename(_target(supervisor.pid, fd)).partition(":")[0]
