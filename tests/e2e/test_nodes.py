@@ -159,12 +159,14 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
         with etcd.running(store.address, inside, port, data):
             for host in (one, other):
                 job.until_said(host, "the store is reached again")
+            lab.rate(one, 2)  # megabits a second: all takes its time, and nobody is taken for lost
             job.let_go(10)
             assert job.until_at(16, 0, 1) == 0
             job.until_offered(one, attempt=0)
             job.let_go(16)
             assert job.until_at(18, 0, 1) == 0
-            job.until_copied(other, 17)
+            job.until_copied(other, 6)
+            lab.rate(one, None)
 
             # the leader is cut off: another one leads, the spare takes its place; healed, it is the spare
             lab.cut(one)
@@ -278,6 +280,31 @@ def test_a_job_of_two_to_three_hosts_shrinks_and_grows_and_strangers_stay_out(tm
         assert job.record.checkpoint is not None
         assert job.record.checkpoint.step >= 25
         assert [job.left_on(host) for host in (one, other, third)] == [[], [], []]
+
+
+def test_two_of_three_hosts_do_not_reach_each_other_any_more(tmp_path: Path) -> None:
+    """Both reach the store, and the one that leads: it finds out which two, and goes on with one of them."""
+    with Lab(3) as lab:
+        one, other, third = lab.hosts
+        job = Nodes(lab, tmp_path / "job")
+        out, gone_on = tmp_path / "out", tmp_path / "gone-on"
+        arguments = ("--out", out, "--steps", 300, "--pause", 0.2, "--pause-until", gone_on)
+        job.begin_all(*arguments, options=("--nnodes", "2:3", "--hang", "4s", *OPTIONS))
+        job.until_fact(SnapshotCompleted, lambda fact: fact.step > 2)
+        for host in lab.hosts:
+            job.until_copied(host, 2)
+        lab.cut_pair(other, third)
+        job.until_said(one, "node h3 is left out for 10 minutes: h2 and h3 do not reach each other")
+        job.until_fact(FirstStep, lambda fact: fact.attempt == 1)
+        gone_on.touch()
+        assert job.codes(one, other, third) == [0, 0, 0], job.output
+        failures = [fact.failure for fact in job.facts(AttemptEnded) if fact.failure]
+        assert [failure.kind for failure in failures] == [FailureKind.NODE_LOST], job.output
+        assert "though they reach the store" in failures[0].reason
+        resumed = job.facts(Resumed)[-1]
+        assert (resumed.tier, resumed.step) == (Tier.RAM, newest_before(job, resumed))
+        assert [fact.world_size for fact in job.facts(WorkersReady)] == [3, 2]
+        assert [job.left_on(host) for host in lab.hosts] == [[], [], []]
 
 
 def all_seen(shown: dict[str, Any]) -> dict[str, Any] | None:
