@@ -15,8 +15,10 @@ import os
 import signal
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,25 @@ from benchmarks.training import Training, World, free_port, ours
 
 TENSORS = [100, 300, 1000, 3000, 10_000]
 RANKS = [1, 2, 4, 8]
+AGREEMENTS = 200
 Point = tuple[int, float]
 Curves = dict[str, list[Point]]
-COLOURS = ["#b33", "#27c", "#292"]
+COLOURS = ["#b33", "#27c", "#292", "#a6f"]
 mp: Any = torch.multiprocessing
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Seconds: the first snapshot, the median of later ones, and of agreements, with the longest of nine in ten of those."""
+
+    first: float
+    later: float
+    agreed: tuple[float, float] = (0.0, 0.0)
+    reduced: tuple[float, float] = (0.0, 0.0)
+
+
 def work(rank: int, ranks: int, tensors: int, rounds: int, port: int, root: Path, results: Any) -> None:
-    """One rank: what the first snapshot took, and the median of later ones, in seconds."""
+    """One rank."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -47,20 +60,44 @@ def work(rank: int, ranks: int, tensors: int, rounds: int, port: int, root: Path
     }  # fmt: skip
     dist.init_process_group("gloo")
     training = Training(0, small=True, batch=8, layers=max(1, tensors // 6))
-    found, first = ours(training, World(), root, rounds, behind=True)
-    results.put((first[0], statistics.median(found["stall"])))
+    world = World()
+    found, first = ours(training, world, root, rounds, behind=True)
+    agreed, reduced = agreements(world) if world.group is not None else ((0.0, 0.0), (0.0, 0.0))
+    results.put(Measured(first[0], statistics.median(found["stall"]), agreed, reduced))
     dist.barrier()
 
 
-def measure(ranks: int, tensors: int, rounds: int) -> tuple[float, float]:
-    """The worst rank's first and later snapshots."""
+def agreements(world: World) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Ours, and gloo's."""
+
+    def reduce(numbers: list[int]) -> None:
+        dist.all_reduce(torch.tensor(numbers), op=dist.ReduceOp.MAX, group=world.group)
+
+    took: tuple[list[float], list[float]] = ([], [])
+    for number in range(AGREEMENTS):
+        for agree, times in zip((world.largest, reduce), took, strict=True):
+            dist.barrier()
+            started = time.perf_counter()
+            agree([number, -number, 0, world.rank, 1, 0])
+            times.append(time.perf_counter() - started)
+    ours, gloos = ((statistics.median(times), sorted(times)[len(times) * 9 // 10]) for times in took)
+    return ours, gloos
+
+
+def measure(ranks: int, tensors: int, rounds: int) -> Measured:
+    """Of each figure, the worst rank's."""
     context = mp.get_context("spawn")
     with scratch() as root:
         results = context.SimpleQueue()
         arguments = (ranks, tensors, rounds, free_port(), root, results)
         mp.spawn(work, arguments, ranks)
         answers = [results.get() for _ in range(ranks)]
-    return max(first for first, _ in answers), max(later for _, later in answers)
+    return Measured(
+        max(one.first for one in answers),
+        max(one.later for one in answers),
+        max(one.agreed for one in answers),
+        max(one.reduced for one in answers),
+    )
 
 
 def panel(curves: Curves, left: float, title: str, unit: str) -> str:
@@ -91,8 +128,14 @@ def panel(curves: Curves, left: float, title: str, unit: str) -> str:
         line = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)
         colour = COLOURS[number]
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        _, y = place(*curve[-1])
-        parts.append(f'<text x="{left + width + 6}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+    below = 0.0
+    for y, number, name in sorted(
+        (place(*curve[-1])[1], number, name) for number, (name, curve) in enumerate(curves.items())
+    ):
+        below = max(y, below + 14)  # no name over another
+        parts.append(
+            f'<text x="{left + width + 6}" y="{below + 4:.1f}" fill="{COLOURS[number]}">{name}</text>'
+        )
     return "\n".join(parts)
 
 
@@ -112,16 +155,23 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to write the SVG")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    print(f"{'ranks':>6}{'tensors each':>14}{'first, ms':>11}{'later, ms':>11}")
+    print(f"{'':42}{'agreeing, ms (of nine in ten, up to)':>40}")
+    print(f"{'ranks':>6}{'tensors each':>14}{'first, ms':>11}{'later, ms':>11}{'ours':>20}{'gloo':>20}")
     curves: list[Curves] = []
     for cases in ([(1, tensors) for tensors in TENSORS], [(ranks, 300) for ranks in RANKS]):
+        by_ranks = len(cases) == len(RANKS)
         found: Curves = {"the first": [], "each later": []}
         for ranks, tensors in cases:
-            first, later = (1e3 * seconds for seconds in measure(ranks, tensors, options.rounds))
-            print(f"{ranks:6}{tensors:14,}{first:11.1f}{later:11.2f}", flush=True)
-            x = tensors if ranks == 1 and len(cases) == len(TENSORS) else ranks
-            found["the first"].append((x, first))
-            found["each later"].append((x, later))
+            one = measure(ranks, tensors, options.rounds)
+            line = f"{ranks:6}{tensors:14,}{one.first * 1e3:11.1f}{one.later * 1e3:11.2f}"
+            x = ranks if by_ranks else tensors
+            found["the first"].append((x, one.first * 1e3))
+            found["each later"].append((x, one.later * 1e3))
+            for name, (median, most) in (("agreeing", one.agreed), ("all_reduce", one.reduced)):
+                if ranks > 1:
+                    line += f"{f'{median * 1e3:.3f} ({most * 1e3:.2f})':>20}"
+                    found.setdefault(name, []).append((x, median * 1e3))
+            print(line, flush=True)
         curves.append(found)
     if options.plot:
         words = [("stall, one rank", "tensors"), ("stall, 300 tensors on each rank", "ranks")]

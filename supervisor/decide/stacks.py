@@ -18,6 +18,7 @@ MOST_FRAMES: Final = 24  # of a thread, in the shortened text
 #: where Python code waits for other ranks: (end of the file's folder or name, function or "" for any)
 _WAITS: Final = (
     ("/torch/distributed/", ""),
+    ("/supervisor/edge/futex.py", ""),  # a save point
     ("/torch/autograd/graph.py", "_engine_run_backward"),  # DDP's and FSDP's collectives run below it
     ("/torch/cuda/__init__.py", "synchronize"),
     ("/torch/cuda/streams.py", ""),

@@ -1,6 +1,6 @@
 """The save point: is it one, are all ranks clean, where to, and then the save.
 
-One small collective per save point settles all of it: the ranks take the maximum of (unclean, target, next due), where only
+One small agreement per save point (``World.agreed``) settles all of it: the ranks take the maximum of (unclean, target, next due), where only
 rank 0 has a target and a due step to offer. It also tells whether all of them are at the same step.
 
 The last step of a loop is a save point like any other: another loop may follow (an epoch's), so a save that is unclean
@@ -10,8 +10,10 @@ note of what was pending.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import Final
 
 from supervisor.edge.control import Phase, Word
@@ -86,7 +88,7 @@ class Saver:
         self.due = self._keeper.due
         if flags is None:
             return False
-        return self._in_phase(completed, flags, is_last=is_last, forced=False)
+        return self._save_points(completed, flags, is_last=is_last, forced=False)
 
     def leave(self, step: int, *, broken_out: bool, asked: bool) -> int:
         """The Session is left in order, ``step`` steps complete: save what is still to be saved, clean or not.
@@ -111,7 +113,7 @@ class Saver:
             self.end_of_step(step, is_last=False)
         if self.saved != step:
             flags = ProposalFlag.CHECKPOINT | (self._carried or ProposalFlag(0))
-            self._in_phase(step, flags, is_last=True, forced=True)
+            self._save_points(step, flags, is_last=True, forced=True)
         return step
 
     def flush(self) -> None:
@@ -122,16 +124,23 @@ class Saver:
         """Wait for what is under way; nothing is saved any more."""
         self._writer.close()
 
-    def _in_phase(self, completed: int, flags: ProposalFlag, *, is_last: bool, forced: bool) -> bool:
-        words = self._keeper.words
-        before = set_phase(words, Phase.SAVE)
-        began = words[Word.HEARTBEAT_NS]
-        try:
+    def _save_points(self, completed: int, flags: ProposalFlag, *, is_last: bool, forced: bool) -> bool:
+        # a save that was asked for may have to wait for its slot; of any other, agreeing on it is part of the step
+        with self._saving() if flags or is_last else contextlib.nullcontext():
             stop = self._save_point(completed, flags, forced=forced)
             for _ in range(LAST_TRIES if is_last else 0):  # no later save point will make up for this one
                 if self._failed:
                     stop = self._save_point(completed, flags, forced=forced)
             return stop
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """A phase of its own, with limits of its own: those of hangs."""
+        words = self._keeper.words
+        before = set_phase(words, Phase.SAVE)
+        began = words[Word.HEARTBEAT_NS]
+        try:
+            yield
         finally:
             set_phase(words, before)
             if words[Word.SAVED_STEP]:  # those before the first snapshot may only have put it off
@@ -164,7 +173,10 @@ class Saver:
         self._carried = None
         self._put_off = 0
         target = self._keeper.target(code, completed) if code else None
-        saved = target is not None and self._save(target, completed, gather, behind=not flags, agreed=asked)
+        saved = False
+        if target is not None:
+            with self._saving():
+                saved = self._save(target, completed, gather, behind=not flags, agreed=asked)
         self._keeper.agreed(completed, due)
         self.due = self._keeper.due
         return saved and bool(flags & ProposalFlag.STOP)

@@ -3,15 +3,17 @@
 The group is a gloo one apart from the training's: its collectives cannot interleave with those of the training, and they
 work on the CPU whatever the training runs on. It is used at save points and on resume, never in an ordinary step. It is
 patient: whoever seals or verifies a large checkpoint on slow storage keeps the others waiting for that long, and a rank that
-has died ends the wait by its closed connection.
+has died ends the wait by its closed connection. What is agreed on at every save point goes through memory within a host
+(``huddle``), and between hosts through a group of the first rank of each.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import secrets
 import sys
-import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Final, TypeVar
@@ -20,7 +22,9 @@ import torch
 import torch.distributed as dist
 
 from supervisor.errors import UsageError
+from supervisor.training import huddle
 from supervisor.training.copies import Node
+from supervisor.training.huddle import Huddle
 
 T = TypeVar("T")
 _torch_dist: Any = dist  # its private names
@@ -43,6 +47,7 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.group: dist.ProcessGroup | None = None
         self._apart: dist.ProcessGroup | None = None
+        self._huddle: Huddle | None = None
         self.node: Node | None = None
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank()
@@ -50,7 +55,7 @@ class World:
             if self.size > 1:
                 self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
                 self._store: Any = _torch_dist.distributed_c10d._get_default_store()
-                self._name = f"everstep/{self.from_first(uuid.uuid4().hex)}"
+                self._meet()
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised: "
@@ -61,6 +66,30 @@ class World:
             self.node = Node(
                 int(os.environ["GROUP_RANK"]), range(first, first + int(os.environ["LOCAL_WORLD_SIZE"]))
             )
+
+    def _meet(self) -> None:
+        """Find out who is on this host, and share memory with them, if all ranks can with theirs. Collective."""
+        with huddle.lent(self.size) as fd:
+            own = torch.tensor([secrets.randbits(62), huddle.whereabouts(), os.getpid(), fd])
+            each = [torch.empty_like(own) for _ in range(self.size)]
+            dist.all_gather(each, own, group=self.group)
+            table = [[int(number) for number in row.tolist()] for row in each]
+            self._name = f"everstep/{table[0][0]}"
+            hosts: dict[int, list[int]] = {}
+            for rank, (_, where, _, _) in enumerate(table):
+                hosts.setdefault(where, []).append(rank)
+            if 0 in hosts or len(hosts) == self.size:  # unknown, or nobody shares a host
+                return
+            across = None
+            if len(hosts) > 1:
+                firsts = [ranks[0] for ranks in hosts.values()]
+                group = dist.new_group(firsts, backend="gloo", timeout=_PATIENCE)
+                across = functools.partial(_largest, group=group)
+            ranks = hosts[table[self.rank][1]]
+            members = [table[rank][2] for rank in ranks]
+            found = huddle.join(members, ranks.index(self.rank), table[ranks[0]][3], across)
+            if not _largest([found is None], self.group)[0]:
+                self._huddle = found
 
     @property
     def neighbours(self) -> range:
@@ -81,9 +110,9 @@ class World:
         """The element-wise maximum over all ranks, on every rank; each gives as many values. Collective."""
         if self.group is None:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
-        return [int(value) for value in tensor.tolist()]
+        if self._huddle is not None:
+            return self._huddle.largest(values)
+        return _largest(values, self.group)
 
     def agreed(self, step: int, values: Sequence[int]) -> list[int]:
         """``largest`` of the values, at a point where all ranks are at the same step. Collective.
@@ -130,6 +159,12 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
+
+
+def _largest(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return [int(value) for value in tensor.tolist()]
 
 
 def say(text: str) -> None:
