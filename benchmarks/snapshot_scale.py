@@ -124,18 +124,15 @@ def panel(curves: Curves, left: float, title: str, unit: str) -> str:
         at, _ = place(x, 10.0 ** decades[0])
         parts.append(f'<text x="{at:.1f}" y="{top + height + 18}" text-anchor="middle">{x:,}</text>')
     parts.append(f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">{unit}</text>')
-    for number, (name, curve) in enumerate(curves.items()):
+    colours = dict(zip(curves, COLOURS, strict=False))
+    for name, curve in curves.items():
         line = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)
-        colour = COLOURS[number]
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
     below = 0.0
-    for y, number, name in sorted(
-        (place(*curve[-1])[1], number, name) for number, (name, curve) in enumerate(curves.items())
-    ):
+    ends = ((place(*curve[-1])[1], name) for name, curve in curves.items())
+    for y, name in sorted(ends):
         below = max(y, below + 14)  # no name over another
-        parts.append(
-            f'<text x="{left + width + 6}" y="{below + 4:.1f}" fill="{COLOURS[number]}">{name}</text>'
-        )
+        parts.append(f'<text x="{left + width + 6}" y="{below + 4:.1f}" fill="{colours[name]}">{name}</text>')
     return "\n".join(parts)
 
 
