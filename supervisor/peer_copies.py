@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import tenacity
+
 from supervisor import background
 from supervisor.checkpoint import slots
 from supervisor.checkpoint.directory import SLOT_NAME
@@ -27,7 +29,7 @@ from supervisor.edge.peers import client
 from supervisor.edge.peers.protocol import Listing, Peer
 from supervisor.edge.peers.server import PeerServer
 from supervisor.edge.threads import in_thread
-from supervisor.errors import CheckpointError, EverstepError, PeerError, StorageError
+from supervisor.errors import CheckpointError, EverstepError, PeerError, SnapshotGoneError, StorageError
 from supervisor.fleet import CopyOrder, Held, Holder
 from supervisor.shared_snapshots import Age, SharedSnapshots
 from supervisor.snapshots import age_of
@@ -36,6 +38,8 @@ FOLDERS: Final = ("copies/0", "copies/1")
 ASSEMBLED: Final = "assembled"
 PATIENCE: Final = 3600.0  # seconds for one file; a stalled transfer is noticed far earlier
 AT_ONCE: Final = 4  # files
+TRIES: Final = 8  # to copy one snapshot, for some minutes
+FIRST_PAUSE: Final = 2.0  # seconds between them, doubled each time
 
 
 class PeerCopies:
@@ -68,7 +72,7 @@ class PeerCopies:
         #: the serial of the newest copy that was begun
         self.begun = 0
         self._work: asyncio.Task[None] | None = None
-        self._short_said = False
+        self._failing_said = False
         self._held: dict[Path, slots.SlotRecord] = {}
         for folder in (*self._folders, self._assembled):
             with contextlib.suppress(EverstepError):
@@ -108,23 +112,45 @@ class PeerCopies:
         self._work = background.start(self._copy(order, buddy, self._work))
 
     async def _copy(self, order: CopyOrder, buddy: Holder, before: asyncio.Task[None] | None) -> None:
+        """A try that failed is reported at once, and made again for as long as the buddy has that snapshot and no other is ordered."""
         if before is not None:
             await asyncio.wait({before})
         age = (order.attempt, order.step)
         folder = min(
             self._folders, key=lambda one: age_of(self._held[one]) if one in self._held else (-1, -1)
         )
+        self._held.pop(folder, None)
+
+        @tenacity.retry(
+            retry=tenacity.retry_if_exception(_may_pass),
+            wait=tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=60.0),
+            stop=tenacity.stop_after_attempt(TRIES),
+            reraise=True,
+        )
+        async def bring() -> slots.SlotRecord:
+            try:
+                return await self._bring(buddy, age, (buddy.rank, buddy.nodes), folder)
+            except (EverstepError, OSError) as error:
+                self._failed(order, buddy, error)
+                raise
+
         try:
-            self._held.pop(folder, None)
-            record = await self._bring(buddy, age, (buddy.rank, buddy.nodes), folder)
-        except (EverstepError, OSError) as error:
-            self.copied = -order.serial
-            if not isinstance(error, PeerError):
-                self._say(f"no copy of node {buddy.name}'s snapshots: {error}")
-        else:
-            self._held[folder] = record
-            self.copied = order.serial
+            record = await bring()
+        except (EverstepError, OSError):
+            return
+        if self._failing_said:
+            self._say(f"node {buddy.name}'s snapshots are copied again")
+            self._failing_said = False
+        self._held[folder] = record
+        self.copied = order.serial
         self.told()
+
+    def _failed(self, order: CopyOrder, buddy: Holder, error: Exception) -> None:
+        self.copied = -order.serial
+        self.told()
+        if not self._failing_said and not isinstance(error, SnapshotGoneError):  # a newer one follows
+            self._failing_said = True
+            self._say(f"no copy of node {buddy.name}'s snapshots: {error}")
 
     async def _stop(self) -> None:
         if self._work is not None:
@@ -231,14 +257,15 @@ class PeerCopies:
     def _make_room(self, folder: Path, size: int) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         short = arenas.lacking(folder, size)
-        if short is None:
-            return
-        if not self._short_said:
-            self._short_said = True
-            self._say(
-                f"memory has no room for copies of other nodes' snapshots ({short[0] / 1e9:.2f} GB more are needed)"
+        if short is not None:
+            raise StorageError(
+                f"memory has no room for {size / 1e9:.2f} GB ({short[0] / 1e9:.2f} GB more are needed)"
             )
-        raise StorageError(f"no room for {size / 1e9:.2f} GB in {folder}")
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another try may find that gone."""
+    return isinstance(error, PeerError | StorageError) and not isinstance(error, SnapshotGoneError)
 
 
 async def _caught(work: object) -> EverstepError | None:

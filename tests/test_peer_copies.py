@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -121,6 +122,48 @@ def test_copies_take_turns_and_a_failed_one_leaves_the_one_before(tmp_path: Path
             assert not first.said, "a node that has moved on is nothing to speak of"
 
     asyncio.run(story())
+
+
+def test_a_copy_that_failed_is_tried_again_and_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("supervisor.peer_copies.FIRST_PAUSE", 0.01)
+
+    async def story() -> None:
+        first, second = Node(tmp_path / "0", 0), Node(tmp_path / "1", 1)
+        refused = 0
+
+        async def link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal refused
+            if refused < 3:
+                refused += 1
+                writer.transport.abort()
+                return
+            onward, back = await asyncio.open_connection("127.0.0.1", second.copies.port)
+            await asyncio.gather(_pour(reader, back), _pour(onward, writer))
+
+        async with up(first, second), await asyncio.start_server(link, "127.0.0.1", 0) as server:
+            second.save()
+            buddy = dataclasses.replace(second.holder(), port=server.sockets[0].getsockname()[1])
+            assert await first.copy(1, 5, buddy) == -1
+            assert not first.copies.held
+            async with asyncio.timeout(60):
+                while first.copies.copied != 1:
+                    first.told.clear()
+                    await first.told.wait()
+        assert [held.step for held in first.copies.held] == [5]
+        failed, again = first.said
+        assert failed.startswith("no copy of node n1's snapshots: ")
+        assert again == "node n1's snapshots are copied again"
+
+    asyncio.run(story())
+
+
+async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+    writer.close()
 
 
 def test_nobody_has_it(tmp_path: Path) -> None:
