@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from supervisor.edge import processes
+from supervisor.edge import kernel, processes
 
 MOST_WAITING: Final = 32  # messages for one hook; then the oldest goes
 POST: Final = Path(__file__).with_name("post.py")  # imported by nobody: it needs what no supervisor does
@@ -80,7 +80,7 @@ class Runner:
     async def _run(self, message: Mapping[str, Any]) -> processes.Exit | None:
         """Run it once; how it ended, None if it had to be ended."""
         environment = {**os.environ, **self._extra, "EVERSTEP_EVENT": str(message["event"])}
-        content = os.memfd_create("everstep-event")
+        content = kernel.memfd("everstep-event")
         try:
             os.write(content, json.dumps(message).encode() + b"\n")
             os.lseek(content, 0, os.SEEK_SET)

@@ -21,6 +21,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from supervisor.edge import kernel
+
 PR_SET_CHILD_SUBREAPER = 36
 PF_EXITING = 0x4  # include/linux/sched.h
 _PIDFD_INFO_EXIT = 1 << 3
@@ -282,7 +284,7 @@ def send(pids: Iterable[int], signum: signal.Signals) -> None:
 def open_pidfd(pid: int) -> int | None:
     """A pidfd (readable once the process has ended), or None when it is gone already."""
     try:
-        return os.pidfd_open(pid)
+        return kernel.pidfd_open(pid)
     except OSError as error:
         if error.errno == errno.ESRCH:
             return None

@@ -13,6 +13,8 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from supervisor.edge import kernel
+
 
 class Target:
     """A process, held by its pidfd."""
@@ -23,7 +25,7 @@ class Target:
 
     def send(self, signum: signal.Signals) -> None:
         """Signal it. Raises ProcessLookupError when it has ended."""
-        signal.pidfd_send_signal(self._fd, signum)
+        kernel.pidfd_send_signal(self._fd, signum)
 
     @property
     def is_alive(self) -> bool:
@@ -37,7 +39,7 @@ def held(pid: int, proof: Callable[[int], bool]) -> Iterator[Target]:
 
     Raises ProcessLookupError when it is not, or is gone; PermissionError when it is another user's.
     """
-    fd = os.pidfd_open(pid)
+    fd = kernel.pidfd_open(pid)
     try:
         target = Target(pid, fd)
         if not proof(pid) or not target.is_alive:

@@ -14,6 +14,7 @@ from typing import Final
 
 from torch.optim import Optimizer
 
+from supervisor.edge import kernel
 from supervisor.training.flight import OUTGROWN, TORN, Flight, Samples
 from supervisor.training.moves import Moves
 from supervisor.training.overlap import Fence, Helper
@@ -170,6 +171,6 @@ class Behind:
 def _new_scratch() -> int:
     """A file in memory, or -1 where there are none (the samples know what to do then)."""
     try:
-        return os.memfd_create("everstep-samples")
+        return kernel.memfd("everstep-samples")
     except OSError:
         return -1

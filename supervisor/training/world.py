@@ -69,8 +69,9 @@ class World:
 
     def _meet(self) -> None:
         """Find out who is on this host, and share memory with them, if all ranks can with theirs. Collective."""
-        with huddle.lent(self.size) as fd:
-            own = torch.tensor([secrets.randbits(62), huddle.whereabouts(), os.getpid(), fd])
+        mark = secrets.randbits(62)
+        with huddle.lent(self.size, mark) as fd:
+            own = torch.tensor([mark, huddle.whereabouts(), os.getpid(), fd])
             each = [torch.empty_like(own) for _ in range(self.size)]
             dist.all_gather(each, own, group=self.group)
             table = [[int(number) for number in row.tolist()] for row in each]
@@ -87,7 +88,8 @@ class World:
                 across = functools.partial(_largest, group=group)
             ranks = hosts[table[self.rank][1]]
             members = [table[rank][2] for rank in ranks]
-            found = huddle.join(members, ranks.index(self.rank), table[ranks[0]][3], across)
+            mark, _, _, fd = table[ranks[0]]
+            found = huddle.join(members, ranks.index(self.rank), fd, mark, across)
             if not _largest([found is None], self.group)[0]:
                 self._huddle = found
 

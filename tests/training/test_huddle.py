@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -12,13 +14,14 @@ import pytest
 import torch.distributed as dist
 
 from supervisor.decide import stacks
-from supervisor.edge import futex
+from supervisor.edge import futex, kernel
 from supervisor.training import huddle, world
 from supervisor.training.world import World
 from tests.training.harness import launch
 
 ROUNDS = 2000
 FEW = 200
+MARK = 123
 
 
 def agree(rounds: int, hosts: int = 0) -> tuple[bool, int]:
@@ -61,7 +64,9 @@ def without(how: str) -> tuple[bool, int]:
         elif how == "open":
             huddle.join = lambda *_: None
     elif how == "memory":
-        os.memfd_create = fail  # type: ignore[assignment]
+        kernel.memfd = fail
+    elif how == "watch" and os.environ["RANK"] == "2":
+        kernel.pidfd_open = fail
     return agree(FEW)
 
 
@@ -69,9 +74,9 @@ def fail(*_: object) -> int:
     raise OSError(23, "Too many open files in system")
 
 
-@pytest.mark.parametrize("how", ["proc", "open", "memory"])
+@pytest.mark.parametrize("how", ["proc", "open", "memory", "watch"])
 def test_what_one_rank_cannot_have_none_has(how: str) -> None:
-    assert launch(without, 2, how) == [(False, FEW)] * 2
+    assert launch(without, 3, how) == [(False, FEW)] * 3
 
 
 def test_no_futex_no_huddle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +85,72 @@ def test_no_futex_no_huddle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whoever_cannot_open_it_joins_nothing(tmp_path: Path) -> None:
-    with huddle.lent(2) as fd:
-        assert huddle.join([os.getpid(), os.getpid()], 0, fd, None) is not None
-        assert huddle.join([os.getpid()] * 9, 0, fd, None) is None  # it is too small for those
-    assert huddle.join([os.getpid(), os.getpid()], 0, fd, None) is None
+    two = [os.getpid()] * 2
+    with huddle.lent(2, MARK) as fd:
+        assert huddle.join(two, 0, fd, MARK, None) is not None
+        assert huddle.join(two, 0, fd, MARK + 1, None) is None  # another host's, that has the same numbers
+        assert huddle.join([os.getpid()] * 9, 0, fd, MARK, None) is None  # it is too small for those
+    assert huddle.join(two, 0, fd, MARK, None) is None
     with (tmp_path / "another").open("wb+") as file:
         file.truncate(4096)
-        assert huddle.join([os.getpid(), os.getpid()], 0, file.fileno(), None) is None
+        assert huddle.join(two, 0, file.fileno(), MARK, None) is None
+
+
+def test_what_it_holds_goes_with_it() -> None:
+    before = os.listdir("/proc/self/fd")
+    with huddle.lent(3, MARK) as fd:
+        one = huddle.join([os.getpid()] * 3, 0, fd, MARK, None)
+    assert one is not None
+    assert len(os.listdir("/proc/self/fd")) > len(before)
+    del one
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_more_numbers_than_have_room_are_refused() -> None:
+    with huddle.lent(1, MARK) as fd:
+        one = huddle.join([os.getpid()], 0, fd, MARK, None)
+    assert one is not None
+    assert one.largest(range(huddle.MOST)) == list(range(huddle.MOST))
+    with pytest.raises(ValueError, match="have room"):
+        one.largest(range(huddle.MOST + 1))
+
+
+def is_crowded() -> bool:
+    """Whether a late rank is taken for dead by one that can open no file any more."""
+    dist.init_process_group("gloo")
+    one = World()
+    one.largest([0])
+    if one.rank == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    else:
+        time.sleep(1)
+    return one.largest([one.rank]) == [1]
+
+
+def test_who_has_no_descriptors_left_still_tells_the_late_from_the_dead() -> None:
+    assert launch(is_crowded, 2) == [True, True]
+
+
+def interrupted() -> str:
+    """What the first rank is told when it asks again after a signal's handler broke off an agreement."""
+    dist.init_process_group("gloo")
+    one, told = World(), ""
+    if one.rank == 0:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with contextlib.suppress(KeyboardInterrupt):
+            one.largest([0])
+        try:
+            one.largest([0])
+        except RuntimeError as error:
+            told = str(error)
+    dist.barrier()
+    return told
+
+
+def test_an_agreement_that_was_broken_off_is_not_gone_on_with() -> None:
+    told, _ = launch(interrupted, 2)
+    assert "cannot agree any more" in told
 
 
 def dies(victim: int) -> str:
