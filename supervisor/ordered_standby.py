@@ -12,6 +12,7 @@ from supervisor.roster import Roster
 
 DELAY: Final = 2.0  # seconds after the first step
 TRIES: Final = 3
+LATER: Final = 60.0  # seconds until the next after the last try, if that was ready on all nodes
 
 
 class OrderedStandby:
@@ -22,6 +23,7 @@ class OrderedStandby:
         self._attempt = -1
         self._due: float | None = None
         self._tries = 0
+        self._standing: set[Member] = set()  # whose part is ready, or was
 
     def begin(self, attempt: int) -> None:
         """Another attempt."""
@@ -42,17 +44,24 @@ class OrderedStandby:
         """Order one when it is time to, and no more where a node does not have it, or has gone. ``news``: who has told something."""
         standby, members = self._orders.order.standby, self._roster.members
         if standby is not None:
-            reports = [self._orders.report(member) for member in news]
-            if any(report is None or report.ready == -standby.standby for report in reports):
+            told = {member: self._orders.report(member) for member in news}
+            self._standing |= {
+                one for one, report in told.items() if report and report.ready == standby.standby
+            }
+            if any(report is None or report.ready == -standby.standby for report in told.values()):
                 self._orders.change(standby=None)
-                again = self._tries > 0 and None not in reports
-                self._due = clock.monotonic() + DELAY if again else None
+                pause = DELAY
+                if self._tries == 0 and self._standing.issuperset(standby.members):
+                    self._tries, pause = 1, LATER
+                again = self._tries > 0 and None not in told.values()
+                self._due = clock.monotonic() + pause if again else None
         elif self._due is not None and clock.monotonic() >= self._due:
             reports = [self._orders.report(member) for member in members]
             if (host := reports[0]) is None or None in reports:
                 return
             self._due = None
             self._tries -= 1
+            self._standing.clear()
             self._orders.change(
                 standby=Assignment(
                     attempt=self._attempt + 1,

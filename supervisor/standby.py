@@ -49,6 +49,7 @@ LOOK = 1.0  # seconds between two looks at the memory that is left
 AGAIN = 30.0  # seconds until memory that was short is looked at again
 CHECK = 0.5  # seconds to look at the files that it has read
 TRIES = 3  # for each attempt beside which it waits
+LATER = 60.0  # seconds until there is one again after the last try, if that had got to its gate: not its start is at fault
 ROOM = 2  # times what the workers hold now must be available
 
 
@@ -63,6 +64,7 @@ class Waiting:
     ahead: bool = False  # it runs the script ahead
     read: dict[str, marks.Mark] = field(default_factory=dict)  # what the script has read meanwhile
     standing: set[int] = field(default_factory=set)  # ranks at the gate
+    was_ready: bool = False  # all of them stood there
     dropped: bool = False
 
     @property
@@ -273,8 +275,11 @@ class Standby:
             if self._waiting is waiting:
                 await self._discard(waiting)
         self._watch = None
+        pause = AGAIN if short else DELAY
+        if self._tries == 0 and waiting.was_ready:
+            self._tries, pause = 1, LATER
         if self._tries > 0 and self._enabled and self._meeting is None:
-            self._launch_soon(AGAIN if short else DELAY)
+            self._launch_soon(pause)
 
     def _is_short_of_memory(self) -> bool:
         there = memory.available()
@@ -341,6 +346,7 @@ class Standby:
         waiting.read |= {str(name): mark for name, mark in dict(message.get("read", {})).items()}
         self._say_where(peer.seat.rank, str(message.get("where", "")))
         if waiting.is_ready:
+            waiting.was_ready = True
             now = clock.now()
             seconds = clock.monotonic() - waiting.launched
             self._ledger.add(StandbyReady(time=now, attempt=waiting.attempt.number, seconds=seconds))

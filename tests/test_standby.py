@@ -67,6 +67,27 @@ def test_it_is_dropped_when_less_than_the_limit_is_left_and_tried_again_later(
     assert not left[1:]
 
 
+@pytest.mark.parametrize(("was_ready", "pause"), [(True, standbys.LATER), (False, None)])
+def test_after_the_last_try_there_is_one_now_and_then_unless_it_cannot_even_start(
+    console: Console, tmp_path: Path, was_ready: bool, pause: float | None
+) -> None:
+    async def live() -> float | None:
+        one = standby_of(console, tmp_path)
+        attempt = Attempt(1, tmp_path / "1", tmp_path / "runtime", "run", standby=1)
+        one._waiting = Waiting(attempt, ReservedPort(), 0.0, was_ready=was_ready)
+        attempt.ended.set()
+        await one._watch_over(one._waiting)
+        due = None if one._timer is None else one._timer.when() - asyncio.get_running_loop().time()
+        await one.drop()
+        return due
+
+    due = asyncio.run(live())
+    assert (due is None) is (pause is None)
+    assert due is None or pause is None or pause - 10 < due <= pause
+    (said,) = console.said
+    assert said.startswith("the standby has ended")
+
+
 def test_what_is_to_stay_free_is_needed_beside_what_it_takes(
     console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
