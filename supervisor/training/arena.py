@@ -20,6 +20,7 @@ import torch
 
 from supervisor.edge import huge, memory
 from supervisor.edge.arenas import MARGIN
+from supervisor.training import gpu
 
 
 class Arena:
@@ -44,6 +45,7 @@ class Arena:
             raise
         self.fd = fd
         weakref.finalize(self, os.close, fd)
+        self._mapping = mapping
         self._bytes = memoryview(mapping.buffer).cast("B")
         self.memory = torch.frombuffer(mapping.buffer, dtype=torch.uint8)
         self.address = mapping.address
@@ -55,6 +57,10 @@ class Arena:
             return _identity(os.stat(self.path, follow_symlinks=False)) == self._identity
         except OSError:
             return False
+
+    def register(self, device: torch.device) -> None:
+        """Have the device copy straight into it, if it will."""
+        gpu.register(self.address, self.size, self._mapping.buffer, device)
 
     def put(self, offset: int, data: bytes) -> None:
         """Write bytes."""

@@ -7,11 +7,12 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch.optim import Optimizer
 
 from supervisor.edge import kernel
@@ -91,19 +92,20 @@ class Behind:
     def fly(
         self,
         slot: Slot,
+        devices: Set[torch.device],
         rest: Callable[[], str | None],
         written: Callable[[float], Written],
         finished: Finished,
         started: float,
     ) -> None:
-        """Copy ``slot.behind``, then do ``rest``, which tells what is wrong, if anything is.
+        """Copy ``slot.behind``, then do ``rest``, which tells what is wrong, if anything is. On ``devices`` more is queued already.
 
         ``finished`` is told what ``written`` makes of the seconds that the training stood since ``started``.
         """
         samples = slot.samples
         if samples is None or samples.moves is not slot.behind:
             samples = Samples(slot.behind, self._scratch, next(self._numbers))
-        flight = Flight(slot.behind, samples, rest)
+        flight = Flight(slot.behind, samples, rest, devices)
         self._copying.start(flight.run)
         self._copying.start(functools.partial(self._choose_samples, slot, slot.behind))
         self._pending = _Pending(flight, written, finished, time.monotonic() - started)
@@ -117,9 +119,9 @@ class Behind:
         if os.getpid() != self._process:
             return  # a forked child has its own memory, and no copying thread
         if self._pending is not None:
-            self._pending.flight.close()
+            self._pending.flight.release()
             if threading.get_ident() == self._home:
-                self.flush()
+                self.poll()
         if self._proof is not None:
             (_, copied), self._proof = self._proof, None
             if copied.differs():

@@ -40,6 +40,7 @@ from torch.optim import Optimizer
 
 from supervisor.checkpoint.stamps import UNFINISHED
 from supervisor.errors import StorageError
+from supervisor.training import gpu
 from supervisor.training.behind import STALE, Behind
 from supervisor.training.bindings import Bindings, Placed
 from supervisor.training.collecting import without_collection
@@ -107,7 +108,7 @@ class ArenaWriter:
         self._layout: Layout | None = None
         self._bindings: Bindings | None = None
         self._spots: dict[str, Spot] = {}  # by key
-        self._rack = Rack(slots, ranks=world.neighbours, cleans=cleans)
+        self._rack = Rack(slots, ranks=world.neighbours, cleans=cleans, device=gpu.of(self._optimizers))
         self._drafting: Drafting | None = None
         self._is_drafted = False  # whether the layout was: its files are waited for likewise
         self._making = Helper("everstep-layout")
@@ -211,12 +212,13 @@ class ArenaWriter:
         slot = self._rack.get(directory)
         slot.stamp(self._layout, UNFINISHED)
         slot.fill(self._layout, archives)
-        self._copy_now(slot)
+        now = self._start_now(slot)
         written = functools.partial(self._written, slot)
         if behind and slot.behind.tensors and self._behind.may_fly:
-            self._behind.fly(slot, lambda: None, written, finished, started)
+            self._behind.fly(slot, now, lambda: None, written, finished, started)
             return
         slot.behind.run()
+        gpu.wait(gpu.mark(now))
         self._behind.offer_proof(directory, slot.behind)
         finished(written(time.monotonic() - started))
 
@@ -225,9 +227,9 @@ class ArenaWriter:
         assert self._layout is not None
         slot = self._rack.get(directory)
         slot.stamp(self._layout, UNFINISHED)
-        self._copy_now(slot)
+        now = self._start_now(slot)
         rest, written = functools.partial(self._rest, slot, prepared), functools.partial(self._written, slot)
-        self._behind.fly(slot, rest, written, finished, prepared.started)
+        self._behind.fly(slot, now, rest, written, finished, prepared.started)
 
     def _rest(self, slot: Slot, prepared: _Prepared) -> str | None:
         """What was put off; on the copying thread."""
@@ -237,11 +239,14 @@ class ArenaWriter:
         slot.fill(self._layout, prepared.archives())
         return None
 
-    def _copy_now(self, slot: Slot) -> None:
+    def _start_now(self, slot: Slot) -> set[torch.device]:
+        """Copy what the next forward may change; the devices on which that is queued."""
         assert self._bindings is not None
         self._prepare_moves(slot)
-        slot.now.run()
-        slot.moves_of(self._bindings.restless, self._spots).run()
+        restless = slot.moves_of(self._bindings.restless, self._spots)
+        slot.now.start()
+        restless.start()
+        return slot.now.devices | restless.devices
 
     def _written(self, slot: Slot, seconds: float) -> Written:
         assert self._layout is not None
@@ -260,7 +265,8 @@ class ArenaWriter:
         others: Placed = []
         for placed in bindings.sources:
             source = placed[1]
-            waits = source.bytes > TINY and (source.address, source.bytes) in owned
+            is_worth_it = source.bytes > TINY or source.queued  # which is never waited for
+            waits = is_worth_it and (source.address, source.bytes) in owned
             (mine if waits else others).append(placed)
         slot.behind, slot.now = slot.moves_of(mine, self._spots), slot.moves_of(others, self._spots)
 

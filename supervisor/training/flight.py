@@ -3,6 +3,10 @@
 The thread that copies also checks, as soon as it has copied: what changes only afterwards is no matter of this snapshot, and
 the training, when it comes to the fence, has nothing to do but to wait. What is noted at the save point, while the
 training stands, is little: the versions of all tensors, and a few bytes, which the kernel gathers in one call.
+
+From a GPU the thread only has it queued, beside the training's stream and after what that had been given by the save point. At
+the fence what the optimizer does is queued after the copy: the training goes on, whether that has happened yet or not. As
+its CPU may be ahead, the versions are compared there once more.
 """
 
 from __future__ import annotations
@@ -13,15 +17,17 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Final
 
 import torch
 
+from supervisor.training import gpu
 from supervisor.training.layout import OutgrownError
 from supervisor.training.moves import Moves, write_vectors
 
 _SAMPLES: Final = 64  # tensors
+_QUEUED: Final = 8  # on GPUs, where each costs a copy of its own
 _WINDOW: Final = 64  # bytes of each
 _version: Final = operator.attrgetter("_version")
 
@@ -51,9 +57,13 @@ class Samples:
             self._there.append((to + at, window))
             self._size += window
         self._noted: bytes | None = None
+        self._of_gpu = _samples_of_gpu(moves, number)
 
     def note(self) -> None:
         """Those of now."""
+        if self._of_gpu:
+            noted, here, _ = zip(*self._of_gpu, strict=True)
+            gpu.copy(list(noted), list(here))
         if write_vectors(self._scratch, self._here, 0) == self._size:
             self._noted = None  # it is in the file
         else:
@@ -65,24 +75,55 @@ class Samples:
         noted = os.pread(self._scratch, self._size, 0) if self._noted is None else self._noted
         return noted != b"".join(ctypes.string_at(*pair) for pair in self._there)
 
+    def differ_on_gpu(self) -> bool:
+        """Likewise, of what was queued, once it has happened."""
+        return any(not torch.equal(noted, there) for noted, _, there in self._of_gpu)
+
+
+def _samples_of_gpu(moves: Moves, number: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of each: where to note it, where it is, and where it is copied to."""
+    queued, samples = moves.queued, []
+    for turn in range(min(_QUEUED, len(queued))):
+        place, view = queued[(number * _QUEUED + turn) % len(queued)]
+        if view.is_contiguous() and not (view.is_conj() or view.is_neg()):
+            here, there = (tensor.reshape(-1).view(torch.uint8) for tensor in (view, place))
+            window = min(_WINDOW, len(here))
+            at = (number * 2654435761 + turn) % (len(here) - window + 1)
+            samples.append((gpu.scratch(window), here[at : at + window], there[at : at + window]))
+    return samples
+
 
 class Flight:
-    """One copy that runs behind the training. ``rest`` is what else to do then; what is wrong, if anything is."""
+    """One copy that runs behind the training. ``rest`` is what else to do then; what is wrong, if anything is.
 
-    def __init__(self, moves: Moves, samples: Samples, rest: Callable[[], str | None]) -> None:
+    ``devices``: those on which something of this snapshot was queued at the save point already.
+    """
+
+    def __init__(
+        self,
+        moves: Moves,
+        samples: Samples,
+        rest: Callable[[], str | None],
+        devices: Set[torch.device] = frozenset(),
+    ) -> None:
         self._moves = moves
+        self._devices = devices | moves.devices
+        self._begin = gpu.mark(self._devices)
+        self._end: gpu.Marks = ()
         self._rest = rest
         self._samples = samples
         self._versions = versions(moves.tensors)
         samples.note()
         self._over = threading.Event()
+        self._all_queued = threading.Event() if self._devices else self._over
+        self._is_released = False
         self.problem: str | None = None
         self.waited = 0.0  # seconds that ``close`` stood still
 
     def run(self) -> None:
         """Copy, and judge the copy; on the copying thread."""
         try:
-            self._moves.run()
+            self._copy()
             if versions(self._moves.tensors) != self._versions or self._samples.differ():
                 self.problem = TORN
             else:
@@ -90,20 +131,51 @@ class Flight:
         except OutgrownError:
             self.problem = OUTGROWN
         except BaseException as error:  # noqa: BLE001 (it is told where the outcome is asked for)
-            self.problem = f"{type(error).__name__}: {error}"
+            self.problem = _told(error)
+        self._all_queued.set()
+        try:
+            gpu.wait(self._end)
+            if self.problem is None and self._samples.differ_on_gpu():
+                self.problem = TORN
+        except RuntimeError as error:
+            self.problem = _told(error)
         self._over.set()
+
+    def _copy(self) -> None:
+        with gpu.beside(self._devices):
+            gpu.after(self._begin)
+            try:
+                self._moves.start()
+            finally:
+                self._end = gpu.mark(self._devices)
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is copied any more."""
         return self._over.is_set()
 
+    def release(self) -> None:
+        """To be called before anything may legitimately change what it copies: that waits for it, on a GPU in its queue."""
+        self._wait(self._all_queued)
+        if self._devices and not self._is_released and versions(self._moves.tensors) != self._versions:
+            self.problem = self.problem or TORN
+        self._is_released = True
+        gpu.after(self._end)
+
     def close(self) -> None:
-        """Wait for it: to be called before anything may legitimately change what it copies."""
-        if not self._over.is_set():
+        """Wait until it is over."""
+        self.release()
+        self._wait(self._over)
+
+    def _wait(self, event: threading.Event) -> None:
+        if not event.is_set():
             started = time.monotonic()
-            self._over.wait()
+            event.wait()
             self.waited += time.monotonic() - started
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def versions(tensors: Sequence[torch.Tensor]) -> list[int]:

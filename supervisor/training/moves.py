@@ -1,13 +1,14 @@
 """Moving tensors into their places, many at a time, and comparing them with what lies there.
 
-Three ways, none of which wakes torch's thread pool, so a copy behind the training takes one core at most, and no setting
+Four ways, none of which wakes torch's thread pool, so a copy behind the training takes one core at most, and no setting
 of the training's is touched:
 
 - A *large* contiguous tensor is one ``memmove``: it writes past the cache.
 - *Small* ones, of which there may be thousands, are gathered by the kernel. What lies between two neighbours in the file
   never changes, so a row of them is one ``pwritev`` of data and what is between, and all addresses are in an array made
   once: no Python, and no interpreter lock, for each tensor. That is 0.3 µs a tensor, where ``torch._foreach_copy_`` takes 1.8.
-- Whatever is neither on the CPU nor contiguous is left to ``torch._foreach_copy_``.
+- What is on a GPU is queued there (``gpu``): it is copied when the stream gets to it.
+- Whatever else is not on the CPU, or not contiguous, is left to ``torch._foreach_copy_``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Final
 import torch
 from torch.distributed.tensor import DTensor
 
+from supervisor.training import gpu
 from supervisor.training.arena import Arena
 
 SMALL: Final = 1 << 16  # bytes; whatever is shorter
@@ -54,7 +56,8 @@ class Source:
         self._stride = tensor.stride()
         self.bytes = tensor.numel() * tensor.element_size()
         plain = not (tensor.is_conj() or tensor.is_neg())
-        self.flat = tensor.device.type == "cpu" and plain and tensor.is_contiguous()
+        self.queued = gpu.is_queued(tensor)
+        self.flat = tensor.device.type == "cpu" and plain and tensor.is_contiguous() and not self.queued
         #: what to copy as, for what is not flat
         self.view = tensor.detach()
         if plain and tensor.dtype.itemsize in _SAME_SIZE and tensor.dim():
@@ -106,6 +109,9 @@ class Moves:
     _vectors: array[int] = field(default_factory=lambda: array("Q"))
     _places: list[torch.Tensor] = field(default_factory=list)
     _views: list[torch.Tensor] = field(default_factory=list)
+    devices: set[torch.device] = field(default_factory=set)  # that copies are queued on
+    _queued_places: list[torch.Tensor] = field(default_factory=list)
+    _queued_views: list[torch.Tensor] = field(default_factory=list)
     _kept: list[object] = field(default_factory=list)
 
     def add(self, arena: Arena, spot: Spot, source: Source) -> None:
@@ -116,8 +122,11 @@ class Moves:
         if not source.bytes:
             return
         if not source.flat:
-            self._places.append(arena.view(spot.offset, tuple(source.view.shape), source.view.dtype))
-            self._views.append(source.view)
+            place = arena.view(spot.offset, tuple(source.view.shape), source.view.dtype)
+            if source.queued:
+                self.devices.add(source.view.device)
+            (self._queued_places if source.queued else self._places).append(place)
+            (self._queued_views if source.queued else self._views).append(source.view)
             return
         move = arena.address + spot.offset, source.address, source.bytes
         self.flat.append(move)
@@ -128,6 +137,13 @@ class Moves:
 
     def run(self) -> None:
         """Copy everything."""
+        self.start()
+        gpu.wait(gpu.mark(self.devices))
+
+    def start(self) -> None:
+        """Copy everything that is not on a GPU, and queue that on its current stream."""
+        if self._queued_places:
+            gpu.copy(self._queued_places, self._queued_views)
         for move in self._large:
             ctypes.memmove(*move)
         if self._rows is None:
@@ -165,11 +181,17 @@ class Moves:
         base = self._vectors.buffer_info()[0]
         return [_Row(fd, base + 16 * first, count, offset, size) for fd, first, count, offset, size in spans]
 
+    @property
+    def queued(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What is copied from a GPU: the place, and what goes there, as numbers of the same size."""
+        return list(zip(self._queued_places, self._queued_views, strict=True))
+
     def differs(self) -> bool:
         """Whether any source is not what was copied any more."""
         if any(_memcmp(*move) for move in self.flat):
             return True
-        return any(not torch.equal(old, new) for old, new in zip(self._places, self._views, strict=True))
+        copied = zip(self._places + self._queued_places, self._views + self._queued_views, strict=True)
+        return any(not torch.equal(old, new.cpu()) for old, new in copied)
 
 
 def write_vectors(fd: int, vectors: array[int], offset: int) -> int:

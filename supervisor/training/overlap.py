@@ -38,6 +38,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from supervisor.training import gpu
 from supervisor.training.moves import local_of
 
 
@@ -128,6 +129,7 @@ def owned_by(optimizers: Iterable[Optimizer]) -> set[tuple[int, int]]:
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
                 local = local_of(tensor)
-                if local.device.type == "cpu" and not local.is_inference() and local.numel():
+                is_known = local.device.type == "cpu" or gpu.is_queued(local)
+                if is_known and not local.is_inference() and local.numel():
                     owned.add((local.data_ptr(), local.numel() * local.element_size()))
     return owned

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.training.overlap import Helper
 from supervisor.training.planning import Layout, make_place
@@ -14,12 +16,18 @@ from supervisor.training.writer import put_index
 
 
 class Rack:
-    """``spare`` are the slots to make ready ahead, ``ranks`` those that share them; ``cleans``: this one clears them first."""
+    """``spare`` are the slots to make ready ahead, ``ranks`` those that share them; ``cleans``: this one clears them first.
 
-    def __init__(self, spare: Iterable[Path], *, ranks: range, cleans: bool) -> None:
+    ``device`` is one that copies into them.
+    """
+
+    def __init__(
+        self, spare: Iterable[Path], *, ranks: range, cleans: bool, device: torch.device | None = None
+    ) -> None:
         self._spare = tuple(spare)
         self._ranks = ranks
         self._cleans = cleans
+        self._device = device
         self._slots: dict[Path, Slot] = {}
         self._ahead: dict[Path, Ahead] = {}
         self._used: set[Path] = set()
@@ -61,7 +69,7 @@ class Rack:
         arenas = ahead.result() if ahead is not None else None
         slot = Slot(arenas or [], [None] * len(layout.blobs))
         if not arenas or not slot.is_in_place:
-            slot.arenas = new_arenas(directory, layout)
+            slot.arenas = new_arenas(directory, layout, self._device)
         self._slots[directory] = slot
         return slot
 
@@ -70,7 +78,7 @@ class Rack:
         # one that was written may be about to be declared a snapshot
         spare = [path for path in self._spare if path not in self._used and not (path / SLOT_NAME).exists()]
         for path in spare if first is None else [first, *spare]:
-            self._ahead[path] = Ahead(path, layout)
+            self._ahead[path] = Ahead(path, layout, self._device)
             self._making.start(self._ahead[path].run)
 
     def forget(self, directory: Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from supervisor.checkpoint.stamps import CONSTANT, UNFINISHED
 from supervisor.training.arena import Arena
 from supervisor.training.bindings import Placed
@@ -15,16 +17,23 @@ from supervisor.training.moves import Moves, Spot
 from supervisor.training.planning import Layout
 
 
-def new_arenas(directory: Path, layout: Layout) -> list[Arena | None]:
-    """The arenas of this rank, allocated, with all heads and tails; None for a file without contents. Raises OSError."""
+def new_arenas(directory: Path, layout: Layout, device: torch.device | None) -> list[Arena | None]:
+    """The arenas of this rank, allocated, with all heads and tails; None for a file without contents. Raises OSError.
+
+    ``device`` is one that copies into them.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
     try:
-        return [_new_arena(directory / name, file, layout, made) for file, name in enumerate(layout.names)]
+        arenas = [_new_arena(directory / name, file, layout, made) for file, name in enumerate(layout.names)]
     except OSError:
         for path in made:  # give back what there was
             path.unlink(missing_ok=True)
         raise
+    for file, arena in enumerate(arenas):
+        if device is not None and arena is not None and file != CONSTANT:
+            arena.register(device)
+    return arenas
 
 
 def _new_arena(path: Path, file: int, layout: Layout, made: list[Path]) -> Arena | None:
@@ -90,8 +99,9 @@ class Slot:
 class Ahead:
     """The arenas of a slot, made by another thread before it is offered: only where there is no snapshot."""
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
+    def __init__(self, directory: Path, layout: Layout, device: torch.device | None) -> None:
         self._directory = directory
+        self._device = device
         self._layout = layout
         self._over = threading.Event()
         self._taken = threading.Lock()
@@ -101,7 +111,7 @@ class Ahead:
         """Make them, unless somebody could not wait for that."""
         if self._taken.acquire(blocking=False):
             try:
-                self._arenas = new_arenas(self._directory, self._layout)
+                self._arenas = new_arenas(self._directory, self._layout, self._device)
             except OSError:
                 self._arenas = None  # whoever needs them tries again, and reports
             finally:

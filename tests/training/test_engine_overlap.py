@@ -21,6 +21,7 @@ from supervisor.training.items import Items
 from supervisor.training.state import TrainingState
 from supervisor.training.world import World
 from supervisor.training.writer import READY, StaleError, TornError, Written
+from tests.training.slow_gpu import SlowGpu
 
 AdamW = torch.optim.AdamW
 WIDTH = 300  # its matrices are large ones, its biases small
@@ -83,7 +84,7 @@ class Run:
             flat = _flat(found)
             for key, value in expected.items():
                 if isinstance(value, torch.Tensor):
-                    assert torch.equal(bits(flat[key]), bits(value)), f"{key} of step {step}"
+                    assert torch.equal(bits(flat[key]).cpu(), bits(value).cpu()), f"{key} of step {step}"
             assert found["session"]["step"] == step
             self.good.append(step)
 
@@ -104,6 +105,22 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     return {
         k: v for name, part in pairs for k, v in _flat(part, f"{path}.{name}" if path else str(name)).items()
     }
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[
+        "cpu",
+        "slow gpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+    ],
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything holds with copies that are queued, too."""
+    if request.param == "slow gpu":
+        SlowGpu().install(monkeypatch)
+    with torch.device("cuda" if request.param == "cuda" else "cpu"):
+        yield
 
 
 @pytest.fixture(autouse=True)
