@@ -125,13 +125,13 @@ class Behind:
         if self._proof is not None:
             (_, copied), self._proof = self._proof, None
             if copied.differs():
-                self._distrust()
+                self._distrust(TORN)
             else:
                 self._proven = True
 
-    def _distrust(self) -> None:
+    def _distrust(self, problem: str) -> None:
         self._trusted = False
-        say(f"rank {self._rank}: {TORN}: snapshots are copied while the training waits from here on")
+        say(f"rank {self._rank}: {problem}: snapshots are copied while the training waits from here on")
 
     @property
     def is_busy(self) -> bool:
@@ -156,7 +156,7 @@ class Behind:
             self._hasty, self._stale = False, self._stale + 1
             pending.finished(StaleError(flight.problem))
         else:
-            self._distrust()
+            self._distrust(flight.problem)
             pending.finished(TornError(flight.problem))
 
     def close(self) -> None:

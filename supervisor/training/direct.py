@@ -254,7 +254,7 @@ def _read_all(reads: Sequence[tuple[torch.Tensor, _Stored]]) -> None:
         _read_pieces(pieces, pool)
         pieces, copies = [], []
         for number, (target, stored) in enumerate(indirect):
-            whole = torch.empty(stored.shape, dtype=stored.dtype)
+            whole = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
             part = stored.part
             pieces += _pieces(stored.file, stored.begin, whole)
             copies.append((target, whole.as_strided(part.size(), part.stride(), part.storage_offset())))

@@ -32,6 +32,7 @@ _WINDOW: Final = 64  # bytes of each
 _version: Final = operator.attrgetter("_version")
 
 TORN: Final = "parameters or optimizer state changed while they were copied, outside of optimizer.step()"
+CAPTURED: Final = "the optimizer's step was captured as a graph while parameters were copied"
 OUTGROWN: Final = "a value has outgrown its place"
 
 
@@ -160,7 +161,10 @@ class Flight:
         if self._devices and not self._is_released and versions(self._moves.tensors) != self._versions:
             self.problem = self.problem or TORN
         self._is_released = True
-        gpu.after(self._end)
+        if gpu.is_captured(self._devices):
+            self.problem = self.problem or CAPTURED
+        else:
+            gpu.after(self._end)
 
     def close(self) -> None:
         """Wait until it is over."""

@@ -74,9 +74,14 @@ def copy(places: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
         torch._foreach_copy_(places, tensors, non_blocking=True)
 
 
+def is_captured(devices: Iterable[torch.device]) -> bool:
+    """Whether what is queued now on the current streams is not done, but noted as a graph."""
+    return any(True for _ in devices) and bool(_cuda.is_current_stream_capturing())
+
+
 def scratch(size: int) -> torch.Tensor:
     """So many bytes that can be copied into without waiting."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def of(optimizers: Iterable[Optimizer]) -> torch.device | None:

@@ -125,7 +125,7 @@ def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> Archive | None
 def _tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ComplexHalf")
-        tensor = torch.empty(shape, dtype=dtype)  # its memory is never touched
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")  # its memory is never touched
     payload = tensor.numel() * tensor.element_size()
     if payload == 0:
         whole = io.BytesIO()

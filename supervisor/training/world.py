@@ -71,7 +71,7 @@ class World:
         """Find out who is on this host, and share memory with them, if all ranks can with theirs. Collective."""
         mark = secrets.randbits(62)
         with huddle.lent(self.size, mark) as fd:
-            own = torch.tensor([mark, huddle.whereabouts(), os.getpid(), fd])
+            own = torch.tensor([mark, huddle.whereabouts(), os.getpid(), fd], device="cpu")
             each = [torch.empty_like(own) for _ in range(self.size)]
             dist.all_gather(each, own, group=self.group)
             table = [[int(number) for number in row.tolist()] for row in each]
@@ -164,7 +164,7 @@ class World:
 
 
 def _largest(values: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
-    tensor = torch.tensor(values, dtype=torch.int64)
+    tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return [int(value) for value in tensor.tolist()]
 

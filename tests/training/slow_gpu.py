@@ -32,7 +32,8 @@ class SlowGpu:
         monkeypatch.setattr(gpu, "is_queued", self.is_queued)
         for function in (self.mark, self.after, self.wait, self.beside, self.copy):
             monkeypatch.setattr(gpu, function.__name__, function)
-        monkeypatch.setattr(gpu, "scratch", lambda size: torch.empty(size, dtype=torch.uint8))
+        monkeypatch.setattr(gpu, "scratch", lambda size: torch.empty(size, dtype=torch.uint8, device="cpu"))
+        monkeypatch.setattr(gpu, "is_captured", lambda _devices: False)
         monkeypatch.setattr(gpu, "of", lambda _optimizers: None)
 
     @property

@@ -80,7 +80,8 @@ class Run:
                 (self.stale if isinstance(outcome, StaleError) else self.torn).append(step)
                 return
             assert isinstance(outcome, Written), outcome
-            found = _load_state_dict_from_keys(checkpoint_id=directory)
+            with torch.device("cpu"):
+                found = _load_state_dict_from_keys(checkpoint_id=directory)
             flat = _flat(found)
             for key, value in expected.items():
                 if isinstance(value, torch.Tensor):
@@ -161,6 +162,21 @@ def test_optimizers(kind: Any, options: dict[str, bool], tmp_path: Path) -> None
     run.run(8, lambda _: (train(model, optimizer, times=2), scheduler.step()))
     assert run.good == list(range(1, 9))
     assert run.behind == 6  # but the one that was laid out, and the one that was proven
+
+
+def test_another_default_device(tmp_path: Path) -> None:
+    model = net()
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(_step: int) -> None:
+        with torch.device("cpu"):
+            train(model, optimizer)
+
+    with torch.device("meta"):
+        run.run(8, one)
+    assert run.good == list(range(1, 9))
+    assert run.behind
 
 
 def test_several_optimizers(tmp_path: Path) -> None:

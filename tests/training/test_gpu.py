@@ -11,7 +11,7 @@ import torch
 
 from supervisor.training import gpu
 from supervisor.training.arena import Arena
-from supervisor.training.flight import TORN, Flight, Samples
+from supervisor.training.flight import CAPTURED, TORN, Flight, Samples
 from supervisor.training.moves import Moves, Source, Spot
 from tests.training.slow_gpu import SlowGpu
 
@@ -97,6 +97,19 @@ def test_changes_around_the_counters_are_found_by_samples(
     one.tensors[1].data.add_(1)
     one.end()
     assert one.flight.problem == TORN
+
+
+def test_an_optimizer_step_that_is_captured_drops_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Copying(tmp_path, monkeypatch)
+    one.queue()
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "is_captured", bool)
+        one.flight.release()  # queues nothing: that would break the capture
+    assert one.copied == [0.0, 0.0, 0.0]
+    one.end()
+    assert one.flight.problem == CAPTURED
 
 
 def fails(*_: object) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from supervisor.decide import stacks
@@ -172,6 +173,17 @@ def test_a_rank_that_dies_ends_the_wait_of_the_others(victim: int) -> None:
     results = launch(dies, 3, victim)
     assert results.pop(victim) == -signal.SIGKILL
     assert all("connection closed by peer" in result for result in results), results
+
+
+def agree_elsewhere(hosts: int) -> tuple[bool, int]:
+    """Where tensors are made on another device unless it is said."""
+    torch.set_default_device("meta")
+    return agree(FEW, hosts)
+
+
+@pytest.mark.parametrize(("hosts", "has_huddle"), [(1, True), (2, False)])
+def test_another_default_device(hosts: int, has_huddle: bool) -> None:
+    assert launch(agree_elsewhere, 2, hosts) == [(has_huddle, FEW)] * 2
 
 
 def test_who_waits_is_seen_to_wait() -> None:
