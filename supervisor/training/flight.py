@@ -109,12 +109,12 @@ class Flight:
     ) -> None:
         self._moves = moves
         self._devices = devices | moves.devices
-        self._begin = gpu.mark(self._devices)
         self._end: gpu.Marks = ()
         self._rest = rest
         self._samples = samples
         self._versions = versions(moves.tensors)
         samples.note()
+        self._begin = gpu.mark(self._devices)  # behind the samples
         self._over = threading.Event()
         self._all_queued = threading.Event() if self._devices else self._over
         self._is_released = False
@@ -138,9 +138,10 @@ class Flight:
             gpu.wait(self._end)
             if self.problem is None and self._samples.differ_on_gpu():
                 self.problem = TORN
-        except RuntimeError as error:
+        except BaseException as error:  # noqa: BLE001 (likewise)
             self.problem = _told(error)
-        self._over.set()
+        finally:
+            self._over.set()
 
     def _copy(self) -> None:
         with gpu.beside(self._devices):

@@ -64,6 +64,9 @@ def beside(devices: Iterable[torch.device]) -> Iterator[None]:
         for device in devices:
             if device not in _streams:
                 _streams[device] = _cuda.Stream(device)
+            stack.enter_context(
+                _cuda.device(device)
+            )  # else this thread would make a context on the first GPU
             stack.enter_context(_cuda.stream(_streams[device]))
         yield
 
