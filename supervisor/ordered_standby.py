@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Final
 
 from supervisor.edge import clock
 from supervisor.fleet import Assignment, Member
 from supervisor.orders import Orders
 from supervisor.roster import Roster
-
-DELAY: Final = 2.0  # seconds after the first step
-TRIES: Final = 3
-LATER: Final = 60.0  # seconds until the next after the last try, if that was ready on all nodes
+from supervisor.standby import DELAY, LATER, TRIES
 
 
 class OrderedStandby:

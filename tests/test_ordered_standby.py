@@ -9,7 +9,8 @@ import pytest
 
 from supervisor.edge import clock
 from supervisor.fleet import Assignment, Member
-from supervisor.ordered_standby import DELAY, LATER, TRIES, OrderedStandby
+from supervisor.ordered_standby import OrderedStandby
+from supervisor.standby import DELAY, LATER, TRIES
 
 MEMBERS = tuple(Member(name=name, life=name) for name in "ab")
 

@@ -58,9 +58,9 @@ class Arena:
         except OSError:
             return False
 
-    def register(self, device: torch.device) -> None:
-        """Have the device copy straight into it, if it will."""
-        gpu.register(self.address, self.size, self._mapping.buffer, device)
+    def register(self, device: torch.device) -> bool:
+        """Have the device copy straight into it; whether it does."""
+        return gpu.register(self.address, self.size, self._mapping.buffer, device)
 
     def put(self, offset: int, data: bytes) -> None:
         """Write bytes."""

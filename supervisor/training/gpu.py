@@ -12,9 +12,10 @@ Source: CUDA Runtime API: streams, events, ``cudaHostRegister``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -23,9 +24,6 @@ from torch.optim import Optimizer
 _PORTABLE: Final = 1  # registered for every context of this process
 
 _cuda: Any = torch.cuda
-#: by device; made when first used
-_streams: dict[torch.device, Any] = {}
-
 #: where streams of devices stand
 Marks = Sequence[tuple[torch.device, Any]]
 
@@ -62,13 +60,16 @@ def beside(devices: Iterable[torch.device]) -> Iterator[None]:
     """The streams beside the training's are the current ones of this thread."""
     with contextlib.ExitStack() as stack:
         for device in devices:
-            if device not in _streams:
-                _streams[device] = _cuda.Stream(device)
             stack.enter_context(
                 _cuda.device(device)
             )  # else this thread would make a context on the first GPU
-            stack.enter_context(_cuda.stream(_streams[device]))
+            stack.enter_context(_cuda.stream(_stream_beside(device)))
         yield
+
+
+@functools.cache
+def _stream_beside(device: torch.device) -> Any:
+    return _cuda.Stream(device)
 
 
 def copy(places: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
@@ -77,9 +78,9 @@ def copy(places: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
         torch._foreach_copy_(places, tensors, non_blocking=True)
 
 
-def is_captured(devices: Iterable[torch.device]) -> bool:
+def is_captured(devices: Collection[torch.device]) -> bool:
     """Whether what is queued now on the current streams is not done, but noted as a graph."""
-    return any(True for _ in devices) and bool(_cuda.is_current_stream_capturing())
+    return bool(devices) and bool(_cuda.is_current_stream_capturing())
 
 
 def scratch(size: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ class Rack:
     """
 
     def __init__(
-        self, spare: Iterable[Path], *, ranks: range, cleans: bool, device: torch.device | None = None
+        self, spare: Iterable[Path], *, ranks: range, cleans: bool, device: torch.device | None
     ) -> None:
         self._spare = tuple(spare)
         self._ranks = ranks

@@ -30,8 +30,8 @@ def new_arenas(directory: Path, layout: Layout, device: torch.device | None) -> 
         for path in made:  # give back what there was
             path.unlink(missing_ok=True)
         raise
-    for file, arena in enumerate(arenas):
-        if device is not None and arena is not None and file != CONSTANT:
+    for arena in arenas:
+        if device is not None and arena is not None:
             arena.register(device)
     return arenas
 

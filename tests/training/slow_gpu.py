@@ -20,11 +20,10 @@ LARGE = 1 << 12  # bytes of what is on it; what is smaller is on the CPU
 
 
 class SlowGpu:
-    """``copied`` counts copies that were made late, ``waited`` how often a thread waited for the stream beside."""
+    """``copied`` counts copies that were made late."""
 
     def __init__(self) -> None:
         self.copied = 0
-        self.waited = 0
         self._queue: list[Callable[[], None]] = []
         self._thread = threading.local()
 
@@ -64,7 +63,6 @@ class SlowGpu:
     def wait(self, marks: Any) -> None:
         for _, reached in marks:
             if not reached.is_set():
-                self.waited += 1
                 assert threading.current_thread() is not threading.main_thread(), "the training waits"
                 assert reached.wait(60)
 

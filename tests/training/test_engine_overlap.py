@@ -116,12 +116,13 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
         pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
     ],
 )
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowGpu | None]:
     """Everything holds with copies that are queued, too."""
-    if request.param == "slow gpu":
-        SlowGpu().install(monkeypatch)
+    slow = SlowGpu() if request.param == "slow gpu" else None
+    if slow is not None:
+        slow.install(monkeypatch)
     with torch.device("cuda" if request.param == "cuda" else "cpu"):
-        yield
+        yield slow
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +154,7 @@ def train(model: nn.Module, *optimizers: Any, times: int = 1) -> None:
     "options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=lambda o: next(iter(o))
 )
 @pytest.mark.parametrize("kind", [AdamW, torch.optim.SGD])
-def test_optimizers(kind: Any, options: dict[str, bool], tmp_path: Path) -> None:
+def test_optimizers(kind: Any, options: dict[str, bool], slow: SlowGpu | None, tmp_path: Path) -> None:
     model = net()
     extra = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind(model.parameters(), lr=1e-2, **extra, **options)
@@ -162,6 +163,7 @@ def test_optimizers(kind: Any, options: dict[str, bool], tmp_path: Path) -> None
     run.run(8, lambda _: (train(model, optimizer, times=2), scheduler.step()))
     assert run.good == list(range(1, 9))
     assert run.behind == 6  # but the one that was laid out, and the one that was proven
+    assert slow is None or slow.copied >= 6
 
 
 def test_another_default_device(tmp_path: Path) -> None:
