@@ -113,7 +113,13 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     params=[
         "cpu",
         "slow gpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.may_skip("few machines that run the tests have a GPU"),
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+            ],
+        ),
     ],
 )
 def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowGpu | None]:
