@@ -37,10 +37,21 @@ class _Pending:
 
 
 class Behind:
-    """Copies behind the steps of ``optimizers``. ``completed`` tells how many steps are complete."""
+    """Copies behind the steps of ``optimizers``. ``completed`` tells how many steps are complete.
 
-    def __init__(self, optimizers: Sequence[Optimizer], completed: Callable[[], int], rank: int) -> None:
+    ``concede`` is called when what was copied had changed: whether something can be kept out of it from now on that may have been the
+    cause.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        completed: Callable[[], int],
+        rank: int,
+        concede: Callable[[], bool],
+    ) -> None:
         self._optimizers = optimizers
+        self._concede = concede
         self._rank = rank
         self._copying = Helper("everstep-snapshot")
         self._home = threading.get_ident()
@@ -133,6 +144,9 @@ class Behind:
                 self._proven = True
 
     def _distrust(self, problem: str) -> None:
+        if problem == TORN and self._concede():
+            self._proof, self._proven = None, False
+            return
         self._trusted = False
         say(f"rank {self._rank}: {problem}: snapshots are copied while the training waits from here on")
 

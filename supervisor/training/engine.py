@@ -38,7 +38,7 @@ from typing import Final
 import torch
 from torch.optim import Optimizer
 
-from supervisor.checkpoint.stamps import UNFINISHED
+from supervisor.checkpoint.stamps import CONSTANT, UNFINISHED
 from supervisor.errors import StorageError
 from supervisor.training import gpu
 from supervisor.training.behind import STALE, Behind
@@ -48,7 +48,7 @@ from supervisor.training.drafting import Draft, Drafting, draft
 from supervisor.training.items import Items, settled
 from supervisor.training.layout import OutgrownError
 from supervisor.training.moves import TINY, Spot, local_of
-from supervisor.training.overlap import Helper, owned_by
+from supervisor.training.overlap import Frozen, Helper, owned_by
 from supervisor.training.planning import Layout, file_names
 from supervisor.training.rack import Rack
 from supervisor.training.slots import Slot
@@ -112,7 +112,8 @@ class ArenaWriter:
         self._drafting: Drafting | None = None
         self._is_drafted = False  # whether the layout was: its files are waited for likewise
         self._making = Helper("everstep-layout")
-        self._behind = Behind(self._optimizers, completed, world.rank)
+        self._frozen = Frozen()
+        self._behind = Behind(self._optimizers, completed, world.rank, self._concede)
         self._prepared: _Prepared | None = None
         self._completed = completed
         self._step = 0  # of the snapshot that is written
@@ -256,11 +257,13 @@ class ArenaWriter:
     def _prepare_moves(self, slot: Slot) -> None:
         bindings = self._bindings
         assert bindings is not None
+        self._frozen.look()
         held = tuple(len(group["params"]) for o in self._optimizers for group in o.param_groups)
-        if slot.generation == (bindings.generation, held):
+        generation = bindings.generation, held, len(self._frozen)
+        if slot.generation == generation:
             return
-        slot.generation = bindings.generation, held
-        owned = owned_by(self._optimizers)
+        slot.generation = generation
+        owned = owned_by(self._optimizers) | self._frozen.places
         mine: Placed = []
         others: Placed = []
         for placed in bindings.sources:
@@ -314,7 +317,14 @@ class ArenaWriter:
 
     def _take_over(self, made: Draft) -> None:
         self._layout, self._bindings, self._spots = made.layout, made.bindings, made.spots
+        self._frozen = Frozen(
+            source.tensor for place, source in made.bindings.sources if place.file == CONSTANT
+        )
         self._is_drafted = False
+
+    def _concede(self) -> bool:
+        """Something wrote what is copied behind the steps: it may be the frozen weights alone that are not what they seem."""
+        return self._frozen.give_up()
 
     def _adopt(self, directory: Path) -> StorageError | None:
         """Take over what was drafted, and have the files made; the error, alike on all ranks, if that failed."""

@@ -12,24 +12,22 @@ its CPU may be ahead, the versions are compared there once more.
 from __future__ import annotations
 
 import ctypes
-import operator
 import os
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from typing import Final
 
 import torch
 
 from supervisor.training import gpu
 from supervisor.training.layout import OutgrownError
-from supervisor.training.moves import Moves, write_vectors
+from supervisor.training.moves import Moves, versions, write_vectors
 
 _SAMPLES: Final = 64  # tensors
 _QUEUED: Final = 8  # on GPUs, where each costs a copy of its own
 _WINDOW: Final = 64  # bytes of each
-_version: Final = operator.attrgetter("_version")
 
 TORN: Final = "parameters or optimizer state changed while they were copied, outside of optimizer.step()"
 CAPTURED: Final = "the optimizer's step was captured as a graph while parameters were copied"
@@ -83,15 +81,23 @@ class Samples:
 
 def _samples_of_gpu(moves: Moves, number: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Of each: where to note it, where it is, and where it is copied to."""
-    queued, samples = moves.queued, []
+    queued, pairs = moves.queued, []
     for turn in range(min(_QUEUED, len(queued))):
         place, view = queued[(number * _QUEUED + turn) % len(queued)]
-        if view.is_contiguous() and not (view.is_conj() or view.is_neg()):
-            here, there = (tensor.reshape(-1).view(torch.uint8) for tensor in (view, place))
-            window = min(_WINDOW, len(here))
-            at = (number * 2654435761 + turn) % (len(here) - window + 1)
-            samples.append((gpu.scratch(window), here[at : at + window], there[at : at + window]))
-    return samples
+        where = number * 2654435761 + turn
+        if view.is_conj() or view.is_neg():
+            continue
+        if not view.is_contiguous():  # channels last, for one: an element
+            element = tuple(where % length for length in view.shape)
+            view, place = view[element], place[element]
+        here, there = (tensor.reshape(-1).view(torch.uint8) for tensor in (view, place))
+        window = min(_WINDOW, len(here))
+        at = where % (len(here) - window + 1)
+        pairs.append((here[at : at + window], there[at : at + window]))
+    if not pairs:
+        return []
+    noted = gpu.scratch(_WINDOW * len(pairs)).view(-1, _WINDOW)
+    return [(noted[number, : len(here)], here, there) for number, (here, there) in enumerate(pairs)]
 
 
 class Flight:
@@ -109,15 +115,16 @@ class Flight:
     ) -> None:
         self._moves = moves
         self._devices = devices | moves.devices
-        self._end: gpu.Marks = ()
         self._rest = rest
         self._samples = samples
         self._versions = versions(moves.tensors)
         samples.note()
         self._begin = gpu.mark(self._devices)  # behind the samples
+        self._end = self._begin
         self._over = threading.Event()
         self._all_queued = threading.Event() if self._devices else self._over
         self._is_released = False
+        self._releasing = threading.Lock()
         self.problem: str | None = None
         self.waited = 0.0  # seconds that ``close`` stood still
 
@@ -159,9 +166,12 @@ class Flight:
     def release(self) -> None:
         """To be called before anything may legitimately change what it copies: that waits for it, on a GPU in its queue."""
         self._wait(self._all_queued)
-        if self._devices and not self._is_released and versions(self._moves.tensors) != self._versions:
-            self.problem = self.problem or TORN
-        self._is_released = True
+        if not self._devices:
+            return
+        with self._releasing:  # optimizers may step in several threads
+            if not self._is_released and versions(self._moves.tensors) != self._versions:
+                self.problem = self.problem or TORN
+            self._is_released = True
         if gpu.is_captured(self._devices):
             self.problem = self.problem or CAPTURED
         else:
@@ -181,8 +191,3 @@ class Flight:
 
 def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """How often each tensor was written in place."""
-    return list(map(_version, tensors))

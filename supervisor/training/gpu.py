@@ -12,6 +12,7 @@ Source: CUDA Runtime API: streams, events, ``cudaHostRegister``.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import threading
 import weakref
@@ -22,6 +23,7 @@ import torch
 from torch.optim import Optimizer
 
 _PORTABLE: Final = 1  # registered for every context of this process
+_RELAXED: Final = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 _cuda: Any = torch.cuda
 #: where streams of devices stand
@@ -60,11 +62,24 @@ def beside(devices: Iterable[torch.device]) -> Iterator[None]:
     """The streams beside the training's are the current ones of this thread."""
     with contextlib.ExitStack() as stack:
         for device in devices:
+            _let_captures_be()
             stack.enter_context(
                 _cuda.device(device)
             )  # else this thread would make a context on the first GPU
             stack.enter_context(_cuda.stream(_stream_beside(device)))
         yield
+
+
+def _let_captures_be() -> None:
+    """What this thread calls is no part of a graph that another captures, and must not end that (as in ``global`` mode it would)."""
+    mode = ctypes.c_int(_RELAXED)
+    with contextlib.suppress(OSError, AttributeError):  # ROCm's are not asked
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 @functools.cache
@@ -107,6 +122,7 @@ def register(address: int, size: int, owner: object, device: torch.device) -> bo
 
     def work() -> None:
         with contextlib.suppress(Exception):
+            _let_captures_be()
             _cuda.set_device(device)
             done.append(int(_cuda.cudart().cudaHostRegister(address, size, _PORTABLE)) == 0)
 

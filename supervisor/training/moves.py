@@ -14,7 +14,9 @@ of the training's is touched:
 from __future__ import annotations
 
 import ctypes
+import operator
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,12 +32,18 @@ TINY: Final = 1 << 12
 _VECTORS: Final = 1024  # that Linux takes at once
 _SAME_SIZE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_version: Final = operator.attrgetter("_version")
 _libc = ctypes.CDLL(None)
 _memcmp = _libc.memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _pwritev = _libc.pwritev
 _pwritev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
 _pwritev.restype = ctypes.c_ssize_t
+
+
+def versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """How often each tensor was written in place."""
+    return list(map(_version, tensors))
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,7 +68,7 @@ class Source:
         self.flat = tensor.device.type == "cpu" and plain and tensor.is_contiguous() and not self.queued
         #: what to copy as, for what is not flat
         self.view = tensor.detach()
-        if plain and tensor.dtype.itemsize in _SAME_SIZE and tensor.dim():
+        if plain and tensor.dtype.itemsize in _SAME_SIZE:
             self.view = self.view.view(
                 _SAME_SIZE[tensor.dtype.itemsize]
             )  # not every dtype can be copied as itself
@@ -191,7 +199,13 @@ class Moves:
         if any(_memcmp(*move) for move in self.flat):
             return True
         copied = zip(self._places + self._queued_places, self._views + self._queued_views, strict=True)
-        return any(not torch.equal(old, new.cpu()) for old, new in copied)
+        return any(not torch.equal(_bytes_of(old), _bytes_of(new)) for old, new in copied)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What would be copied: a NaN is the same as itself."""
+    plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8)
 
 
 def write_vectors(fd: int, vectors: array[int], offset: int) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from supervisor.errors import StorageError
-from supervisor.training import engine
+from supervisor.training import engine, moves
 from supervisor.training.engine import ArenaWriter
 from supervisor.training.flight import Flight
 from supervisor.training.items import Items
@@ -237,6 +237,110 @@ def test_averaged_weights(tmp_path: Path) -> None:
     run.run(8, one)
     assert run.good == list(range(1, 9))
     assert run.behind > 0
+
+
+def adapted() -> tuple[nn.Module, AdamW]:
+    """A model of which only the head is trained."""
+    model = net()
+    for part in (model[0], model[3]):
+        part.requires_grad_(False)
+    return model, AdamW([p for p in model.parameters() if p.requires_grad])
+
+
+def waiting(run: Run) -> list[torch.Tensor]:
+    """What the training stood for at the last save point."""
+    slots = run.writer._rack._slots.values()
+    return [tensor for slot in slots for tensor in slot.now.tensors if tensor.nbytes > moves.TINY]
+
+
+def test_frozen_weights_are_copied_behind_the_step(tmp_path: Path) -> None:
+    model, optimizer = adapted()
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+    run.run(6, lambda _: train(model, optimizer))
+    assert run.good == list(range(1, 7))
+    assert run.behind > 0
+    assert waiting(run) == []
+
+
+def test_nothing_is_a_number(tmp_path: Path) -> None:
+    model = net()
+    for name, dtype in {
+        "real": torch.float32,
+        "wide": torch.complex128,
+        "conjugate": torch.complex64,
+    }.items():
+        value = torch.full((), torch.nan, dtype=dtype)
+        model.register_buffer(name, value.conj() if name == "conjugate" else value)
+    optimizer = AdamW(model.parameters())
+    model[3].weight.data = model[3].weight.data.t().contiguous().t()  # it lies the other way round
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(_: int) -> None:
+        train(model, optimizer)
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+
+    run.run(6, one)
+    assert run.good == list(range(1, 7))
+    assert run.behind > 0
+
+
+@pytest.mark.parametrize("through_data", [True, False])
+def test_averages_that_look_frozen_are_found_out_and_the_rest_flies(
+    through_data: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = net()
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, average=average, optimizer=optimizer)
+
+    def one(_: int) -> None:
+        with torch.no_grad():  # at the beginning of a step: behind the save point
+            for held, new in zip(average.parameters(), model.parameters(), strict=True):
+                (held.data if through_data else held).lerp_(new, 0.1)
+        train(model, optimizer)
+
+    run.run(8, one)
+    assert run.good == list(range(1, 9))
+    assert run.behind > 0
+    assert len(waiting(run)) == 3 * sum(p.nbytes > moves.TINY for p in average.parameters())
+    assert "outside of optimizer.step()" not in capsys.readouterr().err
+
+
+def test_frozen_weights_written_once_tear_one_copy_at_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer = adapted()
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(step: int) -> None:
+        if step == 5:
+            with torch.no_grad():
+                model[3].weight.data.mul_(0.99)
+        train(model, optimizer)
+
+    run.run(10, one)
+    assert sorted(run.good + run.torn) == list(range(1, 11))
+    assert run.torn in ([], [5])
+    assert run.behind > 3
+    assert "outside of optimizer.step()" not in capsys.readouterr().err
+
+
+def test_thawed_weights(tmp_path: Path) -> None:
+    model, optimizer = adapted()
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(step: int) -> None:
+        if step == 5:
+            model[3].requires_grad_(True)
+            optimizer.add_param_group({"params": list(model[3].parameters())})
+        train(model, optimizer)
+
+    run.run(10, one)
+    assert sorted(run.good + run.stale) == list(range(1, 11))
+    assert run.stale in ([], [5])  # there are more parameters when its copy is over
+    assert run.behind > 3
+    assert waiting(run) == []
 
 
 def test_large_files_are_made_behind_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
