@@ -10,7 +10,7 @@ threads included (a saver that has a process of its own for the writing uses mor
 Every row is measured by processes of its own, under a deadline: one that fails or hangs is said to, and the rest goes on; so
 does what there is no time left for. Medians over the rounds, worst rank. Below each table stands which goals are met.
 
-    python benchmarks/snapshot.py [--quick] [--gb 0.25 1 2] [--rounds 5] [--only 1|2|small]
+    python benchmarks/snapshot.py [--quick] [--gb 0.25 1 2] [--rounds 5] [--only 1|2|small|frozen]
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ class Case:
     gigabytes: float
     small: bool
     rounds: int
+    frozen: bool = False  # all but one layer
 
     def __str__(self) -> str:
         what = "5,000 small tensors" if self.small else f"{self.gigabytes:g} GB"
+        what += ", all but one layer frozen" if self.frozen else ""
         return f"{what}, {self.ranks} rank{'s: FSDP2' if self.ranks > 1 else ''}"
 
 
@@ -151,7 +153,7 @@ def work(rank: int, row: str, case: Case, port: int, root: Path, results: Any) -
         batch = (
             round(256 * min(1, 0.25 / case.gigabytes)) if case.gigabytes else 256
         )  # as many operations a step
-        training = Training(case.gigabytes, small=case.small, batch=batch)
+        training = Training(case.gigabytes, small=case.small, frozen=case.frozen, batch=batch)
         results.put((rank, measured(row, training, case, root, rank)))
         dist.barrier()
     except BaseException as error:
@@ -289,7 +291,11 @@ def main() -> None:
         help="seconds for each row, and for each GB more; ours is several rows",
     )
     parser.add_argument("--limit", type=float, default=1800, help="seconds in all: rows beyond are left out")
-    parser.add_argument("--only", choices=["1", "2", "small"], help="1 rank; 2 ranks; 5,000 small tensors")
+    parser.add_argument(
+        "--only",
+        choices=["1", "2", "small", "frozen"],
+        help="1 rank; 2 ranks; 5,000 small tensors; 1 GB of which little is trained",
+    )
     parser.add_argument("--quick", action="store_true", help="3 rounds; 0.25 GB, 1 rank only")
     options = parser.parse_args()
     rounds = 3 if options.quick else options.rounds
@@ -297,6 +303,7 @@ def main() -> None:
     cases = [(str(ranks), Case(ranks, size, False, rounds)) for size in sizes for ranks in (1, 2)]
     # seconds each, where they are saved one by one
     cases.insert(2, ("small", Case(1, 0, True, min(rounds, 3))))
+    cases.append(("frozen", Case(1, 1, False, rounds, frozen=True)))
     only = options.only or ("1" if options.quick else None)
     chosen = [case for kind, case in cases if only in (None, kind)]
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}")

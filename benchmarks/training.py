@@ -34,11 +34,17 @@ dcp: Any = torch.distributed.checkpoint
 class Training:
     """One rank's model, its optimizer, and a step."""
 
-    def __init__(self, gigabytes: float, *, small: bool, batch: int = 256, layers: int = SMALL) -> None:
+    def __init__(
+        self, gigabytes: float, *, small: bool, frozen: bool = False, batch: int = 256, layers: int = SMALL
+    ) -> None:
         torch.manual_seed(0)
         width = 16 if small else WIDTH
-        count = layers if small else max(1, round(gigabytes * 2**30 / 12 / WIDTH**2))
+        each = 4 if frozen else 12  # bytes of state for each parameter
+        count = layers if small else max(1, round(gigabytes * 2**30 / each / WIDTH**2))
         self.model = nn.Sequential(*(nn.Linear(width, width) for _ in range(count)))
+        if frozen:  # all but one, as under an adapter
+            for layer in list(self.model)[:-1]:
+                layer.requires_grad_(False)
         self.inputs = torch.randn(batch, width)
         if dist.get_world_size() > 1 and not small:
             from torch.distributed.fsdp import fully_shard
@@ -46,7 +52,7 @@ class Training:
             for layer in self.model:
                 fully_shard(layer)
             fully_shard(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
         self.step()
 
     def gradients(self) -> None:

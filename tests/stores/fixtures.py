@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.stores import azurite, seaweed
 from tests.stores import proxy as proxies
-from tests.stores import seaweed
 
 #: its tests share one server, in one process of several
 WITH_S3 = pytest.mark.xdist_group("s3")
+ON_EVERY_CLOUD = pytest.mark.parametrize("cloud", ["s3", "az"], indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -20,20 +21,40 @@ def s3() -> Iterator[seaweed.Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def az() -> Iterator[azurite.Server]:
+    with azurite.running() as server:
+        yield server
+
+
 @pytest.fixture
-def proxy(s3: seaweed.Server) -> Iterator[proxies.Proxy]:
-    with proxies.before(s3.port) as one:
+def cloud(request: pytest.FixtureRequest) -> str:
+    """Whose store it is: that of S3 unless a test is run for others, too (``ON_EVERY_CLOUD``)."""
+    return getattr(request, "param", "s3")
+
+
+@pytest.fixture
+def server(cloud: str, request: pytest.FixtureRequest) -> seaweed.Server | azurite.Server:
+    server: seaweed.Server | azurite.Server = request.getfixturevalue(cloud)
+    return server
+
+
+@pytest.fixture
+def proxy(server: seaweed.Server | azurite.Server) -> Iterator[proxies.Proxy]:
+    with proxies.before(server.port) as one:
         yield one
 
 
 @pytest.fixture
-def url() -> str:
-    return f"s3://ckpt/{uuid.uuid4().hex[:8]}/run"
+def url(cloud: str) -> str:
+    return f"{cloud}://ckpt/{uuid.uuid4().hex[:8]}/run"
 
 
 @pytest.fixture
-def reached(s3: seaweed.Server, proxy: proxies.Proxy, monkeypatch: pytest.MonkeyPatch) -> proxies.Proxy:
+def reached(
+    server: seaweed.Server | azurite.Server, proxy: proxies.Proxy, monkeypatch: pytest.MonkeyPatch
+) -> proxies.Proxy:
     """The environment leads to the server, through the proxy."""
-    for name, value in s3.environment(proxy.endpoint).items():
+    for name, value in server.environment(proxy.endpoint).items():
         monkeypatch.setenv(name, value)
     return proxy
