@@ -13,9 +13,17 @@ STEPS = 30
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Iterator[harness.Job]:
+def job(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[harness.Job]:
+    """``STANDBY`` in a module: whether its jobs have a standby."""
     with harness.job(tmp_path / "job") as one:
+        one.standby = getattr(request.module, "STANDBY", one.standby)
         yield one
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """As ``undisturbed``, of a single process."""
+    return harness.plain_digests(tmp_path_factory.mktemp("alone"), STEPS, ranks=1)
 
 
 @pytest.fixture(scope="session")

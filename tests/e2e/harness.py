@@ -46,6 +46,11 @@ def torchrun(*arguments: object, ranks: int = 2, script: str = TRAIN) -> list[st
     return [str(BIN / "torchrun"), f"--nproc-per-node={ranks}", script, *map(str, arguments)]
 
 
+def python(*arguments: object, script: str = TRAIN) -> list[str]:
+    """A single process, without torchrun: what is not about ranks is as true of it, and takes a third of the time."""
+    return [sys.executable, script, *map(str, arguments)]
+
+
 class Job:
     """One job directory, and the supervisor that runs it at present."""
 
@@ -53,6 +58,7 @@ class Job:
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
         self.environ: dict[str, str] = {}  # beside ours
+        self.standby = "off"  # unless the options say: launching one takes as long as many a test
         self._read: tuple[list[tuple[str, int]], list[Fact]] = (
             [],
             [],
@@ -63,7 +69,8 @@ class Job:
     ) -> subprocess.Popen[bytes]:
         """Start ``everstep run`` in a session (and so a process group) of its own; output goes to ``self.output``."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, *options, *command]
+        standby = () if "--standby" in options else ("--standby", self.standby)
+        argv = [sys.executable, "-m", "launch.cli", "run", "--dir", self.folder, *standby, *options, *command]
         argv = [
             "env",
             "--default-signal=HUP",
@@ -202,12 +209,14 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def plain_digests(out: Path, steps: int, ranks: int = 2) -> dict[str, str]:
-    """Digests of the final weights of the same script under plain torchrun, without a Session.
+    """Digests of the final weights of the same script under plain torchrun (of one rank: alone), without a Session.
 
     What counts is that every rank came to its last line. torchrun's own exit code does not: gloo aborts a process now and
     then in its destructors, after that ("terminate called without an active exception", torch 2.13).
     """
     argv = [str(BIN / "torchrun"), "--standalone", f"--nproc-per-node={ranks}", TRAIN, "--out", str(out)]
+    if ranks == 1:
+        argv = python("--out", out)
     result = subprocess.run(
         [*argv, "--steps", str(steps), "--no-session"],
         env=environment(), timeout=DEADLINE, capture_output=True, text=True, check=False,

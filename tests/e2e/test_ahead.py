@@ -10,6 +10,7 @@ from tests.e2e import harness
 from tests.e2e.harness import Job, torchrun
 from tests.e2e.test_standby import SNAPSHOTS, ready, recovered, workers
 
+STANDBY = "on"
 PROGRAM = str(harness.PROGRAMS / "ahead.py")
 
 

@@ -17,7 +17,7 @@ from supervisor.model import CheckpointFailed, CheckpointRejected, FailureKind, 
 from supervisor.resume import Sources, choose
 from supervisor.staging import Staging
 from tests.e2e import harness
-from tests.e2e.harness import Job, digests, torchrun
+from tests.e2e.harness import Job, digests, python, torchrun
 
 STEPS = 30
 
@@ -265,7 +265,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_costs_no_step(small: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+def test_a_full_disk_costs_no_step(small: Path, tmp_path: Path, alone: dict[str, str]) -> None:
     """Checkpoints fail and are reported, training goes on; with room again the same command makes the state durable."""
     with harness.job(tmp_path / "small" / "job") as job:
         (small / "ballast").write_bytes(
@@ -273,14 +273,14 @@ def test_a_full_disk_costs_no_step(small: Path, tmp_path: Path, undisturbed: dic
         )  # room for the journal and the logs only
         out = tmp_path / "out"
         every = ("--checkpoint-every", "10steps")
-        command = torchrun("--out", out, "--ballast", 1 << 20)
+        command = python("--out", out, "--ballast", 1 << 20)
         assert job.run(command, *every) == 1, job.output
         assert "Traceback" not in job.output
         failed = job.facts(CheckpointFailed)
         assert [fact.step for fact in failed][-1] == STEPS
         assert "memory only" in job.output
         assert job.runtime.exists()
-        assert digests(out) == undisturbed
+        assert digests(out) == alone
         (small / "ballast").unlink()
         assert job.run(command, *every) == 0, job.output
         assert job.facts(Resumed)[-1].step == STEPS

@@ -16,13 +16,13 @@ import pytest
 from launch import cli
 from supervisor.model import CheckpointCommitted, CheckpointFailed, Resumed, SnapshotCompleted, State, Tier
 from tests.e2e.conftest import STEPS
-from tests.e2e.harness import Job, digests, torchrun
+from tests.e2e.harness import Job, digests, python, torchrun
 from tests.stores.fixtures import WITH_S3
 from tests.stores.proxy import Fault, Proxy
 
 pytestmark = WITH_S3
 
-EVERY = ("--snapshot-every", "5steps", "--checkpoint-every", "5steps", "--keep-last", "2", "--standby", "off")
+EVERY = ("--snapshot-every", "5steps", "--checkpoint-every", "5steps", "--keep-last", "2")
 
 
 def kept_listing(job: Job, *words: str) -> Any:
@@ -77,13 +77,13 @@ def test_resume_from_s3_after_memory_is_lost(
 
 
 def test_an_outage_does_not_stop_the_training(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str], reached: Proxy, url: str
+    job: Job, tmp_path: Path, alone: dict[str, str], reached: Proxy, url: str
 ) -> None:
     """The store answers 503 for a while: that is said, and once it is back the drains go on by themselves."""
     out, go = tmp_path / "out", tmp_path / "go"
     options = (*EVERY, "--checkpoints", url, "--storage-timeout", "1s")
     slow = ("--pause", "0.3", "--pause-until", go)
-    job.start(torchrun("--out", out, *slow), *options)
+    job.start(python("--out", out, *slow), *options)
     job.until_fact(CheckpointCommitted)
     reached.set(Fault("status", status=503))
     failed = job.until_fact(CheckpointFailed)
@@ -95,18 +95,18 @@ def test_an_outage_does_not_stop_the_training(
     job.until_fact(CheckpointCommitted, lambda fact: fact.step > step)
     go.touch()
     assert job.wait() == 0, job.output
-    assert digests(out) == undisturbed
+    assert digests(out) == alone
     assert job.status()["checkpoint_failure"] is None
 
 
 @pytest.mark.parametrize("kind", ["hang", "status"])
 def test_preempted_while_the_store_is_gone(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str], reached: Proxy, url: str, kind: str
+    job: Job, tmp_path: Path, alone: dict[str, str], reached: Proxy, url: str, kind: str
 ) -> None:
     """The state goes into the job directory within the grace, and a run elsewhere goes on from it."""
     out, go = tmp_path / "out", tmp_path / "go"
     options = (*EVERY, "--checkpoints", url, "--storage-timeout", "20s", "--grace", "8s")
-    job.start(torchrun("--out", out, "--pause", "0.2", "--pause-until", go), *options)
+    job.start(python("--out", out, "--pause", "0.2", "--pause-until", go), *options)
     job.until_fact(CheckpointCommitted)
     reached.set(Fault(kind))
     job.until_fact(SnapshotCompleted, lambda fact: fact.step > 5)
@@ -122,28 +122,28 @@ def test_preempted_while_the_store_is_gone(
     assert not job.runtime.exists()  # it is durable: nothing stays in memory
     reached.set(None)
     go.touch()
-    assert job.run(torchrun("--out", out), *options) == 0, job.output
+    assert job.run(python("--out", out), *options) == 0, job.output
     last = job.facts(Resumed)[-1]
     assert (last.step, last.tier, last.path) == (copy.step, Tier.CHECKPOINT, copy.path)
-    assert digests(out) == undisturbed
+    assert digests(out) == alone
     assert kept_listing(job, "list")[0]["step"] == STEPS
 
 
 def test_finished_while_the_store_is_gone(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str], reached: Proxy, url: str
+    job: Job, tmp_path: Path, alone: dict[str, str], reached: Proxy, url: str
 ) -> None:
     """The last checkpoint is an emergency copy, until a later command finds the store again."""
     out, go = tmp_path / "out", tmp_path / "go"
     options = (*EVERY, "--checkpoints", url, "--storage-timeout", "1s")
-    job.start(torchrun("--out", out, "--pause", "0.2", "--pause-until", go), *options)
+    job.start(python("--out", out, "--pause", "0.2", "--pause-until", go), *options)
     job.until_fact(CheckpointCommitted)
     reached.set(Fault("status", status=503))
     go.touch()
     assert job.wait() == 0, job.output
     copy = job.facts(CheckpointCommitted)[-1]
     assert (copy.step, copy.emergency) == (STEPS, True)
-    assert digests(out) == undisturbed
-    command = torchrun("--out", out)
+    assert digests(out) == alone
+    command = python("--out", out)
     assert job.run(command, *options) == 0, job.output
     assert f"the emergency copy in {copy.path} could not be stored elsewhere" in job.output
     reached.set(None)
@@ -158,12 +158,12 @@ def test_finished_while_the_store_is_gone(
 
 
 def test_a_hung_store_does_not_hold_up_the_next_attempt(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str], reached: Proxy, url: str
+    job: Job, tmp_path: Path, alone: dict[str, str], reached: Proxy, url: str
 ) -> None:
     out = tmp_path / "out"
     options = (*EVERY, "--checkpoints", url, "--storage-timeout", "60s", "--grace", "4s")
-    faults: list[dict[str, object]] = [{"attempt": 0, "rank": 1, "step": 23, "kind": "SIGKILL"}]
-    job.start(torchrun("--out", out, "--pause", "0.1"), *options, faults=faults)
+    faults: list[dict[str, object]] = [{"attempt": 0, "rank": 0, "step": 23, "kind": "SIGKILL"}]
+    job.start(python("--out", out, "--pause", "0.1"), *options, faults=faults)
     job.until_fact(CheckpointCommitted)
     reached.set(Fault("hang"))
     # sooner than what it asked of the store could have failed, on a slow machine too
@@ -171,11 +171,11 @@ def test_a_hung_store_does_not_hold_up_the_next_attempt(
     assert resumed.tier is Tier.RAM
     reached.set(None)
     assert job.wait() == 0, job.output
-    assert digests(out) == undisturbed
+    assert digests(out) == alone
 
 
 def test_a_damaged_checkpoint_in_s3_is_skipped(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str], reached: Proxy, url: str
+    job: Job, tmp_path: Path, alone: dict[str, str], reached: Proxy, url: str
 ) -> None:
     import obstore
 
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_in_s3_is_skipped(
         {"attempt": 0, "rank": 0, "step": 22, "kind": "SIGKILL", "target": "supervisor"}
     ]
     slow = ("--pause", "0.1", "--pause-until", tmp_path / "go")
-    assert job.run(torchrun("--out", out, *slow), *options, faults=faults) == -9
+    assert job.run(python("--out", out, *slow), *options, faults=faults) == -9
     job.until_no_processes()
     shutil.rmtree(job.runtime)
     store = connect(Remote(url), Limits(timeout=10))
@@ -198,11 +198,11 @@ def test_a_damaged_checkpoint_in_s3_is_skipped(
     data[len(data) // 2] ^= 1
     obstore.put(store, file, bytes(data))
     (tmp_path / "go").touch()
-    assert job.run(torchrun("--out", out), *options, faults=faults) == 0, job.output
+    assert job.run(python("--out", out), *options, faults=faults) == 0, job.output
     bad = int(newest.partition("/")[0].removeprefix("step-"))
     assert job.facts(Resumed)[-1].step == bad - 5
     assert "digest does not match; skipping it" in job.output
-    assert digests(out) == undisturbed
+    assert digests(out) == alone
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_store_that_cannot_be_used_is_one_line_at_the_start(
 ) -> None:
     for name, value in changes.items():
         monkeypatch.setenv(name, value)
-    code = job.run(torchrun("--out", tmp_path), "--checkpoints", url, "--storage-timeout", "2s", deadline=20)
+    code = job.run(python("--out", tmp_path), "--checkpoints", url, "--storage-timeout", "2s", deadline=20)
     assert code == 78, job.output
     assert len(job.output.strip().splitlines()) == 1, job.output
     assert url in job.output
@@ -233,6 +233,6 @@ def test_a_store_that_cannot_be_used_is_one_line_at_the_start(
 
 
 def test_a_bucket_that_is_not_there(job: Job, tmp_path: Path, reached: Proxy) -> None:
-    code = job.run(torchrun("--out", tmp_path), "--checkpoints", "s3://nosuch/x", deadline=20)
+    code = job.run(python("--out", tmp_path), "--checkpoints", "s3://nosuch/x", deadline=20)
     assert code == 78, job.output
     assert len(job.output.strip().splitlines()) == 1, job.output

@@ -26,7 +26,7 @@ def curve(folder: Path, name: str) -> list[tuple[int, float]]:
 
 def test_the_curve_has_every_step_once(job: Job, tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLE, "--steps", str(STEPS)]
-    job.start([*command, "--pause", "0.02"], "--snapshot-every", "20steps", "--standby", "off")
+    job.start([*command, "--pause", "0.02"], "--snapshot-every", "20steps")
     first = job.until_fact(FirstStep)
     # two files of one second would be in the order of their pids
     job.until_fact(SnapshotCompleted, lambda fact: fact.time > first.time + 2)

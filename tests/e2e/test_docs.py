@@ -84,7 +84,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where there is a finished job, under every name that the pages give it."""
     root = tmp_path_factory.mktemp("docs")
     job = Job(root / "everstep-runs" / "train")
-    save = ("--snapshot-every", "50steps", "--checkpoint-every", "50steps", "--standby", "off")
+    save = ("--snapshot-every", "50steps", "--checkpoint-every", "50steps")
     script = str(ROOT / "examples" / "gpt_ddp.py")
     command = [sys.executable, script, "--steps", str(STEPS[-1]), "--batch-size", "1"]
     assert job.run(command, *save) == 0, job.output

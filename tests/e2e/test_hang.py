@@ -19,8 +19,6 @@ from tests.e2e.harness import PROGRAMS, Job, torchrun
 STUCK = str(PROGRAMS / "stuck.py")
 LIMIT = 2.0
 QUICK = (
-    "--standby",
-    "off",
     "--hang-floor",
     f"{LIMIT:g}s",
     "--hang-startup",
@@ -159,7 +157,7 @@ def test_silence_is_a_hang_on_request(job: Job, tmp_path: Path) -> None:
     script.write_text(
         "import os, time\nprint('hello')\nif os.environ['EVERSTEP_ATTEMPT'] == '0': time.sleep(600)\n"
     )
-    assert job.run([sys.executable, str(script)], "--standby", "off", "--hang-silence", "2s") == 0, job.output
+    assert job.run([sys.executable, str(script)], "--hang-silence", "2s") == 0, job.output
     failure, evidence = failure_of(job)
     assert failure.kind is FailureKind.HANG
     assert "no rank has written any output for 2 s" in failure.reason

@@ -12,7 +12,7 @@ from typing import Any
 from supervisor.model import AttemptStarted, CheckpointCommitted, FirstStep, StandbyReady
 from tests.e2e import harness
 from tests.e2e.conftest import STEPS
-from tests.e2e.harness import Job, torchrun
+from tests.e2e.harness import Job, python, torchrun
 
 
 def everstep(*words: object) -> subprocess.CompletedProcess[str]:
@@ -32,7 +32,7 @@ def listed(job: Job, *options: object) -> list[dict[str, Any]]:
 
 def test_status_of_a_live_job_follows_it(job: Job, tmp_path: Path) -> None:
     job.start(
-        torchrun("--out", tmp_path / "out", "--pause", "0.1"), "--snapshot-every", "2steps", "--checkpoint-every", "5steps", "--standby", "off",
+        torchrun("--out", tmp_path / "out", "--pause", "0.1"), "--snapshot-every", "2steps", "--checkpoint-every", "5steps",
         faults=[{"attempt": 0, "rank": 1, "step": 9, "kind": "SIGKILL"}],
     )  # fmt: skip
     job.until_fact(FirstStep)
@@ -78,10 +78,8 @@ def test_checkpoints_of_a_finished_job(job: Job, tmp_path: Path) -> None:
         "4",
         "--keep-best",
         "loss:min:1",
-        "--standby",
-        "off",
     )
-    assert job.run(torchrun("--out", tmp_path / "out", "--pause", "0.05"), *options) == 0, job.output
+    assert job.run(python("--out", tmp_path / "out", "--pause", "0.05"), *options) == 0, job.output
     found = listed(job)
     assert [one["step"] for one in found][:4] == [30, 25, 20, 15]
     assert all(one["metrics"]["loss"] > 0 for one in found)
@@ -104,7 +102,7 @@ def test_checkpoints_of_a_finished_job(job: Job, tmp_path: Path) -> None:
 
 
 def test_watching_a_job_ends_with_it(job: Job, tmp_path: Path) -> None:
-    job.start(torchrun("--out", tmp_path / "out", "--pause", "0.1"), "--standby", "off")
+    job.start(python("--out", tmp_path / "out", "--pause", "0.1"))
     job.until_fact(FirstStep)
     watching = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", "status", "--watch", "--dir", str(job.folder)],

@@ -14,19 +14,19 @@ import pytest
 from supervisor.model import CheckpointCommitted, Resumed, SnapshotCompleted, State, Tier
 from tests.e2e import harness
 from tests.e2e.conftest import STEPS
-from tests.e2e.harness import Job, digests, torchrun
+from tests.e2e.harness import Job, digests, python, torchrun
 
 SNAPSHOTS = ("--snapshot-every", "1step", "--checkpoint-every", "5steps")
-SLOW = ("--checkpoint-bandwidth", "2MB", "--standby", "off")
+SLOW = ("--checkpoint-bandwidth", "2MB")
 LARGE = ("--ballast", 2 << 20)
 
 
 @pytest.mark.parametrize("memory", ["kept", "lost"])
 def test_the_supervisor_killed_in_the_middle_of_a_drain(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str], memory: str
+    job: Job, tmp_path: Path, alone: dict[str, str], memory: str
 ) -> None:
     out = tmp_path / "out"
-    job.start(torchrun("--out", out, *LARGE, "--pause", "0.3"), *SNAPSHOTS, *SLOW)
+    job.start(python("--out", out, *LARGE, "--pause", "0.3"), *SNAPSHOTS, *SLOW)
     first = job.until_fact(CheckpointCommitted)
     job.until(lambda: _unfinished(job) or None)
     job.signal(signal.SIGKILL)
@@ -36,7 +36,7 @@ def test_the_supervisor_killed_in_the_middle_of_a_drain(
     newest = max(fact.step for fact in job.facts(SnapshotCompleted))
     if memory == "lost":
         shutil.rmtree(job.runtime)
-    assert job.run(torchrun("--out", out, *LARGE), *SNAPSHOTS) == 0, job.output
+    assert job.run(python("--out", out, *LARGE), *SNAPSHOTS) == 0, job.output
     resumed = job.facts(Resumed)[-1]
     if memory == "kept":
         assert resumed.tier is Tier.RAM
@@ -44,7 +44,7 @@ def test_the_supervisor_killed_in_the_middle_of_a_drain(
     else:
         assert resumed.tier is Tier.CHECKPOINT
         assert resumed.step == first.step
-    assert digests(out) == undisturbed
+    assert digests(out) == alone
     assert not _unfinished(job)
 
 
@@ -66,22 +66,20 @@ def test_the_supervisor_killed_in_the_middle_of_a_snapshot(
 
 
 @pytest.mark.parametrize("seconds", [-86_400.0, 40_000_000.0], ids=["back", "forward"])
-def test_a_wall_clock_that_jumps(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str], seconds: float
-) -> None:
+def test_a_wall_clock_that_jumps(job: Job, tmp_path: Path, alone: dict[str, str], seconds: float) -> None:
     """Of each jump back to the right time, the other half."""
     out = tmp_path / "out"
-    faults = [{"attempt": 0, "rank": 1, "step": 17, "kind": "SIGKILL"}]
+    faults = [{"attempt": 0, "rank": 0, "step": 17, "kind": "SIGKILL"}]
     argv = [
         sys.executable, str(harness.PROGRAMS / "jumpy.py"), str(seconds), "run", "--dir", str(job.folder),
-        *SNAPSHOTS, "--keep-last", "2", *torchrun("--out", out),
+        *SNAPSHOTS, "--keep-last", "2", *python("--out", out),
     ]  # fmt: skip
     result = subprocess.run(
         argv, cwd=harness.ROOT, env=harness.environment(faults), capture_output=True, text=True,
         timeout=harness.DEADLINE, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert digests(out) == undisturbed
+    assert digests(out) == alone
     record = job.record
     assert record.state is State.COMPLETED
     assert record.restarts == 1

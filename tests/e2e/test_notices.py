@@ -16,12 +16,12 @@ from supervisor.model import (
     State,
     StopRequested,
 )
-from tests.e2e.harness import Job, digests, torchrun
+from tests.e2e.harness import Job, digests, python, torchrun
 from tests.notices.emulators import Answer, Asked, AwsEmulator, AzureEmulator, GcpEmulator
 
 SLOW = ("--pause", "0.05")
 ENDLESS = ("--steps", 100_000, *SLOW)
-SNAPSHOTS = ("--snapshot-every", "never", "--checkpoint-every", "never", "--standby", "off")
+SNAPSHOTS = ("--snapshot-every", "never", "--checkpoint-every", "never")
 
 
 def test_aws_takes_the_instance_and_the_next_one_carries_on(
@@ -57,7 +57,7 @@ def test_gcp_warns_takes_back_and_preempts(job: Job, tmp_path: Path) -> None:
     gcp = GcpEmulator()
     with gcp.serving():
         job.environ = {ENVIRONMENT: gcp.url}
-        job.start(torchrun("--out", tmp_path / "out", *ENDLESS), *SNAPSHOTS, "--notices", "gcp")
+        job.start(python("--out", tmp_path / "out", *ENDLESS), *SNAPSHOTS, "--notices", "gcp")
         job.until_fact(FirstStep)
         gcp.set("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
         job.until_fact(CheckpointCommitted)  # and goes on
@@ -94,7 +94,7 @@ def test_azure_may_have_the_machine_once_the_state_is_durable(job: Job, tmp_path
     azure = Watching()
     with azure.serving():
         job.environ = {ENVIRONMENT: azure.url}
-        job.start(torchrun("--out", tmp_path / "out", *ENDLESS), *SNAPSHOTS, "--notices", "azure")
+        job.start(python("--out", tmp_path / "out", *ENDLESS), *SNAPSHOTS, "--notices", "azure")
         job.until_fact(FirstStep)
         azure.schedule("Preempt", 30, resources=("trainer_7",))
         asked = len(azure.asked)
@@ -108,8 +108,8 @@ def test_azure_may_have_the_machine_once_the_state_is_durable(job: Job, tmp_path
 
 
 def test_a_wrong_source_or_address_is_refused(job: Job, tmp_path: Path) -> None:
-    assert job.run(torchrun("--out", tmp_path / "out"), "--notices", "moon") == 78
+    assert job.run(python("--out", tmp_path / "out"), "--notices", "moon") == 78
     assert "--notices: 'moon'; allowed: auto, aws, gcp, azure, slurm, none" in job.output
     job.environ = {ENVIRONMENT: "169.254.169.254"}
-    assert job.run(torchrun("--out", tmp_path / "out"), "--notices", "aws") == 78
+    assert job.run(python("--out", tmp_path / "out"), "--notices", "aws") == 78
     assert "http://HOST:PORT is required" in job.output

@@ -23,7 +23,7 @@ from supervisor.model import (
     State,
 )
 from tests.e2e.conftest import STEPS
-from tests.e2e.harness import Job, digests, torchrun
+from tests.e2e.harness import Job, digests, python, torchrun
 
 EVERY = 5
 MOMENTS = (0, 17, STEPS - 1)
@@ -76,7 +76,8 @@ def test_three_deaths(
     job: Job, tmp_path: Path, undisturbed: dict[str, str], life: tuple[str, str, str]
 ) -> None:
     out = tmp_path / "out"
-    assert job.run(torchrun("--out", out), *SNAPSHOTS, faults=faults(*life)) == 0, job.output
+    options = (*SNAPSHOTS, "--standby", "on")
+    assert job.run(torchrun("--out", out), *options, faults=faults(*life)) == 0, job.output
     record = job.record
     assert record.state is State.COMPLETED, job.output
     resumes = check_resumes(job, MOMENTS)
@@ -164,10 +165,10 @@ def test_the_budget_is_spent_without_progress_and_refilled_by_it(job: Job, tmp_p
     scripted: list[dict[str, object]] = [
         {"attempt": attempt, "rank": 0, "step": step, "kind": "SIGKILL"} for attempt, step in enumerate(steps)
     ]
-    assert job.run(torchrun("--out", tmp_path / "out"), *SNAPSHOTS, "--max-failures", 1, faults=scripted) == 1
+    assert job.run(python("--out", tmp_path / "out"), *SNAPSHOTS, "--max-failures", 1, faults=scripted) == 1
     actions = [fact.action for fact in job.facts(Decided)]
     assert actions == [Action.RESTART] * 2 + [Action.GIVE_UP]
     assert "--max-failures" in job.output
     # its newest state was made durable before it gave up, and the user may try again
     assert job.status()["checkpoint"]["step"] == 10  # type: ignore[index]
-    assert job.run(torchrun("--out", tmp_path / "out"), *SNAPSHOTS) == 0, job.output
+    assert job.run(python("--out", tmp_path / "out"), *SNAPSHOTS) == 0, job.output

@@ -19,7 +19,7 @@ from tests.e2e.harness import ROOT, Job, environment, torchrun
 
 LIMIT = 3.0  # seconds for a hang
 OPTIONS = (
-    *("--standby", "off", "--hang-floor", f"{LIMIT:g}s"),
+    *("--hang-floor", f"{LIMIT:g}s"),
     *("--snapshot-every", "10steps", "--checkpoint-every", "50steps"),
 )
 ENDLESS = ("--steps", 1_000_000, "--pause", "0.01")
@@ -135,7 +135,7 @@ def test_a_program_without_torch_and_without_torchrun(job: Job, tmp_path: Path) 
     """Nothing is known of its steps, so nothing could be told of its recovery."""
     script = tmp_path / "waits.py"
     script.write_text("import time\nprint('hello', flush=True)\ntime.sleep(600)\n")
-    job.start([sys.executable, str(script)], "--standby", "off")
+    job.start([sys.executable, str(script)])
     job.until(lambda: True if "hello" in job.output else None)
     done = rehearse(job, "--yes", "kill-rank")
     assert done.returncode == 64

@@ -16,6 +16,7 @@ from supervisor.model import AttemptStarted, FirstStep, SnapshotCompleted, Stand
 from tests.e2e import harness
 from tests.e2e.harness import Job, digests, torchrun
 
+STANDBY = "on"
 STEPS = 1500  # minutes of them, until the test says that it has seen enough
 SLOW = ("--steps", STEPS, "--pause", "0.1")
 SNAPSHOTS = ("--snapshot-every", "5steps")

@@ -11,7 +11,7 @@ import psutil
 
 from supervisor.model import FirstStep, Resumed, SnapshotCompleted, State, StopCause, WorkersReady
 from tests.e2e.conftest import STEPS
-from tests.e2e.harness import DEADLINE, PROGRAMS, Job, digests, environment, torchrun
+from tests.e2e.harness import DEADLINE, PROGRAMS, Job, digests, environment, python, torchrun
 
 SLOW = ("--pause", "0.05")
 
@@ -65,7 +65,7 @@ def test_a_signal_to_the_whole_tree_spares_the_data_loaders_workers(job: Job, tm
     out, plain, go = tmp_path / "out", tmp_path / "plain", tmp_path / "go"
     for attempt, method in enumerate(("fork", "spawn", "forkserver")):
         command = torchrun(
-            "--out", out, "--method", method, "--pause", "0.2", "--pause-until", go, script=script
+            "--out", out, "--method", method, "--pause", "0.2", "--pause-until", go, script=script, ranks=1
         )
         job.start(command, "--snapshot-every", "never")
         first = job.until_fact(FirstStep, lambda fact, n=attempt: fact.attempt == n)
@@ -77,7 +77,7 @@ def test_a_signal_to_the_whole_tree_spares_the_data_loaders_workers(job: Job, tm
     go.touch()
     assert job.run(command) == 0, job.output
     assert job.record.lost_steps == 0
-    undisturbed = torchrun("--out", plain, "--no-session", script=script)
+    undisturbed = torchrun("--out", plain, "--no-session", script=script, ranks=1)
     undisturbed.insert(1, "--standalone")
     subprocess.run(undisturbed, env=environment(), check=True, timeout=DEADLINE, capture_output=True)
     assert digests(out) == digests(plain)
@@ -113,25 +113,25 @@ def test_the_grace_period_ends_a_stop_that_cannot_be_carried_out(job: Job, tmp_p
     job.until_no_processes()
 
 
-def test_two_supervisors_of_one_job(job: Job, tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    """The second refuses and names the first, which goes on undisturbed."""
+def test_two_supervisors_of_one_job(job: Job, tmp_path: Path, alone: dict[str, str]) -> None:
+    """The second refuses and names the first, which goes on alone."""
     out = tmp_path / "out"
-    first = job.start(torchrun("--out", out, *SLOW), "--snapshot-every", "5steps")
+    first = job.start(python("--out", out, *SLOW), "--snapshot-every", "5steps")
     job.until_fact(SnapshotCompleted)
     second = Job(job.folder)
-    assert second.run(torchrun("--out", out)) == 78
+    assert second.run(python("--out", out)) == 78
     assert f"pid {first.pid}" in second.output
     assert job.wait() == 0, job.output
-    assert digests(out) == undisturbed
+    assert digests(out) == alone
 
 
 def test_a_finished_job_says_so(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert job.run(torchrun("--out", out)) == 0, job.output
+    assert job.run(python("--out", out)) == 0, job.output
     facts = job.facts()
-    assert job.run(torchrun("--out", out)) == 0
+    assert job.run(python("--out", out)) == 0
     assert "finished" in job.output
     assert job.facts() == facts
-    assert job.run(torchrun("--out", out, "--steps", STEPS + 10), "--continue") == 0, job.output
+    assert job.run(python("--out", out, "--steps", STEPS + 10), "--continue") == 0, job.output
     assert job.facts(Resumed)[-1].step == STEPS
     assert job.record.step == STEPS + 10

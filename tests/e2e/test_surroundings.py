@@ -12,28 +12,28 @@ from pathlib import Path
 from supervisor.model import CheckpointCommitted, Resumed, SnapshotCompleted
 from tests.e2e import harness
 from tests.e2e.conftest import STEPS
-from tests.e2e.harness import Job, digests, torchrun
+from tests.e2e.harness import Job, digests, python, torchrun
 
 SNAPSHOTS = ("--snapshot-every", "5steps", "--checkpoint-every", "5steps")
 
 
 def test_a_copy_of_a_running_jobs_directory_is_a_job_of_its_own(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str]
+    job: Job, tmp_path: Path, alone: dict[str, str]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     job.start(
-        torchrun("--out", first, "--pause", "0.3"), *SNAPSHOTS, "--standby", "off",
-        faults=[{"attempt": 0, "rank": 1, "step": 22, "kind": "SIGKILL"}],
+        python("--out", first, "--pause", "0.3"), *SNAPSHOTS,
+        faults=[{"attempt": 0, "rank": 0, "step": 22, "kind": "SIGKILL"}],
     )  # fmt: skip
     job.until_fact(CheckpointCommitted)
     shutil.copytree(job.folder, tmp_path / "copy")
     with harness.job(tmp_path / "copy") as copy:
-        assert copy.run(torchrun("--out", second), *SNAPSHOTS) == 0, copy.output
+        assert copy.run(python("--out", second), *SNAPSHOTS) == 0, copy.output
         assert copy.facts(Resumed)[-1].step >= 5
-        assert digests(second) == undisturbed
+        assert digests(second) == alone
         assert copy.folder.joinpath("job.json").read_text() != job.folder.joinpath("job.json").read_text()
     assert job.wait() == 0, job.output
-    assert digests(first) == undisturbed
+    assert digests(first) == alone
 
 
 def run_in_little_memory(tmp_path: Path, left: str, ballast: int) -> str:
@@ -78,7 +78,7 @@ def test_a_program_beside_us_is_not_touched(job: Job, tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     argv = [
         sys.executable, "-m", "launch.cli", "run", "--dir", str(job.folder), *SNAPSHOTS,
-        *torchrun("--out", tmp_path / "out"),
+        *python("--out", tmp_path / "out"),
     ]  # fmt: skip
     faults = [{"attempt": 0, "rank": 0, "step": 9, "kind": "SIGKILL"}]
     result = subprocess.run(
@@ -109,7 +109,7 @@ def test_a_stop_before_the_session_is_carried_out_as_soon_as_there_is_one(job: J
 
 def test_checkpoints_that_were_deleted_are_not_believed_in(job: Job, tmp_path: Path) -> None:
     """A later give-up must still secure what the new run has done."""
-    assert job.run(torchrun("--out", tmp_path / "out"), *SNAPSHOTS) == 0, job.output
+    assert job.run(python("--out", tmp_path / "out"), *SNAPSHOTS) == 0, job.output
     shutil.rmtree(job.folder / "checkpoints")
     faults = [{"attempt": attempt, "rank": 0, "step": 12, "kind": "SIGKILL"} for attempt in (1, 2)]
     options = (
@@ -121,7 +121,7 @@ def test_checkpoints_that_were_deleted_are_not_believed_in(job: Job, tmp_path: P
         "0",
         "--continue",
     )
-    assert job.run(torchrun("--out", tmp_path / "out"), *options, faults=faults) == 1, job.output
+    assert job.run(python("--out", tmp_path / "out"), *options, faults=faults) == 1, job.output
     assert job.facts(Resumed)[-1].step == 0
     checkpoint = job.record.checkpoint
     assert checkpoint is not None

@@ -76,7 +76,7 @@ def test_a_run_tells_how_it_stands(job: Job, tmp_path: Path, webhook: Endpoint) 
     file = tmp_path / "train.prom"
     job.start(
         torchrun("--out", tmp_path / "out", "--steps", 100_000, "--pause", "0.05"),
-        "--snapshot-every", "5steps", "--standby", "off", "--metrics-port", "0", "--metrics-file", file,
+        "--snapshot-every", "5steps", "--metrics-port", "0", "--metrics-file", file,
         "--hook", f"sh -c 'cat >> {told}'", "--hook", f"failure={webhook.url}", "--hook", "failure=false",
         faults=[{"attempt": 0, "rank": 1, "step": 12, "kind": "SIGKILL"}],
     )  # fmt: skip
