@@ -26,6 +26,7 @@ from supervisor.errors import JobError, StorageError
 
 FORMAT = 1
 LOCK_PATIENCE = 0.5  # seconds; `everstep status` looks at the lock for microseconds
+_SURELY_LAID_OUT = 3600.0  # seconds after it was made, a runtime directory has something in it
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # e.g. Lustre mounted without flock
 OWNER, MEMBER = "job", "member"  # files that name the job directory, where the job leads back here or not
 SMALL_TMPFS = 512 << 20  # bytes; a container's default /dev/shm is 64 MiB
@@ -246,7 +247,10 @@ def sweep_runtimes(keep: Path) -> None:
     for runtime in keep.parent.iterdir():
         owner, member = runtime / OWNER, runtime / MEMBER
         follows = member.is_file()
-        if runtime == keep or not (follows or owner.is_file()):
+        if runtime == keep:
+            continue
+        if not (follows or owner.is_file()):
+            _remove_if_forgotten(runtime)
             continue
         try:
             job = JobDirectory(Path((member if follows else owner).read_text()))
@@ -263,6 +267,13 @@ def sweep_runtimes(keep: Path) -> None:
             gone = not job.path.exists() and job.path.parent.is_dir() and any(job.path.parent.iterdir())
         if gone:
             remove_runtime(runtime)
+
+
+def _remove_if_forgotten(runtime: Path) -> None:
+    """An empty directory, of a supervisor that was killed before it laid it out."""
+    with contextlib.suppress(OSError):  # it is not empty, or has gone
+        if clock.now() - runtime.stat().st_mtime > _SURELY_LAID_OUT:
+            runtime.rmdir()
 
 
 def _runs_elsewhere(file: JobFile, runtime: Path) -> bool:

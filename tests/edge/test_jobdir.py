@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,9 +101,12 @@ def test_runtimes_of_jobs_that_are_gone_are_swept_and_others_kept(tmp_path: Path
             job.file.write_text(json.dumps(dict(
                 run_id="a", runtime=str(elsewhere), epoch=1, identity="x", command=[], created=0.0, format=1
             )))  # fmt: skip
-    (root / "not ours").mkdir()
+    for name, hours in (("not ours", 0), ("forgotten", 2), ("not empty", 2)):
+        (root / name).mkdir()
+        (root / name / "file").write_text("") if name == "not empty" else None
+        os.utime(root / name, 2 * (time.time() - hours * 3600,))
     jobdir.sweep_runtimes(root / "mine")
-    assert sorted(path.name for path in root.iterdir()) == ["mine", "not ours", "there"]
+    assert sorted(path.name for path in root.iterdir()) == ["mine", "not empty", "not ours", "there"]
 
 
 @pytest.mark.parametrize(
