@@ -38,6 +38,7 @@ import os, time
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 folder, rank = os.environ["BENCH"], int(os.environ["RANK"])
+last = int(os.environ["WORLD_SIZE"]) - 1
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 model = DistributedDataParallel(torch.nn.Linear(32, 32))
@@ -51,7 +52,7 @@ def step():
 def note(first):
     if first:
         write(f"first-{rank}-{os.getpid()}")
-    if rank == 1 and os.path.exists(f"{folder}/raise"):
+    if rank == last and os.path.exists(f"{folder}/raise"):
         os.unlink(f"{folder}/raise")
         write("raised")
         raise RuntimeError(f"at {time.time()}")

@@ -1,6 +1,6 @@
 """Kill after kill on one job, and nothing may be left behind or grow: processes, descriptors, shared memory, ports, threads.
 
-The script of ``recovery.py`` trains on two ranks under ``everstep run``. A rank, torchrun or the standby itself is killed, an
+The script of ``recovery.py`` trains on two ranks (``--ranks``) under ``everstep run``. A rank, torchrun or the standby itself is killed, an
 exception is raised, or a rank is killed while the standby is not ready yet: drawn by ``--seed``. After each the job must make
 steps again. At one moment of every attempt's life, when its standby is ready, it is counted what the supervisor holds:
 descriptors, threads, memory; processes of the job and zombies among them; sockets that listen; files and bytes in its runtime
@@ -10,7 +10,7 @@ when something has leaked, or the job did not come back.
 ``--light`` is for hundreds of kills in minutes: the worker is a single process without torch, which makes steps and writes snapshots
 by the same protocol. What is left out is torchrun, and what torch does in a worker.
 
-    python benchmarks/soak.py [--kills 500] [--seed 0] [--light] [--report FILE]
+    python benchmarks/soak.py [--kills 500] [--seed 0] [--ranks 2] [--light] [--report FILE]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.peers import EVERSTEP, TORCHRUN, Run
+from benchmarks.peers import EVERSTEP, Run
 from benchmarks.recovery import SCRIPT
 from supervisor.model import AttemptEnded, AttemptStarted, Fact, FirstStep, StandbyReady
 
@@ -152,9 +152,10 @@ def _listening(process: psutil.Process) -> int:
 class Soak:
     """One job under one fault after another."""
 
-    def __init__(self, seed: int, *, light: bool) -> None:
+    def __init__(self, seed: int, ranks: int, *, light: bool) -> None:
         self._random = random.Random(seed)
-        program = (sys.executable, "SCRIPT") if light else (*TORCHRUN, "SCRIPT")
+        torchrun = ("torchrun", f"--nproc-per-node={ranks}")
+        program = (sys.executable, "SCRIPT") if light else (*torchrun, "SCRIPT")
         self.run = Run((*EVERSTEP, *OPTIONS, *program), LIGHT if light else SCRIPT)
         if light:
             _save_something(self.run.folder / "checkpoint")
@@ -334,11 +335,12 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=2, help="with one, a cycle is half as long")
     parser.add_argument("--light", action="store_true", help="without torch and torchrun")
     parser.add_argument("--report", type=Path, help="write every count there, one JSON object a line")
     arguments = parser.parse_args()
     began = time.monotonic()
-    soak = Soak(arguments.seed, light=arguments.light)
+    soak = Soak(arguments.seed, arguments.ranks, light=arguments.light)
     try:
         counts = soak.go(arguments.kills)
         found = leaks(counts, arguments.kills) + soak.stop()
