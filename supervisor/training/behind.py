@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from supervisor.edge import kernel
 from supervisor.training import gpu
 from supervisor.training.flight import OUTGROWN, TORN, Flight, Samples
+from supervisor.training.frozen import WRITTEN
 from supervisor.training.moves import Moves
 from supervisor.training.overlap import Fence, Helper
 from supervisor.training.slots import Slot
@@ -37,21 +38,15 @@ class _Pending:
 
 
 class Behind:
-    """Copies behind the steps of ``optimizers``. ``completed`` tells how many steps are complete.
-
-    ``concede`` is called when what was copied had changed: whether something can be kept out of it from now on that may have been the
-    cause.
-    """
+    """Copies behind the steps of ``optimizers``. ``completed`` tells how many steps are complete."""
 
     def __init__(
         self,
         optimizers: Sequence[Optimizer],
         completed: Callable[[], int],
         rank: int,
-        concede: Callable[[], bool],
     ) -> None:
         self._optimizers = optimizers
-        self._concede = concede
         self._rank = rank
         self._copying = Helper("everstep-snapshot")
         self._home = threading.get_ident()
@@ -61,6 +56,7 @@ class Behind:
         self._scratch = _new_scratch()
         self._fence = Fence(self._at_fence, completed) if optimizers else None
         self._proof: tuple[Path, Moves] | None = None
+        self._proving = threading.Lock()  # optimizers may step in several threads
         self._proven = False
         self._trusted = True
         self._hasty = True  # looks may be put off
@@ -84,10 +80,12 @@ class Behind:
         passed = self._fence is not None and self._fence.all_passed(self._optimizers)
         return passed and self._trusted
 
-    def offer_proof(self, directory: Path, copied: Moves) -> None:
-        """What was copied at once, to be compared with what is there at the next fence."""
-        if self._is_ready and not self._proven:
+    def offer_proof(self, directory: Path, copied: Moves) -> bool:
+        """What was copied at once, to be compared with what is there at the next fence. Whether that is needed."""
+        is_needed = self._is_ready and not self._proven
+        if is_needed:
             self._proof = directory, copied
+        return is_needed
 
     def is_written_over(self, directory: Path) -> None:
         """What was copied there is no proof any more."""
@@ -106,18 +104,20 @@ class Behind:
         slot: Slot,
         devices: Set[torch.device],
         rest: Callable[[], str | None],
+        unhurried: Callable[[], str | None],
         written: Callable[[float], Written],
         finished: Finished,
         started: float,
     ) -> None:
-        """Copy ``slot.behind``, then do ``rest``, which tells what is wrong, if anything is. On ``devices`` more is queued already.
+        """Copy ``slot.behind``, then do ``rest``, and then, no optimizer waits for that, what is ``unhurried``.
 
+        Both tell what is wrong, if anything is. On ``devices`` more is queued already, or will be.
         ``finished`` is told what ``written`` makes of the seconds that the training stood since ``started``.
         """
         samples = slot.samples
         if samples is None or samples.moves is not slot.behind:
             samples = Samples(slot.behind, self._scratch, next(self._numbers))
-        flight = Flight(slot.behind, samples, rest, devices)
+        flight = Flight(slot.behind, samples, rest, unhurried, devices)
         self._copying.start(flight.run)
         self._copying.start(functools.partial(self._choose_samples, slot, slot.behind))
         self._pending = _Pending(flight, written, finished, time.monotonic() - started)
@@ -135,18 +135,19 @@ class Behind:
             if threading.get_ident() == self._home:
                 self.poll()
         if self._proof is not None:
-            (_, copied), self._proof = self._proof, None
-            if gpu.is_captured(copied.devices):
-                pass  # nothing can be looked at now: the next one may prove it
-            elif copied.differs():
-                self._distrust(TORN)
-            else:
-                self._proven = True
+            with self._proving:
+                self._prove()
+
+    def _prove(self) -> None:
+        proof, self._proof = self._proof, None
+        if proof is None or gpu.is_captured(proof[1].devices):
+            return  # nothing can be looked at now: the next one may prove it
+        if proof[1].differs():
+            self._distrust(TORN)
+        else:
+            self._proven = True
 
     def _distrust(self, problem: str) -> None:
-        if problem == TORN and self._concede():
-            self._proof, self._proven = None, False
-            return
         self._trusted = False
         say(f"rank {self._rank}: {problem}: snapshots are copied while the training waits from here on")
 
@@ -172,6 +173,9 @@ class Behind:
         elif flight.problem in (STALE, OUTGROWN):
             self._hasty, self._stale = False, self._stale + 1
             pending.finished(StaleError(flight.problem))
+        elif flight.problem == WRITTEN:
+            say(f"rank {self._rank}: {WRITTEN}: they are copied while the training waits from here on")
+            pending.finished(TornError(WRITTEN))
         else:
             self._distrust(flight.problem)
             pending.finished(TornError(flight.problem))

@@ -39,7 +39,7 @@ class _Bound:
         self.value = value
         self.place = place
         self.signature = planned
-        self.source: Source | None = None if place is None else Source(local_of(value))
+        self.source: Source | None = None if place is None else Source(value)
         self.moved = 0  # times
 
     def rebind(self, value: object) -> bool:
@@ -53,7 +53,7 @@ class _Bound:
             if not self.source.is_same(local):
                 if tuple(local.shape) != self.place.shape or local.dtype != self.place.dtype:
                     return False
-                self.source = Source(local)
+                self.source = Source(self.value)
                 self.moved += 1
         return True
 

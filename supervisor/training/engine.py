@@ -38,17 +38,18 @@ from typing import Final
 import torch
 from torch.optim import Optimizer
 
-from supervisor.checkpoint.stamps import CONSTANT, UNFINISHED
+from supervisor.checkpoint.stamps import UNFINISHED
 from supervisor.errors import StorageError
 from supervisor.training import gpu
 from supervisor.training.behind import STALE, Behind
 from supervisor.training.bindings import Bindings, Placed
 from supervisor.training.collecting import without_collection
 from supervisor.training.drafting import Draft, Drafting, draft
+from supervisor.training.frozen import Frozen, stretches
 from supervisor.training.items import Items, settled
 from supervisor.training.layout import OutgrownError
 from supervisor.training.moves import TINY, Spot, local_of
-from supervisor.training.overlap import Frozen, Helper, owned_by
+from supervisor.training.overlap import Helper, owned_by
 from supervisor.training.planning import Layout, file_names
 from supervisor.training.rack import Rack
 from supervisor.training.slots import Slot
@@ -113,7 +114,7 @@ class ArenaWriter:
         self._is_drafted = False  # whether the layout was: its files are waited for likewise
         self._making = Helper("everstep-layout")
         self._frozen = Frozen()
-        self._behind = Behind(self._optimizers, completed, world.rank, self._concede)
+        self._behind = Behind(self._optimizers, completed, world.rank)
         self._prepared: _Prepared | None = None
         self._completed = completed
         self._step = 0  # of the snapshot that is written
@@ -214,14 +215,15 @@ class ArenaWriter:
         slot.stamp(self._layout, UNFINISHED)
         slot.fill(self._layout, archives)
         now = self._start_now(slot)
-        written = functools.partial(self._written, slot)
-        if behind and slot.behind.tensors and self._behind.may_fly:
-            self._behind.fly(slot, now, lambda: None, written, finished, started)
+        if behind and slot.is_worth_waiting_for and self._behind.may_fly:
+            self._fly(slot, now, _nothing, finished, started)
             return
         slot.behind.run()
+        slot.frozen.run()
         gpu.wait(gpu.mark(now))
-        self._behind.offer_proof(directory, slot.behind)
-        finished(written(time.monotonic() - started))
+        if self._behind.offer_proof(directory, slot.behind):
+            self._frozen.find_written(slot)
+        finished(self._written(slot, time.monotonic() - started))
 
     def _take_off(self, directory: Path, prepared: _Prepared, finished: Finished) -> None:
         """As ``_copy`` behind the next step, with every look and all writing that can be put off done there, too."""
@@ -229,8 +231,23 @@ class ArenaWriter:
         slot = self._rack.get(directory)
         slot.stamp(self._layout, UNFINISHED)
         now = self._start_now(slot)
-        rest, written = functools.partial(self._rest, slot, prepared), functools.partial(self._written, slot)
-        self._behind.fly(slot, now, rest, written, finished, prepared.started)
+        self._fly(slot, now, functools.partial(self._rest, slot, prepared), finished, prepared.started)
+
+    def _fly(
+        self,
+        slot: Slot,
+        now: set[torch.device],
+        rest: Callable[[], str | None],
+        finished: Finished,
+        started: float,
+    ) -> None:
+        """Have the rest copied behind the next step, and what does not change in steps after that."""
+        unhurried: Callable[[], str | None] = functools.partial(self._frozen.copy, slot)
+        if not self._frozen.may_wait(slot):
+            slot.frozen.start()
+            unhurried = _nothing
+        written = functools.partial(self._written, slot)
+        self._behind.fly(slot, now | slot.frozen.devices, rest, unhurried, written, finished, started)
 
     def _rest(self, slot: Slot, prepared: _Prepared) -> str | None:
         """What was put off; on the copying thread."""
@@ -252,26 +269,32 @@ class ArenaWriter:
     def _written(self, slot: Slot, seconds: float) -> Written:
         assert self._layout is not None
         slot.stamp(self._layout, self._step)
+        self._frozen.is_whole(slot)
         return Written(self._layout.size, seconds, self._layout.all_names)
 
     def _prepare_moves(self, slot: Slot) -> None:
         bindings = self._bindings
+        assert self._layout is not None
         assert bindings is not None
-        self._frozen.look()
         held = tuple(len(group["params"]) for o in self._optimizers for group in o.param_groups)
-        generation = bindings.generation, held, len(self._frozen)
+        generation = bindings.generation, held, self._frozen.generation
         if slot.generation == generation:
             return
         slot.generation = generation
-        owned = owned_by(self._optimizers) | self._frozen.places
+        owned = owned_by(self._optimizers)
         mine: Placed = []
+        frozen: Placed = []
         others: Placed = []
         for placed in bindings.sources:
-            source = placed[1]
+            place, source = placed
             is_worth_it = source.bytes > TINY or source.queued  # which is never waited for
-            waits = is_worth_it and (source.address, source.bytes) in owned
-            (mine if waits else others).append(placed)
+            if (source.address, source.bytes) in owned:
+                (mine if is_worth_it else others).append(placed)
+            else:
+                (frozen if place.key in self._frozen else others).append(placed)
         slot.behind, slot.now = slot.moves_of(mine, self._spots), slot.moves_of(others, self._spots)
+        slot.frozen = slot.moves_of(frozen, self._spots)
+        slot.stretches = stretches(self._layout, {place.key for place, _ in frozen})
 
     # ------------------------------------------------------------------ laying out
 
@@ -282,6 +305,7 @@ class ArenaWriter:
         self._forget_draft()  # of what does not fit any more
         self._layout, self._bindings = None, None
         self._behind.start_anew()
+        self._frozen.start_anew(None)
         self._rack.clear()
         owned = owned_by(self._optimizers)
         plan = functools.partial(draft, self._world, cleans=self._cleans, owned=owned)
@@ -297,8 +321,8 @@ class ArenaWriter:
             slot = self._rack.make(directory, made.layout)
             slot.fill(made.layout, made.bindings.archives(items)())
             self._prepare_moves(slot)
-            slot.now.run()
-            slot.behind.run()
+            for moves in (slot.now, slot.behind, slot.frozen):
+                moves.run()
 
         outcome = plan(self._world.group, directory, items, written=written)
         if isinstance(outcome, StorageError):
@@ -317,14 +341,8 @@ class ArenaWriter:
 
     def _take_over(self, made: Draft) -> None:
         self._layout, self._bindings, self._spots = made.layout, made.bindings, made.spots
-        self._frozen = Frozen(
-            source.tensor for place, source in made.bindings.sources if place.file == CONSTANT
-        )
+        self._frozen.start_anew(made.layout)
         self._is_drafted = False
-
-    def _concede(self) -> bool:
-        """Something wrote what is copied behind the steps: it may be the frozen weights alone that are not what they seem."""
-        return self._frozen.give_up()
 
     def _adopt(self, directory: Path) -> StorageError | None:
         """Take over what was drafted, and have the files made; the error, alike on all ranks, if that failed."""
@@ -367,8 +385,13 @@ class ArenaWriter:
             self._drafting = None
         self._making.close()
         self._behind.close()
+        self._frozen.start_anew(None)
         self._rack.close()
         self._layout, self._bindings = None, None
+
+
+def _nothing() -> None:
+    """There is nothing left to do, and nothing wrong."""
 
 
 def _weight_of(items: Items) -> int:

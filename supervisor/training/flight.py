@@ -101,9 +101,10 @@ def _samples_of_gpu(moves: Moves, number: int) -> list[tuple[torch.Tensor, torch
 
 
 class Flight:
-    """One copy that runs behind the training. ``rest`` is what else to do then; what is wrong, if anything is.
+    """One copy that runs behind the training. ``rest`` is what else to do before what it copies may change; ``unhurried`` after that.
 
-    ``devices``: those on which something of this snapshot was queued at the save point already.
+    Both tell what is wrong, if anything is. ``devices``: those on which something of this snapshot was queued at the save point
+    already, or will be by ``unhurried``.
     """
 
     def __init__(
@@ -111,44 +112,59 @@ class Flight:
         moves: Moves,
         samples: Samples,
         rest: Callable[[], str | None],
+        unhurried: Callable[[], str | None],
         devices: Set[torch.device] = frozenset(),
     ) -> None:
         self._moves = moves
         self._devices = devices | moves.devices
         self._rest = rest
+        self._unhurried = unhurried
         self._samples = samples
-        self._versions = versions(moves.tensors)
+        self._versions = versions(moves.counters)
         samples.note()
         self._begin = gpu.mark(self._devices)  # behind the samples
         self._end = self._begin
         self._over = threading.Event()
-        self._all_queued = threading.Event() if self._devices else self._over
+        self._all_queued = threading.Event()
         self._is_released = False
         self._releasing = threading.Lock()
-        self.problem: str | None = None
+        self._problems: list[str | None] = []
         self.waited = 0.0  # seconds that ``close`` stood still
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with it, as far as is known."""
+        return next(filter(None, self._problems), None)
 
     def run(self) -> None:
         """Copy, and judge the copy; on the copying thread."""
         try:
-            self._copy()
-            if versions(self._moves.tensors) != self._versions or self._samples.differ():
-                self.problem = TORN
-            else:
-                self.problem = self._rest()
-        except OutgrownError:
-            self.problem = OUTGROWN
-        except BaseException as error:  # noqa: BLE001 (it is told where the outcome is asked for)
-            self.problem = _told(error)
-        self._all_queued.set()
-        try:
-            gpu.wait(self._end)
-            if self.problem is None and self._samples.differ_on_gpu():
-                self.problem = TORN
-        except BaseException as error:  # noqa: BLE001 (likewise)
-            self.problem = _told(error)
+            self._try(self._copy_in_time)
+            self._all_queued.set()
+            self._try(self._copy_in_its_own_time)
         finally:
+            self._all_queued.set()
             self._over.set()
+
+    def _try(self, work: Callable[[], str | None]) -> None:
+        try:
+            self._problems.append(work())
+        except OutgrownError:
+            self._problems.append(OUTGROWN)
+        except BaseException as error:  # noqa: BLE001 (it is told where the outcome is asked for)
+            self._problems.append(f"{type(error).__name__}: {error}")
+
+    def _copy_in_time(self) -> str | None:
+        self._copy()
+        if versions(self._moves.counters) != self._versions or self._samples.differ():
+            return TORN
+        return self._rest()
+
+    def _copy_in_its_own_time(self) -> str | None:
+        gpu.wait(self._end)
+        if self.problem is None and self._samples.differ_on_gpu():
+            return TORN
+        return self._unhurried() if self.problem is None else None
 
     def _copy(self) -> None:
         with gpu.beside(self._devices):
@@ -169,11 +185,11 @@ class Flight:
         if not self._devices:
             return
         with self._releasing:  # optimizers may step in several threads
-            if not self._is_released and versions(self._moves.tensors) != self._versions:
-                self.problem = self.problem or TORN
+            if not self._is_released and versions(self._moves.counters) != self._versions:
+                self._problems.append(TORN)
             self._is_released = True
         if gpu.is_captured(self._devices):
-            self.problem = self.problem or CAPTURED
+            self._problems.append(CAPTURED)
         else:
             gpu.after(self._end)
 
@@ -187,7 +203,3 @@ class Flight:
             started = time.monotonic()
             event.wait()
             self.waited += time.monotonic() - started
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from supervisor.errors import UsageError
 from supervisor.training import memory
 from supervisor.training.items import Items, Owner, Path, mesh_owner
-from supervisor.training.moves import local_of
+from supervisor.training.moves import Source, counters_of, local_of, versions
 from supervisor.training.reader import Mismatch, Stored
 
 _CHECKPOINT_WRAPPED = "_checkpoint_wrapped_module"  # activation checkpointing's wrapper, invisible in names
@@ -86,10 +86,16 @@ class ModulePart:
         if self._memory is not None and self._memory.recall(items):
             return
         owners = {held.name: owner(held, self._rank) for held in held_by(self.module)}
-        frozen = dict(_frozen(self.module).items() & self._frozen.items())
+        held = {held.name: held.tensor for held in held_by(self.module)}
+        frozen = {fqn for fqn, count in _frozen(self.module).items() if self._frozen.get(fqn) == count}
         own = items.part()
         for fqn, value in get_model_state_dict(self.module).items():
-            own.add((self.name, fqn), value, self._owner(owners, fqn, value), constant=fqn in frozen)
+            own.add(
+                (self.name, fqn),
+                _itself(held.get(fqn), value),
+                self._owner(owners, fqn, value),
+                constant=fqn in frozen,
+            )
         items.keep(own)
         plain = all(isinstance(value, torch.Tensor) for value in own.values.values())
         self._memory = memory.of_module(self.module, own) if plain else None
@@ -130,12 +136,19 @@ class ModulePart:
         return mesh_owner(value) if isinstance(value, DTensor) else Owner(self._rank)
 
 
-def _frozen(module: nn.Module) -> dict[str, int]:
+def _itself(held: torch.Tensor | None, value: object) -> object:
+    """What the module holds rather than a view of it: a DTensor's part counts only what is written to that very object."""
+    if isinstance(held, DTensor) and isinstance(value, DTensor) and Source(held).is_same(local_of(value)):
+        return held
+    return value
+
+
+def _frozen(module: nn.Module) -> dict[str, list[int]]:
     """The parameters that are not trained, and how often each was written. (Averages of others are not trained, too.)"""
     return {
-        held.name: local_of(held.tensor)._version
+        held.name: versions(counters_of(held.tensor))
         for held in held_by(module)
-        if held.is_parameter and not held.tensor.requires_grad
+        if held.is_parameter and not held.tensor.requires_grad and not held.tensor.is_inference()
     }
 
 

@@ -51,14 +51,21 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def counters_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What counts how often it is written: of a DTensor, itself does, and its part what is written to that (``to_local``)."""
+    return (tensor, tensor._local_tensor) if isinstance(tensor, DTensor) else (tensor,)
+
+
 class Source:
     """A tensor to copy from. It stays good as long as ``is_same`` says so.
 
-    ``address`` is the start of its data; when ``flat``, they are the ``bytes`` that follow.
+    ``tensor`` is this rank's part of ``whole``. ``address`` is the start of its data; when ``flat``, they are the ``bytes``
+    that follow.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, whole: torch.Tensor) -> None:
+        self.tensor = tensor = local_of(whole)
+        self.counters = counters_of(whole)
         self.address = tensor.data_ptr()
         self._shape = tensor.shape
         self._stride = tensor.stride()
@@ -107,6 +114,7 @@ class Moves:
     """What to copy into arenas, to be given in the order of the files. Holds on to the tensors it copies from."""
 
     tensors: list[torch.Tensor] = field(default_factory=list)
+    counters: list[torch.Tensor] = field(default_factory=list)  # of their versions
     flat: list[tuple[int, int, int]] = field(default_factory=list)  # to, from, bytes; of those on the CPU
     _arenas: set[Arena] = field(
         default_factory=set
@@ -125,6 +133,7 @@ class Moves:
     def add(self, arena: Arena, spot: Spot, source: Source) -> None:
         """Copy ``source`` to its spot."""
         self.tensors.append(source.tensor)
+        self.counters += source.counters
         self._kept.append(source.view)  # the memory, wherever the tensor goes
         self._arenas.add(arena)
         if not source.bytes:
@@ -196,10 +205,15 @@ class Moves:
 
     def differs(self) -> bool:
         """Whether any source is not what was copied any more."""
-        if any(_memcmp(*move) for move in self.flat):
+        if not all(are_equal(*move) for move in self.flat):
             return True
         copied = zip(self._places + self._queued_places, self._views + self._queued_views, strict=True)
         return any(not torch.equal(_bytes_of(old), _bytes_of(new)) for old, new in copied)
+
+
+def are_equal(address: int, other: int, size: int) -> bool:
+    """Whether as many bytes are the same in two places of memory."""
+    return not _memcmp(address, other, size)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

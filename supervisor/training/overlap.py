@@ -1,10 +1,10 @@
 """Copying behind the next step: when that is safe, and how it is noticed when it was not.
 
 Parameters and optimizer state change in ``optimizer.step()`` and nowhere else. So a copy of them that starts at a save
-point may run on behind the next forward and backward (tiny ones are not worth it), until any optimizer is about to step: torch calls a global hook
-there, the *fence*, and the fence waits for the copy. So may a copy of *frozen* weights, which are not trained and were not
-written so far: under an adapter they are nearly all there is. Buffers, schedulers, averages of weights, plain values and random
-state keep no such rule; they are copied while the training stands at the save point.
+point may run on behind the next forward and backward (tiny ones are not worth it), until any optimizer is about to step: torch calls a
+global hook there, the *fence*, and the fence waits for the copy. Weights that are not trained are copied after that
+(``frozen``): under an adapter they are nearly all there is. Buffers, schedulers, averages of weights, plain values and
+random state keep no such rule; they are copied while the training stands at the save point.
 
 The rule has blind spots: optimizers that do not derive from torch's, steps captured as one graph, weights written
 through ``.data`` between the save point and the fence, forwards that renormalise weights. Hence:
@@ -13,8 +13,7 @@ through ``.data`` between the save point and the fence, forwards that renormalis
   step before and came through the fence.
 - *Proof first.* The first time that holds, the snapshot is still copied at once, and at the next fence the tensors are
   compared, bit for bit, with what was copied. If they differ, something changes them outside the fence, and this rank
-  copies at once for good. Where there are frozen weights, these are suspected first, and copied at once; the rest is
-  proven anew.
+  copies at once for good.
 - *Samples.* A few bytes of each tensor (of 64 of them in turn, where there are more) are noted at the save point, and must
   be the same in what was copied. That finds what writes whole tensors around the counters, though it be seldom.
 - *Versions.* Every in-place operation on a tensor counts up ``tensor._version`` (but neither fused optimizers nor writes
@@ -41,7 +40,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from supervisor.training import gpu
-from supervisor.training.moves import local_of, versions
+from supervisor.training.moves import local_of
 
 
 class Fence:
@@ -112,35 +111,6 @@ def _hide_from_compiler(function: Any) -> None:
         frames: Any = importlib.import_module("torch._C._dynamo.eval_frame")
         skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
         frames.set_code_exec_strategy(function.__code__, skip)
-
-
-class Frozen:
-    """Weights that are not trained, and that nothing has written since. They change in no step at all."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor] = ()) -> None:
-        self._tensors = [tensor for tensor in tensors if _is_known(tensor)]
-        self._versions = versions(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def look(self) -> None:
-        """Let go of those that were written, for good."""
-        if (now := versions(self._tensors)) != self._versions:
-            pairs = zip(self._tensors, self._versions, now, strict=True)
-            self._tensors = [tensor for tensor, before, after in pairs if before == after]
-            self._versions = versions(self._tensors)
-
-    def give_up(self) -> bool:
-        """Let go of all: they may have been written in a way that leaves no trace. Whether there were any."""
-        given_up = bool(self._tensors)
-        self._tensors, self._versions = [], []
-        return given_up
-
-    @property
-    def places(self) -> set[tuple[int, int]]:
-        """Address and bytes of each."""
-        return set(map(_place_of, self._tensors))
 
 
 def owned_by(optimizers: Iterable[Optimizer]) -> set[tuple[int, int]]:

@@ -75,6 +75,9 @@ class Layout:
     names: list[str]
     paths: dict[str, Any]
     signatures: dict[str, object]  # of every tensor item
+    constant: frozenset[
+        str
+    ]  # keys of tensors that do not change from snapshot to snapshot, as far as was seen
     tensors: list[TensorPlace] = field(default_factory=list)  # in the order of the files
     blobs: list[BlobPlace] = field(default_factory=list)
     sizes: list[int] = field(default_factory=lambda: [0] * FILES)
@@ -157,6 +160,7 @@ class ArenaStorage(Storage):
             file_names(rank),
             dict(items.paths),
             {key: signature(value) for key, value in items.values.items() if isinstance(value, torch.Tensor)},
+            frozenset(items.constant),
             rank=rank,
         )
 
@@ -189,14 +193,14 @@ def _lay_out(
     """Blobs, then large tensors, then small ones: those that are copied together side by side."""
     count = Counter(item.index.fqn for item in plan.items)
     results = []
-    tensors: list[tuple[tuple[int, bool, bool], WriteItem, Archive]] = []
+    tensors: list[tuple[tuple[int, bool, bool, bool], WriteItem, Archive]] = []
     for item in plan.items:
         key = item.index.fqn
         value = items.values[key]
         archive = _archive(item, value) if count[key] == 1 else None
         file = COPIES if is_copy(key) else int(archive is not None and key in items.constant)
         if archive is not None:
-            group = file, archive.payload < SMALL, not waits(local_of(value))
+            group = file, key in items.constant, archive.payload < SMALL, not waits(local_of(value))
             tensors.append((group, item, archive))
             continue
         by_planner = item if item.type is not WriteItemType.BYTE_IO else None
@@ -205,7 +209,7 @@ def _lay_out(
         layout.blobs.append(BlobPlace(key, file, offset, room, by_planner))
         layout.sizes[file] = offset + len(data)
         results.append(_result(item.index, len(data), layout.names[file], offset, len(data)))
-    for (file, _, _), item, archive in sorted(tensors, key=operator.itemgetter(0)):
+    for (file, *_), item, archive in sorted(tensors, key=operator.itemgetter(0)):
         key = item.index.fqn
         local = local_of(items.values[key])
         offset = aligned(layout.sizes[file], len(archive.head))

@@ -14,7 +14,7 @@ from supervisor.training.arena import Arena
 from supervisor.training.bindings import Placed
 from supervisor.training.flight import Samples
 from supervisor.training.moves import Moves, Spot
-from supervisor.training.planning import Layout
+from supervisor.training.planning import Layout, TensorPlace
 
 
 def new_arenas(directory: Path, layout: Layout, device: torch.device | None) -> list[Arena | None]:
@@ -67,12 +67,19 @@ class Slot:
     generation: object = None
     now: Moves = field(default_factory=Moves)
     behind: Moves = field(default_factory=Moves)
+    frozen: Moves = field(default_factory=Moves)
+    stretches: list[list[TensorPlace]] = field(default_factory=list)  # where those are, side by side
     samples: Samples | None = None  # for the next copy of ``behind``, if they were chosen already
 
     @property
     def is_in_place(self) -> bool:
         """Whether its files still are those that are mapped."""
         return all(arena is None or arena.is_in_place for arena in self.arenas)
+
+    @property
+    def is_worth_waiting_for(self) -> bool:
+        """Whether anything is to be copied that need not be at once."""
+        return bool(self.behind.tensors or self.frozen.tensors)
 
     def moves_of(self, placed: Placed, spots: Mapping[str, Spot]) -> Moves:
         """What copies these tensors here."""

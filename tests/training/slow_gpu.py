@@ -1,7 +1,8 @@
 """A GPU that isn't one, as slow as a GPU may be: tensors of the CPU, and copies beside the training that happen when they must.
 
-The training's own stream is always idle: what is done there happens at once. The stream beside it does nothing before the training's stream
-has to wait for it. So every copy that somebody forgot to wait for comes too late, and is found.
+The training's own stream is always idle: what is done there happens at once. The stream beside it does nothing before the training's
+stream has to wait for it, or the training itself does. So every copy that somebody forgot to wait for comes too late, and is
+found.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from supervisor.training import gpu
+from supervisor.training.flight import Flight
 
 LARGE = 1 << 12  # bytes of what is on it; what is smaller is on the CPU
 
@@ -25,6 +27,8 @@ class SlowGpu:
     def __init__(self) -> None:
         self.copied = 0
         self._queue: list[Callable[[], None]] = []
+        self._running = threading.Lock()
+        self._is_waited_for = threading.Event()
         self._thread = threading.local()
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +38,14 @@ class SlowGpu:
         monkeypatch.setattr(gpu, "scratch", lambda size: torch.empty(size, dtype=torch.uint8, device="cpu"))
         monkeypatch.setattr(gpu, "is_captured", lambda _devices: False)
         monkeypatch.setattr(gpu, "of", lambda _optimizers: None)
+        wait = Flight._wait
+
+        def standing(flight: Flight, event: threading.Event) -> None:
+            self._is_waited_for.set()
+            wait(flight, event)
+            self._is_waited_for.clear()
+
+        monkeypatch.setattr(Flight, "_wait", standing)
 
     @property
     def _is_beside(self) -> bool:
@@ -57,14 +69,19 @@ class SlowGpu:
         if self._is_beside:
             return
         for _, reached in marks:
-            while not reached.is_set():
-                self._queue.pop(0)()
+            self._run_until(reached)
 
     def wait(self, marks: Any) -> None:
         for _, reached in marks:
             if not reached.is_set():
                 assert threading.current_thread() is not threading.main_thread(), "the training waits"
-                assert reached.wait(60)
+                assert self._is_waited_for.wait(60)
+                self._run_until(reached)
+
+    def _run_until(self, reached: threading.Event) -> None:
+        with self._running:
+            while not reached.is_set():
+                self._queue.pop(0)()
 
     @contextlib.contextmanager
     def beside(self, devices: Iterable[torch.device]) -> Iterator[None]:

@@ -10,14 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from supervisor.errors import StorageError
 from supervisor.training import engine, moves
 from supervisor.training.engine import ArenaWriter
-from supervisor.training.flight import Flight
+from supervisor.training.flight import Flight, Samples
+from supervisor.training.frozen import Frozen
 from supervisor.training.items import Items
+from supervisor.training.slots import Slot
 from supervisor.training.state import TrainingState
 from supervisor.training.world import World
 from supervisor.training.writer import READY, StaleError, TornError, Written
@@ -96,7 +102,7 @@ class Run:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return moves.local_of(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:
@@ -247,10 +253,11 @@ def adapted() -> tuple[nn.Module, AdamW]:
     return model, AdamW([p for p in model.parameters() if p.requires_grad])
 
 
-def waiting(run: Run) -> list[torch.Tensor]:
-    """What the training stood for at the last save point."""
+def waiting(run: Run) -> list[int]:
+    """Where that lies for which the training stood, for each slot."""
     slots = run.writer._rack._slots.values()
-    return [tensor for slot in slots for tensor in slot.now.tensors if tensor.nbytes > moves.TINY]
+    tensors = [tensor for slot in slots for tensor in slot.now.tensors if tensor.nbytes > moves.TINY]
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def test_frozen_weights_are_copied_behind_the_step(tmp_path: Path) -> None:
@@ -307,23 +314,71 @@ def test_averages_that_look_frozen_are_found_out_and_the_rest_flies(
     assert "outside of optimizer.step()" not in capsys.readouterr().err
 
 
-def test_frozen_weights_written_once_tear_one_copy_at_most(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("through_data", [True, False])
+def test_frozen_weights_written_once_cost_one_snapshot_and_are_not_trusted_again(
+    through_data: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, optimizer = adapted()
     run = Run(tmp_path, model=model, optimizer=optimizer)
 
     def one(step: int) -> None:
-        if step == 5:
+        if step in (5, 9):
             with torch.no_grad():
-                model[3].weight.data.mul_(0.99)
+                weight = model[3].weight.data if through_data else model[3].weight
+                weight[17, 4] += 1  # one of 90,000
         train(model, optimizer)
 
-    run.run(10, one)
-    assert sorted(run.good + run.torn) == list(range(1, 11))
-    assert run.torn in ([], [5])
-    assert run.behind > 3
-    assert "outside of optimizer.step()" not in capsys.readouterr().err
+    run.run(12, one)
+    assert run.torn in ([5], [6])  # it was written before or after the copy of step 5 was over
+    assert sorted(run.good + run.torn) == list(range(1, 13))
+    assert run.behind > 5
+    assert waiting(run) == [model[3].weight.data_ptr()] * 3
+    told = capsys.readouterr().err
+    assert told.count("weights that are not trained were written") == 1
+    assert "outside of optimizer.step()" not in told
+
+
+def test_optimizers_do_not_wait_for_frozen_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = adapted()
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+    stepped, copied = threading.Event(), Frozen.copy
+    waited: list[bool] = []
+    stepped.set()
+
+    def late(frozen: Frozen, slot: Slot) -> str | None:
+        waited.append(stepped.wait(60))
+        return copied(frozen, slot)
+
+    monkeypatch.setattr(Frozen, "copy", late)
+
+    def one(step: int) -> None:
+        train(model, optimizer)
+        stepped.set()  # no step is complete before
+        if step == 5:
+            stepped.clear()
+
+    run.run(8, one)
+    assert run.good == list(range(1, 9))
+    assert waited
+    assert all(waited)
+
+
+def test_frozen_weights_written_in_a_slot_of_another_layout(tmp_path: Path) -> None:
+    model, optimizer = adapted()
+    extra = nn.Linear(8, 8)
+    run = Run(tmp_path, model=model, optimizer=optimizer, extra=extra)
+
+    def one(step: int) -> None:
+        if step == 5:
+            extra.register_buffer("late", torch.zeros(3))
+        if step in (4, 6):
+            model[3].weight.data.mul_(0.99)
+        train(model, optimizer)
+
+    run.run(12, one)
+    assert sorted(run.good + run.torn + run.stale) == list(range(1, 13))
+    assert len(run.torn) <= 1
+    assert waiting(run) == [model[3].weight.data_ptr()] * 3
 
 
 def test_thawed_weights(tmp_path: Path) -> None:
@@ -436,6 +491,62 @@ def test_renormalised_embeddings(tmp_path: Path) -> None:
     run.run(6, one)
     assert sorted(run.good + run.torn) == list(range(1, 7))
     assert len(run.torn) <= 1
+
+
+@pytest.fixture
+def mesh(request: pytest.FixtureRequest) -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    kind = "cuda" if request.node.callspec.params["slow"] == "cuda" else "cpu"
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh(kind, (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("how", ["itself", "its part", "data of its part"])
+def test_sharded_weights_changed_outside_later(
+    how: str,
+    trained: bool,
+    mesh: DeviceMesh,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each way is counted elsewhere, or nowhere."""
+    if how != "data of its part":
+        monkeypatch.setattr(Samples, "differ", lambda _: False)
+        monkeypatch.setattr(Samples, "differ_on_gpu", lambda _: False)
+    model = net()
+    model[3].weight.requires_grad_(trained)
+    for part in (model[0], model[3], model):
+        fully_shard(part, mesh=mesh)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+    changed, fly = threading.Event(), Flight.run
+    changed.set()
+
+    def late(flight: Flight) -> None:
+        changed.wait()
+        fly(flight)
+
+    monkeypatch.setattr(Flight, "run", late)
+
+    def one(step: int) -> None:
+        if step == 5:
+            weight = model[3].weight
+            assert isinstance(weight, DTensor)
+            with torch.no_grad():
+                to_write = weight if how == "itself" else weight.to_local()
+                (to_write.data if how.startswith("data") else to_write).mul_(0.99)
+            changed.set()
+        train(model, optimizer)
+        if step == 4:
+            changed.clear()  # the copy of step 5 begins when its weights are others
+
+    run.run(8, one)
+    assert run.torn == [5]
+    assert run.good == [1, 2, 3, 4, 6, 7, 8]
+    assert run.behind == (3 if trained else 6)
 
 
 class Foreign:

@@ -30,7 +30,7 @@ class Copying:
         moves = Moves()
         for number, tensor in enumerate(self.tensors):
             moves.add(self.arena, Spot(number * SIZE * 4, None), Source(tensor))
-        self.flight = Flight(moves, Samples(moves, -1, 0), lambda: None)
+        self.flight = Flight(moves, Samples(moves, -1, 0), lambda: None, lambda: None)
         self._thread = threading.Thread(target=self.flight.run)
 
     def start(self) -> None:
@@ -155,7 +155,7 @@ def test_a_real_one(tmp_path: Path) -> None:
         offset += tensor.nbytes
     expected = [tensor.cpu() for tensor in tensors]
     for number in range(3):
-        flight = Flight(moves, Samples(moves, -1, number), lambda: None)
+        flight = Flight(moves, Samples(moves, -1, number), lambda: None, lambda: None)
         thread = threading.Thread(target=flight.run)
         thread.start()
         flight.release()

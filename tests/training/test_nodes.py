@@ -24,6 +24,7 @@ def test_each_node_comes_back_from_its_own_files(
 ) -> None:
     results = launch(train_and_come_back, world, str(tmp_path), kind, drafted=kind == "ddp")
     assert [result["came_back"] for result in results] == [[True, True]] * world
+    assert [result["frozen"] for result in results] == [1] * world, "stored or copied, it waits for its time"
     first, second = (tmp_path / f"node-{node}" / "1" for node in range(2))
     assert not any(is_copy_file(path.name) for path in first.iterdir())
     copies = {path.name for path in second.iterdir() if is_copy_file(path.name)}

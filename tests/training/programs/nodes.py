@@ -64,6 +64,7 @@ def train_and_come_back(root: str, kind: str, *, drafted: bool) -> dict[str, obj
     step(model, optimizer, rank)
     save(slots[0])
     after = parts_of(model, optimizer)
+    frozen = len(writer._rack.get(slots[0]).frozen.tensors)
     writer.close()
     state, model, optimizer = training(world, values, kind, seed=2)
     step(model, optimizer, rank)
@@ -73,7 +74,7 @@ def train_and_come_back(root: str, kind: str, *, drafted: bool) -> dict[str, obj
     state.load(slots[0])
     came_back.append(parts_of(model, optimizer) == after and values["seen"].tolist() == list(range(rank + 2)))  # type: ignore[attr-defined]
     dist.barrier()
-    return {"came_back": came_back, "model": whole}
+    return {"came_back": came_back, "model": whole, "frozen": frozen}
 
 
 @contextlib.contextmanager
