@@ -211,6 +211,7 @@ effective = [line.split()[1] for line in open("/proc/self/status") if line.start
 assert int(effective[0], 16) == 0
 assert os.geteuid() or len(sys.argv) == 2
 with harness.job(Path(sys.argv[1]) / "job") as job:
+    job.standby = t.STANDBY
     job.start(t.torchrun("--out", Path(sys.argv[1]) / "out", *t.SLOW), *t.SNAPSHOTS)
     t.ready(job, 1)
     waiting = t.workers(job, 1)
