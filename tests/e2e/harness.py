@@ -28,6 +28,9 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parent.parent.parent
 DEADLINE = 400.0  # seconds; a machine may be busy, and what does not come to pass is said all the same
 
+#: without a standby, as ``Job.start`` has it, for what is to be started in other ways
+RUN = [sys.executable, "-m", "launch.cli", "run", "--standby", "off"]
+
 T = TypeVar("T")
 F = TypeVar("F", bound=Fact)
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -77,7 +76,7 @@ def test_a_job_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with harness.job(tmp_path / "file" / "job") as job:
         job.folder = tmp_path / "file" / "job"
-        argv = [sys.executable, "-m", "launch.cli", "run", "--dir", str(job.folder), *torchrun("--out", "x")]
+        argv = [*harness.RUN, "--dir", str(job.folder), *torchrun("--out", "x")]
         result = subprocess.run(
             argv, cwd=harness.ROOT, env=harness.environment(), capture_output=True, text=True, timeout=60
         )
@@ -226,7 +225,7 @@ def test_without_any_good_checkpoint_the_job_is_not_begun_anew(finished: Path, t
 @FINISHED
 def test_with_a_key_what_was_made_without_it_is_not_resumed_from(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "job")
-    argv = [sys.executable, "-m", "launch.cli", "run", "--dir", str(tmp_path / "job"), "--continue",
+    argv = [*harness.RUN, "--dir", str(tmp_path / "job"), "--continue",
             *torchrun("--out", tmp_path / "out", "--steps", 40)]  # fmt: skip
     result = subprocess.run(
         argv, cwd=harness.ROOT, env={**harness.environment(), "EVERSTEP_KEY": "0123456789abcdef" * 4},
@@ -291,7 +290,7 @@ def test_a_full_disk_costs_no_step(small: Path, tmp_path: Path, alone: dict[str,
 def test_a_small_dev_shm_is_not_used(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     """As in a default container: snapshots go to the temporary directory, and that is said once."""
     out = tmp_path / "out"
-    argv = [sys.executable, "-m", "launch.cli", "run", "--dir", str(tmp_path / "job"), "--snapshot-every", "5steps",
+    argv = [*harness.RUN, "--dir", str(tmp_path / "job"), "--snapshot-every", "5steps",
             *torchrun("--out", out)]  # fmt: skip
     faults = [{"attempt": 0, "rank": 1, "step": 17, "kind": "SIGKILL"}]
     result = subprocess.run(

@@ -72,7 +72,7 @@ def test_a_wall_clock_that_jumps(job: Job, tmp_path: Path, alone: dict[str, str]
     faults = [{"attempt": 0, "rank": 0, "step": 17, "kind": "SIGKILL"}]
     argv = [
         sys.executable, str(harness.PROGRAMS / "jumpy.py"), str(seconds), "run", "--dir", str(job.folder),
-        *SNAPSHOTS, "--keep-last", "2", *python("--out", out),
+        *SNAPSHOTS, "--standby", "off", "--keep-last", "2", *python("--out", out),
     ]  # fmt: skip
     result = subprocess.run(
         argv, cwd=harness.ROOT, env=harness.environment(faults), capture_output=True, text=True,

@@ -39,6 +39,7 @@ from tests.stores import seaweed
 pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
 OPTIONS = ("--snapshot-every", "1step", "--checkpoint-every", "5steps", "--lease", "3s")
+ALONE = ("--standby", "off")  # launching one on each host, time and again, takes longer than all else
 
 
 @pytest.fixture
@@ -105,6 +106,7 @@ def test_two_hosts_fail_stop_and_lose_the_one_that_leads(
     assert saved is not None
     assert [job.left_on(host) for host in (one, other)] == [[], []]
     assert not out.exists()
+    options = (*options, *ALONE)
     job.begin_all(*arguments, options=options)
     assert job.until_at(25, 0, 1) == 3
     assert job.facts(Resumed)[-1].step == saved.step
@@ -138,7 +140,7 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
         job = Nodes(lab, tmp_path / "job", f"etcd://{store.address}:{port}", bucket.environment())
         out = tmp_path / "out"
         arguments = ("--out", out, "--hold", 5, 10, 16, 18, 22, 26, "--pause", 0.1)
-        options = ("--nnodes", 2, "--node-timeout", "60s", "--checkpoints", "s3://ckpt/run", *OPTIONS)
+        options = ("--nnodes", 2, "--node-timeout", "60s", "--checkpoints", "s3://ckpt/run", *OPTIONS, *ALONE)
         with etcd.running(store.address, inside, port, data):
             job.begin(one, *arguments, options=options)
             job.until_said(one, "job started")
@@ -225,7 +227,7 @@ def test_a_job_of_two_to_three_hosts_shrinks_and_grows_and_strangers_stay_out(tm
         stack.enter_context(cloud.serving(other.first))
         out = tmp_path / "out"
         arguments = ("--out", out, "--hold", 5, 8, 20, 25, "--pause", 0.1)
-        options = ("--nnodes", "2:3", "--node-timeout", "60s", *OPTIONS)
+        options = ("--nnodes", "2:3", "--node-timeout", "60s", *OPTIONS, *ALONE)
         for host in (one, third):
             job.begin(host, *arguments, options=options)
         job.begin(
@@ -289,7 +291,7 @@ def test_two_of_three_hosts_do_not_reach_each_other_any_more(tmp_path: Path) -> 
         job = Nodes(lab, tmp_path / "job")
         out, gone_on = tmp_path / "out", tmp_path / "gone-on"
         arguments = ("--out", out, "--steps", 300, "--pause", 0.2, "--pause-until", gone_on)
-        job.begin_all(*arguments, options=("--nnodes", "2:3", "--hang", "4s", *OPTIONS))
+        job.begin_all(*arguments, options=("--nnodes", "2:3", "--hang", "4s", *OPTIONS, *ALONE))
         job.until_fact(SnapshotCompleted, lambda fact: fact.step > 2)
         for host in lab.hosts:
             job.until_copied(host, 2)

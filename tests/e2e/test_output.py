@@ -55,7 +55,7 @@ def test_quiet_prints_everstep_only(job: Job) -> None:
 
 def test_a_reader_that_leaves_does_not_end_the_run(job: Job, tmp_path: Path) -> None:
     """``everstep run … | head -1``."""
-    argv = [sys.executable, "-m", "launch.cli", "run", "--dir", str(job.folder), *torchrun(script=CHATTY)]
+    argv = [*harness.RUN, "--dir", str(job.folder), *torchrun(script=CHATTY)]
     script = '"$@" 2>&1 | head -1; exit "${PIPESTATUS[0]}"'
     result = subprocess.run(
         ["bash", "-c", script, "bash", *argv], cwd=harness.ROOT, env=harness.environment(), timeout=harness.DEADLINE,
@@ -69,7 +69,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(job: Job, tmp_path: Path) -> 
 def test_a_terminal_shows_the_progress(job: Job, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     argv = [
-        sys.executable, "-m", "launch.cli", "run", "--dir", str(job.folder), "--snapshot-every", "5steps", "--standby", "off",
+        *harness.RUN, "--dir", str(job.folder), "--snapshot-every", "5steps",
         *torchrun("--out", tmp_path / "out", "--pause", "0.1"),
     ]  # fmt: skip
     job.process = subprocess.Popen(
@@ -107,7 +107,7 @@ def test_every_way_to_name_a_program(job: Job, tmp_path: Path, form: str) -> Non
         "plain python": [sys.executable, "package/main.py", "a", "--b"],
         "python module": [sys.executable, "-m", "package.main", "a", "--b"],
     }[form]
-    argv = [sys.executable, "-m", "launch.cli", "run", "--dir", str(job.folder), *command]
+    argv = [*harness.RUN, "--dir", str(job.folder), *command]
     result = subprocess.run(
         argv, cwd=package.parent, env=harness.environment(), capture_output=True, text=True, check=False,
         timeout=harness.DEADLINE,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from supervisor.model import FirstStep, Resumed, SnapshotCompleted, State, StopCause, WorkersReady
 from tests.e2e.conftest import STEPS
@@ -28,14 +30,25 @@ def stop(job: Job, how: str) -> None:
         job.signal(signal.Signals[how])
 
 
+@pytest.mark.parametrize(
+    ("launch", "weights", "stops"),
+    [
+        pytest.param(torchrun, "undisturbed", (("ctrl-c", 130), ("tree", 75)), id="two ranks"),
+        pytest.param(python, "alone", (("SIGTERM", 75), ("SIGUSR1", 75), ("SIGHUP", 75)), id="one"),
+    ],
+)
 def test_each_stop_saves_and_the_same_command_carries_on(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str]
+    job: Job,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    launch: Callable[..., list[str]],
+    weights: str,
+    stops: tuple[tuple[str, int], ...],
 ) -> None:
     """Each as soon as its first step is seen, and so further on than the one before."""
     out, go = tmp_path / "out", tmp_path / "go"
-    command = torchrun("--out", out, "--pause", "0.2", "--pause-until", go)
+    command = launch("--out", out, "--pause", "0.2", "--pause-until", go)
     resumed_from = []
-    stops = (("SIGTERM", 75), ("ctrl-c", 130), ("SIGUSR1", 75), ("tree", 75), ("SIGHUP", 75))
     for attempt, (how, code) in enumerate(stops):
         job.start(command, "--snapshot-every", "never")
         first = job.until_fact(FirstStep, lambda fact, n=attempt: fact.attempt == n)
@@ -56,7 +69,7 @@ def test_each_stop_saves_and_the_same_command_carries_on(
     assert job.run(command) == 0, job.output
     assert [fact.step for fact in job.facts(Resumed)] == [0, *resumed_from]
     assert job.record.lost_steps == 0
-    assert digests(out) == undisturbed
+    assert digests(out) == request.getfixturevalue(weights)
 
 
 def test_a_signal_to_the_whole_tree_spares_the_data_loaders_workers(job: Job, tmp_path: Path) -> None:
@@ -84,12 +97,12 @@ def test_a_signal_to_the_whole_tree_spares_the_data_loaders_workers(job: Job, tm
 
 
 def test_a_stop_before_the_first_step_saves_nothing_and_comes_back(job: Job, tmp_path: Path) -> None:
-    job.start(torchrun("--out", tmp_path / "out"))
+    job.start(python("--out", tmp_path / "out"))
     job.until(lambda: job.folder.joinpath("job.json").exists() or None)  # type: ignore[type-var,arg-type]
     job.signal(signal.SIGTERM)
     assert job.wait() == 75, job.output
     job.until_no_processes()
-    assert job.run(torchrun("--out", tmp_path / "out")) == 0, job.output
+    assert job.run(python("--out", tmp_path / "out")) == 0, job.output
     assert job.record.step == STEPS
 
 
@@ -106,7 +119,7 @@ def test_a_second_ctrl_c_stops_at_once(job: Job, tmp_path: Path) -> None:
 
 
 def test_the_grace_period_ends_a_stop_that_cannot_be_carried_out(job: Job, tmp_path: Path) -> None:
-    job.start(torchrun("--out", tmp_path / "out", "--pause", "1000"), "--grace", "1s")
+    job.start(python("--out", tmp_path / "out", "--pause", "1000"), "--grace", "1s")
     job.until_fact(WorkersReady)
     job.signal(signal.SIGTERM)
     assert job.wait(30) == 75, job.output

@@ -44,7 +44,7 @@ def run_in_little_memory(tmp_path: Path, left: str, ballast: int) -> str:
         f'truncate -s -{left} /dev/shm/ballast && exec "$@"'
     )
     argv = [
-        sys.executable, "-m", "launch.cli", "run", "--dir", str(folder), *SNAPSHOTS,
+        *harness.RUN, "--dir", str(folder), *SNAPSHOTS,
         *torchrun("--out", tmp_path / "out", "--ballast", ballast),
     ]  # fmt: skip
     result = subprocess.run(
@@ -77,7 +77,7 @@ def test_a_program_beside_us_is_not_touched(job: Job, tmp_path: Path) -> None:
     """``sidecar & exec everstep run …``, the way containers start."""
     marker = tmp_path / "pid"
     argv = [
-        sys.executable, "-m", "launch.cli", "run", "--dir", str(job.folder), *SNAPSHOTS,
+        *harness.RUN, "--dir", str(job.folder), *SNAPSHOTS,
         *python("--out", tmp_path / "out"),
     ]  # fmt: skip
     faults = [{"attempt": 0, "rank": 0, "step": 9, "kind": "SIGKILL"}]
