@@ -15,9 +15,8 @@ from typing import Final
 import torch
 from torch.optim import Optimizer
 
-from supervisor.edge import kernel
 from supervisor.training import gpu
-from supervisor.training.flight import OUTGROWN, TORN, Flight, Samples
+from supervisor.training.flight import OUTGROWN, TORN, Flight, Samples, Work, new_scratch
 from supervisor.training.frozen import WRITTEN
 from supervisor.training.moves import Moves
 from supervisor.training.overlap import Fence, Helper
@@ -53,7 +52,7 @@ class Behind:
         self._process = os.getpid()
         self._pending: _Pending | None = None
         self._numbers = itertools.count()
-        self._scratch = _new_scratch()
+        self._scratch = new_scratch()
         self._fence = Fence(self._at_fence, completed) if optimizers else None
         self._proof: tuple[Path, Moves] | None = None
         self._proving = threading.Lock()  # optimizers may step in several threads
@@ -103,8 +102,8 @@ class Behind:
         self,
         slot: Slot,
         devices: Set[torch.device],
-        rest: Callable[[], str | None],
-        unhurried: Callable[[], str | None],
+        rest: Work | None,
+        unhurried: Work | None,
         written: Callable[[float], Written],
         finished: Finished,
         started: float,
@@ -130,8 +129,8 @@ class Behind:
         """An optimizer is about to step."""
         if os.getpid() != self._process:
             return  # a forked child has its own memory, and no copying thread
-        if self._pending is not None:
-            self._pending.flight.release()
+        if (pending := self._pending) is not None:
+            pending.flight.release()
             if threading.get_ident() == self._home:
                 self.poll()
         if self._proof is not None:
@@ -189,11 +188,3 @@ class Behind:
         if self._scratch >= 0:
             os.close(self._scratch)
             self._scratch = -1
-
-
-def _new_scratch() -> int:
-    """A file in memory, or -1 where there are none (the samples know what to do then)."""
-    try:
-        return kernel.memfd("everstep-samples")
-    except OSError:
-        return -1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -34,15 +34,22 @@ class _Bound:
 
     __slots__ = ("key", "moved", "place", "signature", "source", "value")
 
-    def __init__(self, key: str, value: torch.Tensor, place: TensorPlace | None, planned: object) -> None:
+    def __init__(
+        self,
+        key: str,
+        value: torch.Tensor,
+        holder: torch.Tensor | None,
+        place: TensorPlace | None,
+        planned: object,
+    ) -> None:
         self.key = key
         self.value = value
         self.place = place
         self.signature = planned
-        self.source: Source | None = None if place is None else Source(value)
+        self.source: Source | None = None if place is None else Source(value, holder)
         self.moved = 0  # times
 
-    def rebind(self, value: object) -> bool:
+    def rebind(self, value: object, holder: torch.Tensor | None) -> bool:
         """Take over the value of now; whether it still fits."""
         if value is not self.value:
             if not isinstance(value, torch.Tensor) or signature(value) != self.signature:
@@ -50,10 +57,10 @@ class _Bound:
             self.value = value
         if self.source is not None and self.place is not None:
             local = local_of(self.value)
-            if not self.source.is_same(local):
+            if not (self.source.is_same(local) and self.source.is_held_by(holder)):
                 if tuple(local.shape) != self.place.shape or local.dtype != self.place.dtype:
                     return False
-                self.source = Source(self.value)
+                self.source = Source(self.value, holder)
                 self.moved += 1
         return True
 
@@ -70,7 +77,7 @@ class Bindings:
         whole = items.whole()
         places = {place.key: place for place in layout.tensors}
         self._bound = {
-            key: _Bound(key, whole.values[key], places.get(key), planned)
+            key: _Bound(key, whole.values[key], whole.holders.get(key), places.get(key), planned)
             for key, planned in layout.signatures.items()
         }
         self._blobs = [_Blob(place) for place in layout.blobs]
@@ -108,7 +115,7 @@ class Bindings:
             now = [values[bound.key] for bound in self._fresh]
             if _are([bound.value for bound in self._fresh], now) and self._places.are_same():
                 return True
-            fits = self._rebind(self._fresh, values)
+            fits = self._rebind(self._fresh, items)
             self._places = Places([bound.value for bound in self._fresh])
             return fits
         whole = items.whole()
@@ -118,14 +125,14 @@ class Bindings:
             isinstance(value, torch.Tensor) != (key in self._bound) for key, value in whole.values.items()
         ):
             return False
-        fits = self._rebind(self._bound.values(), whole.values)
+        fits = self._rebind(self._bound.values(), whole)
         self._follow(items)
         return fits
 
-    def _rebind(self, bound: Iterable[_Bound], values: Mapping[str, Any]) -> bool:
+    def _rebind(self, bound: Iterable[_Bound], items: Items) -> bool:
         for one in bound:
             before = one.moved
-            if not one.rebind(values[one.key]):
+            if not one.rebind(items.values[one.key], items.holders.get(one.key)):
                 return False
             if before != one.moved <= _RESTLESS:
                 self.generation += 1

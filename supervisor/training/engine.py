@@ -45,6 +45,7 @@ from supervisor.training.behind import STALE, Behind
 from supervisor.training.bindings import Bindings, Placed
 from supervisor.training.collecting import without_collection
 from supervisor.training.drafting import Draft, Drafting, draft
+from supervisor.training.flight import Work
 from supervisor.training.frozen import Frozen, stretches
 from supervisor.training.items import Items, settled
 from supervisor.training.layout import OutgrownError
@@ -216,7 +217,7 @@ class ArenaWriter:
         slot.fill(self._layout, archives)
         now = self._start_now(slot)
         if behind and slot.is_worth_waiting_for and self._behind.may_fly:
-            self._fly(slot, now, _nothing, finished, started)
+            self._fly(slot, now, None, finished, started)
             return
         slot.behind.run()
         slot.frozen.run()
@@ -237,15 +238,17 @@ class ArenaWriter:
         self,
         slot: Slot,
         now: set[torch.device],
-        rest: Callable[[], str | None],
+        rest: Work | None,
         finished: Finished,
         started: float,
     ) -> None:
         """Have the rest copied behind the next step, and what does not change in steps after that."""
-        unhurried: Callable[[], str | None] = functools.partial(self._frozen.copy, slot)
-        if not self._frozen.may_wait(slot):
+        unhurried: Work | None = None
+        if self._frozen.may_wait(slot):
+            self._frozen.note(slot)
+            unhurried = functools.partial(self._frozen.copy, slot)
+        else:
             slot.frozen.start()
-            unhurried = _nothing
         written = functools.partial(self._written, slot)
         self._behind.fly(slot, now | slot.frozen.devices, rest, unhurried, written, finished, started)
 
@@ -276,6 +279,7 @@ class ArenaWriter:
         bindings = self._bindings
         assert self._layout is not None
         assert bindings is not None
+        self._frozen.look(bindings)
         held = tuple(len(group["params"]) for o in self._optimizers for group in o.param_groups)
         generation = bindings.generation, held, self._frozen.generation
         if slot.generation == generation:
@@ -305,7 +309,7 @@ class ArenaWriter:
         self._forget_draft()  # of what does not fit any more
         self._layout, self._bindings = None, None
         self._behind.start_anew()
-        self._frozen.start_anew(None)
+        self._frozen.start_anew(None, None)
         self._rack.clear()
         owned = owned_by(self._optimizers)
         plan = functools.partial(draft, self._world, cleans=self._cleans, owned=owned)
@@ -341,7 +345,7 @@ class ArenaWriter:
 
     def _take_over(self, made: Draft) -> None:
         self._layout, self._bindings, self._spots = made.layout, made.bindings, made.spots
-        self._frozen.start_anew(made.layout)
+        self._frozen.start_anew(made.layout, made.bindings)
         self._is_drafted = False
 
     def _adopt(self, directory: Path) -> StorageError | None:
@@ -385,13 +389,9 @@ class ArenaWriter:
             self._drafting = None
         self._making.close()
         self._behind.close()
-        self._frozen.start_anew(None)
+        self._frozen.close()
         self._rack.close()
         self._layout, self._bindings = None, None
-
-
-def _nothing() -> None:
-    """There is nothing left to do, and nothing wrong."""
 
 
 def _weight_of(items: Items) -> int:

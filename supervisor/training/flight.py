@@ -21,6 +21,7 @@ from typing import Final
 
 import torch
 
+from supervisor.edge import kernel
 from supervisor.training import gpu
 from supervisor.training.layout import OutgrownError
 from supervisor.training.moves import Moves, versions, write_vectors
@@ -28,6 +29,9 @@ from supervisor.training.moves import Moves, versions, write_vectors
 _SAMPLES: Final = 64  # tensors
 _QUEUED: Final = 8  # on GPUs, where each costs a copy of its own
 _WINDOW: Final = 64  # bytes of each
+
+#: what is done on the copying thread, and tells what is wrong, if anything is
+Work = Callable[[], str | None]
 
 TORN: Final = "parameters or optimizer state changed while they were copied, outside of optimizer.step()"
 CAPTURED: Final = "the optimizer's step was captured as a graph while parameters were copied"
@@ -100,6 +104,14 @@ def _samples_of_gpu(moves: Moves, number: int) -> list[tuple[torch.Tensor, torch
     return [(noted[number, : len(here)], here, there) for number, (here, there) in enumerate(pairs)]
 
 
+def new_scratch() -> int:
+    """A file in memory for samples, or -1 where there are none (they know what to do then)."""
+    try:
+        return kernel.memfd("everstep-samples")
+    except OSError:
+        return -1
+
+
 class Flight:
     """One copy that runs behind the training. ``rest`` is what else to do before what it copies may change; ``unhurried`` after that.
 
@@ -111,8 +123,8 @@ class Flight:
         self,
         moves: Moves,
         samples: Samples,
-        rest: Callable[[], str | None],
-        unhurried: Callable[[], str | None],
+        rest: Work | None,
+        unhurried: Work | None,
         devices: Set[torch.device] = frozenset(),
     ) -> None:
         self._moves = moves
@@ -133,8 +145,8 @@ class Flight:
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with it, as far as is known."""
-        return next(filter(None, self._problems), None)
+        """What is wrong with it, as far as is known; the worst, if that is more than one."""
+        return TORN if TORN in self._problems else next(filter(None, self._problems), None)
 
     def run(self) -> None:
         """Copy, and judge the copy; on the copying thread."""
@@ -146,7 +158,7 @@ class Flight:
             self._all_queued.set()
             self._over.set()
 
-    def _try(self, work: Callable[[], str | None]) -> None:
+    def _try(self, work: Work) -> None:
         try:
             self._problems.append(work())
         except OutgrownError:
@@ -158,13 +170,13 @@ class Flight:
         self._copy()
         if versions(self._moves.counters) != self._versions or self._samples.differ():
             return TORN
-        return self._rest()
+        return self._rest() if self._rest is not None else None
 
     def _copy_in_its_own_time(self) -> str | None:
         gpu.wait(self._end)
         if self.problem is None and self._samples.differ_on_gpu():
             return TORN
-        return self._unhurried() if self.problem is None else None
+        return self._unhurried() if self._unhurried is not None and self.problem is None else None
 
     def _copy(self) -> None:
         with gpu.beside(self._devices):

@@ -21,9 +21,10 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from supervisor.training.modules import sharded_in
 
 _grad: Final = operator.attrgetter("grad")
 _version: Final = operator.attrgetter("_version")
@@ -110,17 +111,9 @@ def _locals_of(tensors: list[torch.Tensor]) -> list[Any]:
     return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
 
 
-def _sharded(module: nn.Module) -> Iterator[FSDPModule]:
-    if not FSDPModule.__subclasses__():  # of which each that is sharded becomes an instance
-        return
-    for child in module.modules():
-        if isinstance(child, FSDPModule):
-            yield child
-
-
 def _kept_by_fsdp(module: nn.Module) -> Iterator[torch.Tensor]:
     """What FSDP2 has accumulated without reducing it. Private names; a torch without them has nothing to look at."""
-    for child in _sharded(module):
+    for child in sharded_in(module):
         state: Any = child._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:

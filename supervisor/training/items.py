@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from supervisor.training.copies import Node, holders_of, offsets_of
@@ -92,27 +93,38 @@ class Items:
     constant: set[str] = field(
         default_factory=set
     )  # keys of tensors that nothing has changed so far: frozen weights
+    #: by key: the object that the training has of a value which is only a view of it, or a part; where those are told apart
+    holders: dict[str, torch.Tensor] = field(default_factory=dict)
     node: Node | None = None
 
     def part(self) -> Items:
         """One for this rank that is still empty, to be kept by this one."""
         return Items(self.rank, node=self.node)
 
-    def add(self, path: Path, value: object, owner: Owner, *, constant: bool = False) -> None:
+    def add(
+        self,
+        path: Path,
+        value: object,
+        owner: Owner,
+        *,
+        constant: bool = False,
+        holder: torch.Tensor | None = None,
+    ) -> None:
         """Contribute ``value`` if this rank is to write it."""
         if owner.rank:
             path = (f"__rank_{owner.rank}__", *path)
         if owner.rank == self.rank or owner.everyone:
-            self._put(path, value, constant=constant)
+            self._put(path, value, constant, holder)
         if self.node is None:
             return
         if not owner.everyone:
             if self.node.copies(self.rank, owner.holders):
-                self._put((self.node.prefix(), *path), value, constant=constant)
+                self._put((self.node.prefix(), *path), value, constant, holder)
         elif isinstance(value, DTensor) and self.node.copies(self.rank, holders_of(value)):
-            self._put((self.node.prefix(offsets_of(value)), *path), local_of(value), constant=constant)
+            whole = value if holder is None else holder
+            self._put((self.node.prefix(offsets_of(value)), *path), local_of(value), constant, whole)
 
-    def _put(self, path: Path, value: object, *, constant: bool) -> None:
+    def _put(self, path: Path, value: object, constant: bool, holder: torch.Tensor | None) -> None:
         key = flat(path)
         if key in self.values:
             raise ValueError(f"two items are called {key!r}")
@@ -120,6 +132,8 @@ class Items:
         self.paths[key] = path
         if constant:
             self.constant.add(key)
+        if holder is not None:
+            self.holders[key] = holder
 
     def keep(self, other: Items) -> None:
         """Contribute all of another's, which will not be changed any more."""
@@ -135,12 +149,14 @@ class Items:
         if not self.kept and not any(isinstance(value, Deferred) for value in self.values.values()):
             return self
         whole = Items(self.rank)
-        for part in (*self.kept, Items(self.rank, self.values, self.paths, constant=self.constant)):
+        own = Items(self.rank, self.values, self.paths, constant=self.constant, holders=self.holders)
+        for part in (*self.kept, own):
             if twice := whole.values.keys() & part.values.keys():
                 raise ValueError(f"two items are called {min(twice)!r}")
             whole.values.update((key, resolved(value)) for key, value in part.values.items())
             whole.paths.update(part.paths)
             whole.constant |= part.constant
+            whole.holders.update(part.holders)
         return whole
 
 

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from supervisor.errors import UsageError
 from supervisor.training import memory
 from supervisor.training.items import Items, Owner, Path, mesh_owner
-from supervisor.training.moves import Source, counters_of, local_of, versions
+from supervisor.training.moves import counters_of, versions
 from supervisor.training.reader import Mismatch, Stored
 
 _CHECKPOINT_WRAPPED = "_checkpoint_wrapped_module"  # activation checkpointing's wrapper, invisible in names
@@ -50,9 +50,21 @@ def check_module(name: str, module: nn.Module) -> None:
 def held_by(module: nn.Module) -> Iterator[Held]:
     """Every parameter and buffer by the name that stock DCP gives it, tied ones under each of their names.
 
-    DCP drops what wrappers (DistributedDataParallel, torch.compile, activation checkpointing) add to the names.
+    DCP drops what wrappers (DistributedDataParallel, torch.compile, activation checkpointing) add to the names, and has
+    FSDP2 shard again what a forward without a backward left in one piece.
     """
+    for child in sharded_in(module):
+        child.reshard()
     yield from _walk(module, "", None, "")
+
+
+def sharded_in(module: nn.Module) -> Iterator[FSDPModule]:
+    """The modules that FSDP2 shards."""
+    if not FSDPModule.__subclasses__():  # of which each that is sharded becomes an instance
+        return
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            yield child
 
 
 def owner(held: Held, rank: int) -> Owner:
@@ -85,16 +97,17 @@ class ModulePart:
         """Contribute every entry of the state dict."""
         if self._memory is not None and self._memory.recall(items):
             return
-        owners = {held.name: owner(held, self._rank) for held in held_by(self.module)}
-        held = {held.name: held.tensor for held in held_by(self.module)}
+        held = {held.name: held for held in held_by(self.module)}
+        owners = {name: owner(one, self._rank) for name, one in held.items()}
         frozen = {fqn for fqn, count in _frozen(self.module).items() if self._frozen.get(fqn) == count}
         own = items.part()
         for fqn, value in get_model_state_dict(self.module).items():
             own.add(
                 (self.name, fqn),
-                _itself(held.get(fqn), value),
+                value,
                 self._owner(owners, fqn, value),
                 constant=fqn in frozen,
+                holder=held[fqn].tensor if fqn in held else None,
             )
         items.keep(own)
         plain = all(isinstance(value, torch.Tensor) for value in own.values.values())
@@ -134,13 +147,6 @@ class ModulePart:
         if fqn in owners:
             return owners[fqn]
         return mesh_owner(value) if isinstance(value, DTensor) else Owner(self._rank)
-
-
-def _itself(held: torch.Tensor | None, value: object) -> object:
-    """What the module holds rather than a view of it: a DTensor's part counts only what is written to that very object."""
-    if isinstance(held, DTensor) and isinstance(value, DTensor) and Source(held).is_same(local_of(value)):
-        return held
-    return value
 
 
 def _frozen(module: nn.Module) -> dict[str, list[int]]:

@@ -52,24 +52,28 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def counters_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What counts how often it is written: of a DTensor, itself does, and its part what is written to that (``to_local``)."""
+    """What counts how often it is written: of a DTensor, itself does, and its part what is written to that (``to_local``).
+
+    A view of a tensor counts with it; one of a DTensor does, and its part does not.
+    """
     return (tensor, tensor._local_tensor) if isinstance(tensor, DTensor) else (tensor,)
 
 
 class Source:
     """A tensor to copy from. It stays good as long as ``is_same`` says so.
 
-    ``tensor`` is this rank's part of ``whole``. ``address`` is the start of its data; when ``flat``, they are the ``bytes``
-    that follow.
+    ``tensor`` is this rank's part of ``whole``, of which the training has ``holder``, if that is not the same object.
+    ``address`` is the start of its data; when ``flat``, they are the ``bytes`` that follow.
     """
 
-    def __init__(self, whole: torch.Tensor) -> None:
+    def __init__(self, whole: torch.Tensor, holder: torch.Tensor | None = None) -> None:
         self.tensor = tensor = local_of(whole)
-        self.counters = counters_of(whole)
         self.address = tensor.data_ptr()
         self._shape = tensor.shape
         self._stride = tensor.stride()
         self.bytes = tensor.numel() * tensor.element_size()
+        self._is_held = holder is not None and self.is_same(local_of(holder))
+        self.counters = counters_of(holder if holder is not None and self._is_held else whole)
         plain = not (tensor.is_conj() or tensor.is_neg())
         self.queued = gpu.is_queued(tensor)
         self.flat = tensor.device.type == "cpu" and plain and tensor.is_contiguous() and not self.queued
@@ -88,6 +92,12 @@ class Source:
             and tensor.shape == self._shape
             and tensor.dtype == self.tensor.dtype
         )
+
+    def is_held_by(self, holder: torch.Tensor | None) -> bool:
+        """Whether what counted writes to what it holds still does, as far as that is told."""
+        if holder is None or not self._is_held:
+            return True
+        return all(map(operator.is_, counters_of(holder), self.counters))
 
 
 @dataclass(frozen=True)

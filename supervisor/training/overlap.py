@@ -130,15 +130,15 @@ def owned_by(optimizers: Iterable[Optimizer]) -> set[tuple[int, int]]:
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
                 local = local_of(tensor)
-                if _is_known(local):
+                if can_wait(local) and local.numel():
                     owned.add(_place_of(local))
     return owned
 
 
-def _is_known(local: torch.Tensor) -> bool:
+def can_wait(local: torch.Tensor) -> bool:
     """Whether it can be copied behind a step: it counts how often it is written, and is where copies can be waited for."""
     is_here = local.device.type == "cpu" or gpu.is_queued(local)
-    return is_here and not local.is_inference() and local.numel() > 0
+    return is_here and not local.is_inference()
 
 
 def _place_of(local: torch.Tensor) -> tuple[int, int]:

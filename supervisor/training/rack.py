@@ -67,7 +67,7 @@ class Rack:
         """The slot, with this rank's files laid out. Raises OSError."""
         ahead = self._ahead.pop(directory, None)
         arenas = ahead.result() if ahead is not None else None
-        slot = Slot(arenas or [], [None] * len(layout.blobs))
+        slot = Slot(directory, arenas or [], [None] * len(layout.blobs))
         if not arenas or not slot.is_in_place:
             slot.arenas = new_arenas(directory, layout, self._device)
         self._slots[directory] = slot

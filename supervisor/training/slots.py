@@ -62,6 +62,7 @@ def _new_arena(path: Path, file: int, layout: Layout, made: list[Path]) -> Arena
 class Slot:
     """A slot that is laid out: its arenas, the blobs that it holds, and what is prepared for copying."""
 
+    directory: Path
     arenas: list[Arena | None]  # by file; None: this rank writes nothing there
     blobs: list[bytes | None]
     generation: object = None
@@ -70,6 +71,7 @@ class Slot:
     frozen: Moves = field(default_factory=Moves)
     stretches: list[list[TensorPlace]] = field(default_factory=list)  # where those are, side by side
     samples: Samples | None = None  # for the next copy of ``behind``, if they were chosen already
+    samples_of_frozen: Samples | None = None  # likewise
 
     @property
     def is_in_place(self) -> bool:

@@ -2,7 +2,7 @@
 
 The training's own stream is always idle: what is done there happens at once. The stream beside it does nothing before the training's
 stream has to wait for it, or the training itself does. So every copy that somebody forgot to wait for comes too late, and is
-found.
+found. So is what is queued beside without coming after what the training was marked to have been given.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class SlowGpu:
         self._running = threading.Lock()
         self._is_waited_for = threading.Event()
         self._thread = threading.local()
+        self._marked: object = None  # where the training's stream was marked last
+        self._come_after: object = None  # by the stream beside
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu, "is_queued", self.is_queued)
@@ -41,7 +43,8 @@ class SlowGpu:
         wait = Flight._wait
 
         def standing(flight: Flight, event: threading.Event) -> None:
-            self._is_waited_for.set()
+            if event is flight._over:
+                self._is_waited_for.set()
             wait(flight, event)
             self._is_waited_for.clear()
 
@@ -59,6 +62,7 @@ class SlowGpu:
         reached = threading.Event()
         if not self._is_beside:
             reached.set()
+            self._marked = reached
             return [(device, reached) for device in devices]
         marks = [(device, reached) for device in devices]
         if marks:
@@ -66,10 +70,11 @@ class SlowGpu:
         return marks
 
     def after(self, marks: Any) -> None:
-        if self._is_beside:
-            return
         for _, reached in marks:
-            self._run_until(reached)
+            if self._is_beside:
+                self._come_after = reached
+            else:
+                self._run_until(reached)
 
     def wait(self, marks: Any) -> None:
         for _, reached in marks:
@@ -95,6 +100,7 @@ class SlowGpu:
                 torch._foreach_copy_(places, tensors)
 
         if self._is_beside:
+            assert self._come_after is self._marked, "what the training's stream has to do is not waited for"
             self._queue.append(work)
             self.copied += len(places)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.training.harness import RankError, collect, launch, start
-from tests.training.programs.engine import drafted, tear
+from tests.training.programs.engine import drafted, save_and_load_after_an_evaluation, tear
 from tests.training.programs.trainings import Plan, train
 from tests.training.station import Station
 
@@ -99,6 +99,10 @@ def test_torn_on_one_rank_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -
     assert saved.count(torn[1]) == 1, "by the other rank"
     assert {step: saved.count(step) for step in saved if step > torn[1]}
     assert saved.count(14) == 2
+
+
+def test_after_an_evaluation_that_left_fsdp_in_one_piece(tmp_path: Path) -> None:
+    assert launch(save_and_load_after_an_evaluation, 2, str(tmp_path / "0")) == [True, True]
 
 
 def test_slots_made_ready_ahead_leave_a_snapshot_alone(tmp_path: Path) -> None:

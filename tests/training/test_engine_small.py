@@ -146,8 +146,8 @@ def test_frozen_weights_have_a_file_that_stays_the_same(tmp_path: Path) -> None:
     assert len(contents[0]) > 300 * 300 * 4
     with torch.no_grad():
         model[3].weight[5] = 7.0  # after all
-    run.run(2, lambda _: train(model, optimizer))
-    assert (run.torn, run.good) == ([5], [1, 2, 3, 4, 6])
+    run.run(1, lambda _: train(model, optimizer))
+    assert run.good == [1, 2, 3, 4, 5]
     assert (tmp_path / str(run.step % 3) / FROZEN).read_bytes() != contents[0]
 
 

@@ -30,7 +30,7 @@ class Copying:
         moves = Moves()
         for number, tensor in enumerate(self.tensors):
             moves.add(self.arena, Spot(number * SIZE * 4, None), Source(tensor))
-        self.flight = Flight(moves, Samples(moves, -1, 0), lambda: None, lambda: None)
+        self.flight = Flight(moves, Samples(moves, -1, 0), None, None)
         self._thread = threading.Thread(target=self.flight.run)
 
     def start(self) -> None:
@@ -55,7 +55,13 @@ def test_the_fence_queues_and_does_not_wait(tmp_path: Path, monkeypatch: pytest.
     one = Copying(tmp_path, monkeypatch)
     held: list[Any] = []
     with monkeypatch.context() as patch:  # a stream that has not got there yet
-        patch.setattr(gpu, "after", held.append)
+
+        def after(marks: Any) -> None:
+            held.append(marks)
+            if threading.current_thread() is not threading.main_thread():
+                one.gpu.after(marks)
+
+        patch.setattr(gpu, "after", after)
         one.queue()
         one.flight.release()
     assert held[-1] == one.flight._end, "what comes next on the training's stream is behind the copy"
@@ -155,7 +161,7 @@ def test_a_real_one(tmp_path: Path) -> None:
         offset += tensor.nbytes
     expected = [tensor.cpu() for tensor in tensors]
     for number in range(3):
-        flight = Flight(moves, Samples(moves, -1, number), lambda: None, lambda: None)
+        flight = Flight(moves, Samples(moves, -1, number), None, None)
         thread = threading.Thread(target=flight.run)
         thread.start()
         flight.release()
