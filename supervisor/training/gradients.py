@@ -15,7 +15,7 @@ A step inside ``torch.compile`` leaves no marks: there, all gradients are spent 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from supervisor.training.memory import Containers
 from supervisor.training.modules import sharded_in
 
 _grad: Final = operator.attrgetter("grad")
@@ -50,6 +51,7 @@ class Gradients:
         self.none_stepped = tuple(self.stepped)
         self._index = {id(optimizer): index for index, optimizer in enumerate(self._optimizers.values())}
         self._strangers: dict[int, Optimizer] = {}
+        self._sharded: dict[str, _Sharded] = {}
         self._handle = register_optimizer_step_post_hook(self._note)
 
     def pending(self) -> list[str]:
@@ -64,8 +66,18 @@ class Gradients:
             for optimizer in self._strangers.values()
             if _any_pending(_gradients_of(optimizer))
         ]
-        names += [name for name, module in self._modules.items() if _any_pending(_kept_by_fsdp(module))]
+        names += [
+            name
+            for name, module in self._modules.items()
+            if _any_pending(self._sharded_in(name, module).kept)
+        ]
         return list(dict.fromkeys(names))
+
+    def _sharded_in(self, name: str, module: nn.Module) -> _Sharded:
+        known = self._sharded.get(name)
+        if known is None or not known.is_all:
+            known = self._sharded[name] = _Sharded(module)
+        return known
 
     def close(self) -> None:
         """Stop watching."""
@@ -111,20 +123,33 @@ def _locals_of(tensors: list[torch.Tensor]) -> list[Any]:
     return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
 
 
-def _kept_by_fsdp(module: nn.Module) -> Iterator[torch.Tensor]:
-    """What FSDP2 has accumulated without reducing it. Private names; a torch without them has nothing to look at."""
-    for child in sharded_in(module):
-        state: Any = child._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:
-            groups = [group for group in (getattr(state, "_fsdp_param_group", None),) if group is not None]
-        for group in groups:
-            kept = [getattr(group, "_partial_reduce_output", None)]
-            for parameter in getattr(group, "fsdp_params", ()):
-                kept.append(getattr(parameter, "unsharded_accumulated_grad", None))
-                unsharded = getattr(parameter, "_unsharded_param", None)
-                kept.append(getattr(unsharded, "grad", None))
-            yield from (gradient for gradient in kept if isinstance(gradient, torch.Tensor))
+class _Sharded:
+    """What of a module FSDP2 shards, found once. Private names; a torch without them has nothing to look at."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._graph = Containers([part._modules for part in module.modules()])
+        self._groups: list[Any] = []
+        for child in sharded_in(module):
+            state: Any = child._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            self._groups += [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
+        self._parameters = [p for group in self._groups for p in getattr(group, "fsdp_params", ())]
+
+    @property
+    def is_all(self) -> bool:
+        """Whether the module has the same modules in it still."""
+        return self._graph.are_same()
+
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """What it has accumulated without reducing it."""
+        unsharded = map(getattr, self._parameters, repeat("_unsharded_param"), repeat(None))
+        kept = chain(
+            map(getattr, self._groups, repeat("_partial_reduce_output"), repeat(None)),
+            map(getattr, self._parameters, repeat("unsharded_accumulated_grad"), repeat(None)),
+            map(getattr, unsharded, repeat("grad"), repeat(None)),
+        )
+        return [gradient for gradient in kept if gradient is not None]
 
 
 def _any_pending(tensors: Iterable[torch.Tensor]) -> bool:

@@ -98,11 +98,11 @@ def untouched() -> Iterator[None]:
         restore(state)
 
 
-def devices_of(tensors: Iterable[torch.Tensor]) -> list[torch.device]:
+def devices_among(places: Iterable[torch.device]) -> list[torch.device]:
     """The accelerators a rank draws on: its current one, if it has begun to use it, and those its parameters are on."""
     if not torch.accelerator.is_available():
         return []
-    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+    devices = {device for device in places if device.type not in ("cpu", "meta")}
     cuda: Any = torch.cuda
     if cuda.is_available() and cuda.is_initialized():
         devices.add(torch.device("cuda", cuda.current_device()))

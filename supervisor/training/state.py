@@ -78,6 +78,8 @@ class TrainingState:
         self.buckets = Buckets(self.modules)
         self._rng: dict[str, Any] | None = None
         self._derive_rng = False
+        self._kept: list[Items] = []  # that were gathered last
+        self._of_parameters: set[torch.device] = set()
         rank = world.rank
         self.loaders: dict[str, LoaderState] = {}
         trees: list[Part] = []
@@ -114,8 +116,7 @@ class TrainingState:
         items = Items(self._world.rank, node=self._world.node)
         for part in self._parts:
             part.gather(items)
-        devices = rng.devices_of(p for module in self.modules.values() for p in module.parameters())
-        random, buckets, lost = rng.captured(devices), self.buckets.capture(), list(pending)
+        random, buckets, lost = rng.captured(self._devices(items)), self.buckets.capture(), list(pending)
 
         def own() -> dict[str, Any]:
             size = self._world.size
@@ -123,6 +124,14 @@ class TrainingState:
 
         items.add((OWN,), Deferred(own), Owner(self._world.rank))
         return items
+
+    def _devices(self, items: Items) -> list[torch.device]:
+        """Those that this rank draws on. Its parameters are asked where they are when some part is not as it was, only."""
+        if [*map(id, items.kept)] != [*map(id, self._kept)]:
+            self._kept = list(items.kept)
+            parameters = (p for module in self.modules.values() for p in module.parameters())
+            self._of_parameters = {parameter.device for parameter in parameters}
+        return rng.devices_among(self._of_parameters)
 
     def load(self, directory: Path) -> int:
         """Take over the state in ``directory``; returns its step. The random state follows with ``restore_rng``.
