@@ -16,7 +16,7 @@ import pytest
 from launch import cli
 from supervisor.model import CheckpointCommitted, CheckpointFailed, Resumed, SnapshotCompleted, State, Tier
 from tests.e2e.conftest import STEPS
-from tests.e2e.harness import Job, digests, python, torchrun
+from tests.e2e.harness import Job, digests, python
 from tests.stores.fixtures import WITH_S3
 from tests.stores.proxy import Fault, Proxy
 
@@ -34,21 +34,21 @@ def kept_listing(job: Job, *words: str) -> Any:
 
 
 def test_resume_from_s3_after_memory_is_lost(
-    job: Job, tmp_path: Path, undisturbed: dict[str, str], reached: Proxy, url: str
+    job: Job, tmp_path: Path, alone: dict[str, str], reached: Proxy, url: str
 ) -> None:
-    """A rank is killed, then the host's memory is gone: the same weights in the end."""
+    """The training is killed, then the host's memory is gone: the same weights in the end."""
     out = tmp_path / "out"
     options = (*EVERY, "--checkpoints", url)
     faults: list[dict[str, object]] = [
-        {"attempt": 0, "rank": 1, "step": 13, "kind": "SIGKILL"},
+        {"attempt": 0, "rank": 0, "step": 13, "kind": "SIGKILL"},
         {"attempt": 1, "rank": 0, "step": 17, "kind": "SIGKILL", "target": "supervisor"},
     ]
-    assert job.run(torchrun("--out", out), *options, faults=faults) == -9
+    assert job.run(python("--out", out), *options, faults=faults) == -9
     job.until_no_processes()
     durable = max(fact.step for fact in job.facts(CheckpointCommitted))
     shutil.rmtree(job.runtime)
-    assert job.run(torchrun("--out", out), *options, faults=faults) == 0, job.output
-    assert digests(out) == undisturbed
+    assert job.run(python("--out", out), *options, faults=faults) == 0, job.output
+    assert digests(out) == alone
     resumes = job.facts(Resumed)
     assert [fact.tier for fact in resumes] == [None, Tier.RAM, Tier.CHECKPOINT]
     assert resumes[-1].step >= durable

@@ -83,7 +83,7 @@ def test_without_a_session(job: Job) -> None:
 
 
 def test_a_limit_of_ones_own_is_for_a_step_whatever_goes_on_in_it(job: Job) -> None:
-    command = torchrun("--strike", "0:12:busy:600", script=STUCK)
+    command = torchrun("--strike", "0:12:busy:600", script=STUCK, ranks=1)
     assert job.run(command, *QUICK, "--hang", "3s") == 0, job.output
     failure, evidence = failure_of(job)
     assert failure.kind is FailureKind.HANG

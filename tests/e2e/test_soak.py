@@ -13,9 +13,9 @@ from benchmarks.soak import Count
 from tests.e2e import harness
 
 
-def test_25_failures_in_a_row_leave_nothing_behind() -> None:
+def test_15_failures_in_a_row_leave_nothing_behind() -> None:
     result = subprocess.run(
-        [sys.executable, "benchmarks/soak.py", "--light", "--kills", "25", "--seed", "3"],
+        [sys.executable, "benchmarks/soak.py", "--light", "--kills", "15", "--seed", "3"],
         cwd=harness.ROOT, env=harness.environment(), capture_output=True, text=True, check=False, timeout=230,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
