@@ -18,6 +18,7 @@ from launch.notices.metadata import ENVIRONMENT
 from supervisor.model import (
     AttemptEnded,
     AttemptStarted,
+    CheckpointCommitted,
     Effect,
     FailureKind,
     FirstStep,
@@ -206,8 +207,13 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
         words = ("checkpoints", "list", "--verify", "--json", "--dir", job.folder)
         environ = {**os.environ, **bucket.environment()}
         kept = json.loads(store.run(sys.executable, "-m", "launch.cli", *words, cwd=ROOT, env=environ))
-        assert [one["verified"] for one in kept] == [True] * 3
+        committed = {
+            fact.step for fact in job.facts(CheckpointCommitted)
+        }  # the newest wins: not each that was due
+        assert all(one["verified"] for one in kept)
+        assert {one["step"] for one in kept} <= committed
         assert kept[0]["step"] == STEPS
+        assert len(kept) in (2, 3)
         assert not list(job.folder.rglob("*.distcp"))
 
 
