@@ -80,8 +80,10 @@ def test_every_fault_one_after_the_other(job: Job, tmp_path: Path) -> None:
         (rejected,) = report["rejected"] if kind == "corrupt-checkpoint" else ("",)
         assert (rejected != "") is (report["resumed_from"] != "ram")
         assert not (job.folder / "rehearsal.json").exists()
-        for record in list_checkpoints(job.folder / "checkpoints"):
-            assert verify(record) == []
+        for record in list_checkpoints(
+            job.folder / "checkpoints"
+        ):  # one may go meanwhile: there are newer ones
+            assert verify(record) == [] or not Path(record.path).exists()
     report = reported(job, "notice")
     assert (report["recovered"], report["exit_code"], report["steps_lost"]) == (True, 75, 0), report
     assert job.wait() == 75

@@ -82,7 +82,7 @@ def test_three_kills_in_a_row_are_answered_by_the_standby(
 
 
 def test_a_standby_that_is_killed_is_replaced_and_disturbs_nothing(job: Job, tmp_path: Path) -> None:
-    job.start(torchrun("--out", tmp_path / "out", *SLOW), *SNAPSHOTS)
+    job.start(torchrun("--out", tmp_path / "out", *SLOW, ranks=1), *SNAPSHOTS)
     first = ready(job, 1)
     workers(job, 1)[0].kill()
     job.until_fact(StandbyReady, lambda fact: fact.time > first.time)
@@ -99,26 +99,28 @@ def test_a_standby_that_is_killed_is_replaced_and_disturbs_nothing(job: Job, tmp
 
 def test_a_standby_that_is_not_ready_yet_makes_way(job: Job, tmp_path: Path) -> None:
     """Killed on its way to the gate, with the attempt beside it: a cold start, of the same number."""
-    job.start(torchrun("--out", tmp_path / "out", *SLOW), *SNAPSHOTS)
+    job.start(torchrun("--out", tmp_path / "out", *SLOW, ranks=1), *SNAPSHOTS)
     job.until_fact(FirstStep)
     job.until(lambda: workers(job, 1) or None)  # type: ignore[type-var,arg-type]
     workers(job, 0)[0].kill()
     job.until_fact(FirstStep, lambda fact: fact.attempt == 1)
     assert job.record.restarts == 1
-    assert len(workers(job, 1)) == 2
+    assert len(workers(job, 1)) == 1
     job.signal(signal.SIGTERM)
     assert job.wait() == 75, job.output
     job.until_no_processes()
 
 
 def test_the_standby_dies_with_its_supervisor(job: Job, tmp_path: Path) -> None:
-    job.start(torchrun("--out", tmp_path / "out", *SLOW), *SNAPSHOTS)
+    job.start(torchrun("--out", tmp_path / "out", *SLOW, ranks=1), *SNAPSHOTS)
     ready(job, 1)
-    assert len(workers(job, 1)) == 2
+    assert len(workers(job, 1)) == 1
     job.signal(signal.SIGKILL)
     assert job.wait() == -9
     job.until_no_processes()
-    job.start(torchrun("--out", tmp_path / "out", *SLOW), *SNAPSHOTS)  # the number that the standby bore
+    job.start(
+        torchrun("--out", tmp_path / "out", *SLOW, ranks=1), *SNAPSHOTS
+    )  # the number that the standby bore
     recovered(job, 1, standby=False)
     job.signal(signal.SIGTERM)
     assert job.wait() == 75, job.output
@@ -212,13 +214,13 @@ assert int(effective[0], 16) == 0
 assert os.geteuid() or len(sys.argv) == 2
 with harness.job(Path(sys.argv[1]) / "job") as job:
     job.standby = t.STANDBY
-    job.start(t.torchrun("--out", Path(sys.argv[1]) / "out", *t.SLOW), *t.SNAPSHOTS)
+    job.start(t.torchrun("--out", Path(sys.argv[1]) / "out", *t.SLOW, ranks=1), *t.SNAPSHOTS)
     t.ready(job, 1)
     waiting = t.workers(job, 1)
-    assert [os.sched_getscheduler(p.pid) for p in waiting] == [os.SCHED_BATCH] * 2
+    assert [os.sched_getscheduler(p.pid) for p in waiting] == [os.SCHED_BATCH]
     score = lambda pid: Path(f"/proc/{pid}/oom_score_adj").read_text()
-    assert [score(p.pid) for p in [*waiting, waiting[0].parent()]] == ["1000\\n"] * 3
-    t.workers(job, 0)[1].kill()
+    assert [score(p.pid) for p in [*waiting, waiting[0].parent()]] == ["1000\\n"] * 2
+    t.workers(job, 0)[0].kill()
     t.recovered(job, 1, standby=True)
     for process in [*waiting, waiting[0].parent()]:
         assert score(process.pid) == score("self")
