@@ -29,6 +29,7 @@ from supervisor.training.modules import sharded_in
 
 _grad: Final = operator.attrgetter("grad")
 _version: Final = operator.attrgetter("_version")
+_UNKNOWN: Final = object()
 _SPENT: Final = "_everstep_spent"  # on a gradient: the version with which an optimizer stepped
 
 
@@ -134,6 +135,8 @@ class _Sharded:
             groups = getattr(state, "_fsdp_param_groups", None)
             self._groups += [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
         self._parameters = [p for group in self._groups for p in getattr(group, "fsdp_params", ())]
+        self._cast = [p for p in self._parameters if getattr(p, "reduce_dtype", _UNKNOWN) is not None]
+        self._unsharded: list[Any] = []
 
     @property
     def is_all(self) -> bool:
@@ -142,14 +145,22 @@ class _Sharded:
 
     @property
     def kept(self) -> list[torch.Tensor]:
-        """What it has accumulated without reducing it."""
-        unsharded = map(getattr, self._parameters, repeat("_unsharded_param"), repeat(None))
+        """What it has accumulated without reducing it: of a group, cast to the dtype it is reduced in, or as it came."""
         kept = chain(
             map(getattr, self._groups, repeat("_partial_reduce_output"), repeat(None)),
-            map(getattr, self._parameters, repeat("unsharded_accumulated_grad"), repeat(None)),
-            map(getattr, unsharded, repeat("grad"), repeat(None)),
+            map(getattr, self._cast, repeat("unsharded_accumulated_grad"), repeat(None)),
+            map(getattr, self._whole(), repeat("grad"), repeat(None)),
         )
         return [gradient for gradient in kept if gradient is not None]
+
+    def _whole(self) -> list[Any]:
+        """The parameters in one piece. Each is made in the first forward that needs it, and is the same ever after."""
+        known = self._unsharded
+        if not known or getattr(self._parameters[0], "_unsharded_param", None) is not known[0]:
+            self._unsharded = known = [getattr(p, "_unsharded_param", None) for p in self._parameters]
+            if any(one is None for one in known):
+                self._unsharded = []  # until all are there
+        return known
 
 
 def _any_pending(tensors: Iterable[torch.Tensor]) -> bool:

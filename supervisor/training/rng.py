@@ -6,6 +6,7 @@ It is restored last, when the Session yields its first step: everything before m
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import random
 import sys
@@ -98,9 +99,15 @@ def untouched() -> Iterator[None]:
         restore(state)
 
 
+@functools.cache
+def _has_accelerators() -> bool:
+    """Whether there are any; asking takes a while, at each save point, and none is added to a process later."""
+    return torch.accelerator.is_available()
+
+
 def devices_among(places: Iterable[torch.device]) -> list[torch.device]:
     """The accelerators a rank draws on: its current one, if it has begun to use it, and those its parameters are on."""
-    if not torch.accelerator.is_available():
+    if not _has_accelerators():
         return []
     devices = {device for device in places if device.type not in ("cpu", "meta")}
     cuda: Any = torch.cuda

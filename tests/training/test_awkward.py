@@ -63,6 +63,11 @@ def test_fsdp_that_accumulates_without_synchronising(tmp_path: Path) -> None:
     assert [weights for _, weights in results] == [weights for _, weights in expected]
 
 
+def test_what_fsdp_keeps_is_found_in_the_dtype_it_is_reduced_in_and_in_parts_used_late() -> None:
+    (found,) = launch(awkward.fsdp_pending, 1)
+    assert found == [["model"], [], [], ["model"], []]
+
+
 def test_gradients_that_nobody_uses_keep_nothing_waiting(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)

@@ -9,6 +9,21 @@ import torch.distributed as dist
 from torch import nn
 
 from supervisor.training import Session
+from supervisor.training.gradients import Gradients
+
+
+class Two(nn.Module):
+    """Two modules, one of them at a time."""
+
+    def __init__(self, first: nn.Module, late: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+        self.late = late
+
+    def forward(self, inputs: torch.Tensor, part: str) -> torch.Tensor:
+        module: nn.Module = getattr(self, part)
+        outputs: torch.Tensor = module(inputs)
+        return outputs
 
 
 class Wrapper:
@@ -98,6 +113,35 @@ def fsdp_without_sync(dir: str, steps: int = 9, stop: int | None = None) -> Any:
                 optimizer.step()
                 optimizer.zero_grad()
     return first, model.weight.to_local().tolist()
+
+
+def fsdp_pending() -> list[list[str]]:
+    """What is pending in FSDP2 that reduces in another dtype, and uses a part of itself from the second step on only."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("gloo")
+    wide = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model: Any = Two(fully_shard(nn.Linear(4, 4), mp_policy=wide), fully_shard(nn.Linear(4, 4)))
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradients = Gradients({"optimizer": optimizer}, {"model": model})
+    found = []
+    for parts, reduces in (
+        (["first"], False),
+        (["first"], True),
+        (["first", "late"], True),
+        (["late"], False),
+        (["late"], True),
+    ):
+        model.set_requires_gradient_sync(reduces)
+        for part in parts:
+            model(torch.randn(2, 4), part).float().pow(2).mean().backward()
+        if reduces:
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(gradients.pending())
+    gradients.close()
+    return found
 
 
 def momentum(dir: str, steps: int) -> Any:  # noqa: A002
