@@ -23,11 +23,24 @@ from supervisor.training.reader import Stored
 from supervisor.training.state import TrainingState
 from supervisor.training.world import World
 
-__all__ = ["Training", "World", "copied", "free_port", "ours", "restored", "timed", "together"]
+__all__ = [
+    "Found",
+    "Training",
+    "World",
+    "copied",
+    "free_port",
+    "in_turn",
+    "ours",
+    "restored",
+    "timed",
+    "together",
+]
 
 WIDTH = 1024
 SMALL = 833  # layers: 1,666 parameters, 4,998 tensors beside step counters
-Stalls = list[float]
+Found = dict[str, list[float]]
+Step = Callable[[bool], tuple[float, float] | None]
+_BLOCK = 2  # steps in a row that count
 dcp: Any = torch.distributed.checkpoint
 
 
@@ -95,10 +108,36 @@ def _state_of(training: Training, world: World) -> TrainingState:
     return TrainingState({"model": training.model, "optimizer": training.optimizer}, {}, world)
 
 
+def in_turn(step: Step, rounds: int, *, warm_up: int) -> Found:
+    """Blocks of steps with a save at the end of each and blocks without any, in turn, as a machine gets faster and slower.
+
+    ``step`` takes one, saves at its end if told to, and returns the seconds that this call took and those for which its
+    optimizer waited for the save before; or None where it does not count. What follows a step of the other kind is left
+    out. Returns *stall*, *step*, *cpu* (seconds, of steps with saves) and *plain* and *plain cpu* (of those without).
+    """
+    found: Found = {"stall": [], "step": [], "cpu": [], "plain": [], "plain cpu": []}
+    plan = [True] * warm_up + ([True] * (1 + _BLOCK) + [False] * (1 + _BLOCK)) * -(-rounds // _BLOCK)
+    before, called, at = False, 0.0, 0
+    while at < len(plan):
+        saves, counts = plan[at], at > warm_up and plan[at] == before
+        begun, cpu = time.perf_counter(), time.process_time()
+        took = step(saves)
+        if took is None:
+            continue
+        call, waited = took
+        if at > warm_up + 1 and before and plan[at - 2]:
+            found["stall"].append(called + waited)
+        if counts:
+            found["step" if saves else "plain"].append(time.perf_counter() - begun)
+            found["cpu" if saves else "plain cpu"].append(time.process_time() - cpu)
+        before, called, at = saves, call, at + 1
+    return found
+
+
 def ours(
     training: Training, world: World, root: Path, rounds: int, *, behind: bool
-) -> tuple[dict[str, Stalls], Stalls]:
-    """Stalls, times of whole steps and CPU seconds of each; and the stall of the first snapshot."""
+) -> tuple[Found, list[float]]:
+    """What ``in_turn`` finds; and the stall of the first snapshot."""
     state = _state_of(training, world)
     gradients = Gradients(state.optimizers, state.modules)
     completed = 0
@@ -121,48 +160,43 @@ def ours(
 
     if writer._behind._fence is not None:
         writer._behind._fence._wait = at_fence
-    found: dict[str, Stalls] = {"stall": [], "step": [], "cpu": []}
-    first: Stalls = []
-    good = 0
+    first: list[float] = []
     outcomes: list[object] = []
     number = 0
-    while good < 6 + rounds:
+
+    def save_point(slot: Path) -> None:  # as a Session's
+        pending = gradients.pending()
+        asked = writer.ask(gather, behind=behind)
+        *_, asked = world.agreed(completed, [bool(pending), 1, 0, asked])
+        writer.write(slot, gather, outcomes.append, behind=behind, agreed=asked)
+
+    def step(saves: bool) -> tuple[float, float] | None:
+        nonlocal completed, number
         fence[0] = 0.0
-        begun, cpu = time.perf_counter(), time.process_time()
         training.step()
         completed += 1
         writer.poll()
         outcomes.clear()
         together()
-        slot = root / str(number % 3)
-
-        def save_point(slot: Path = slot) -> None:  # as a Session's
-            pending = gradients.pending()
-            asked = writer.ask(gather, behind=behind)
-            *_, asked = world.agreed(completed, [bool(pending), 1, 0, asked])  # noqa: B023
-            writer.write(slot, gather, outcomes.append, behind=behind, agreed=asked)
-
-        call = timed(save_point)
+        if not saves:
+            return 0.0, fence[0]
+        call = timed(lambda: save_point(root / str(number % 3)))
         if any(isinstance(outcome, Exception) for outcome in outcomes):
             raise RuntimeError(str(outcomes))
         if not first:
             first.append(call)
         if None in outcomes:  # the files are being made
-            continue
+            return None
         number += 1
-        good += 1
-        if good > 5:
-            found["stall"].append(call)
-            found["step"].append(time.perf_counter() - begun)
-            found["cpu"].append(time.process_time() - cpu)
-        if good > 6:
-            found["stall"][-2] += fence[0]  # of the snapshot before
+        return call, fence[0]
+
+    found = in_turn(step, rounds, warm_up=5)
     writer.close()
     gradients.close()
-    return {figure: values[:-1] for figure, values in found.items()}, first
+    return found, first
 
 
-def copied(training: Training, rounds: int) -> Stalls:
+def copied(training: Training, rounds: int) -> list[float]:
     """One copy of every tensor into memory that was touched before."""
     tensors = [local_of(p).detach() for p in training.model.parameters()]
     tensors += [local_of(v) for s in training.optimizer.state.values() for v in s.values()]
@@ -171,7 +205,7 @@ def copied(training: Training, rounds: int) -> Stalls:
     return _in_rounds(lambda: [ctypes.memmove(*move) for move in moves], rounds)
 
 
-def _in_rounds(action: Callable[[], object], rounds: int) -> Stalls:
+def _in_rounds(action: Callable[[], object], rounds: int) -> list[float]:
     """How long it takes, all ranks at the same time, after a first one that does not count."""
     found = []
     for _ in range(1 + rounds):
@@ -180,7 +214,7 @@ def _in_rounds(action: Callable[[], object], rounds: int) -> Stalls:
     return found[1:]
 
 
-def restored(training: Training, world: World, slot: Path, rounds: int) -> dict[str, Stalls]:
+def restored(training: Training, world: World, slot: Path, rounds: int) -> Found:
     """Loading a snapshot into the training's own tensors."""
     items = _state_of(training, world).gather(1).whole()
     targets = {k: v.detach() for k, v in items.values.items() if isinstance(v, torch.Tensor)}

@@ -74,6 +74,7 @@ class _File:
 
 
 _Piece = tuple[_File, int, int, int]  # file, its offset, address in memory, bytes
+_Shards = dict[object, torch.Size | None]  # by layout, where this rank's part begins; None where it has none
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class DirectReader(FileSystemReader):
         reads: list[tuple[torch.Tensor, _File, int]] = []
         with contextlib.ExitStack() as stack:
             files: dict[str, _File] = {}
-            shards: dict[object, torch.Size] = {}
+            shards: _Shards = {}
             for key, target in targets.items():
                 entry = self._metadata.state_dict_metadata.get(key)
                 part = _part_of(target, entry, shards)
@@ -196,9 +197,7 @@ class DirectReader(FileSystemReader):
         return _Stored(*found, shape, dtype, part)
 
 
-def _part_of(
-    target: object, entry: object, shards: dict[object, torch.Size]
-) -> tuple[torch.Tensor, torch.Size] | None:
+def _part_of(target: object, entry: object, shards: _Shards) -> tuple[torch.Tensor, torch.Size] | None:
     """This rank's part of a tensor, and where in the whole it begins, if a stored piece like it can be read to where it lies.
 
     ``shards``: where those begin that were asked for before, as finding that out takes longer than all the rest.
@@ -207,13 +206,14 @@ def _part_of(
         return None
     if type(target) not in (torch.Tensor, torch.nn.Parameter, DTensor) or target.shape != entry.size:
         return None
-    local, offsets = local_of(target), torch.Size([0] * len(entry.size))
+    local = local_of(target)
+    offsets: torch.Size | None = torch.Size([0] * len(entry.size))
     if isinstance(target, DTensor):
-        if target.device_mesh.get_coordinate() is None:
-            return None
-        laid_out = target.shape, target.placements, target.device_mesh
+        mesh = target.device_mesh
+        laid_out = target.shape, target.placements, id(mesh)  # the targets keep it alive
         if laid_out not in shards:
-            shards[laid_out] = torch.Size(offsets_of(target))
+            takes_part = mesh.get_coordinate() is not None
+            shards[laid_out] = torch.Size(offsets_of(target)) if takes_part else None
         offsets = shards[laid_out]
     fits = (
         local.device.type == "cpu"
@@ -221,7 +221,7 @@ def _part_of(
         and not (local.is_conj() or local.is_neg())
         and local.dtype == entry.properties.dtype
     )
-    return (local, offsets) if fits else None
+    return (local, offsets) if fits and offsets is not None else None
 
 
 def _pool() -> ThreadPoolExecutor:

@@ -97,14 +97,11 @@ def read_metadata(directory: FilePath, may_lack: Callable[[str], bool] = lambda 
     sizes: dict[str, int | None] = {}
     for info in metadata.storage_data.values():
         name = info.relative_path
-        if (
-            not isinstance(name, str)
-            or FilePath(name).name != name
-            or name in ("", ".", "..")
-            or "\0" in name
-        ):
+        if not isinstance(name, str):
             raise CheckpointError(f"{directory / '.metadata'} leads out of the checkpoint: {name!r}")
         if name not in sizes:
+            if FilePath(name).name != name or name in ("", ".", "..") or "\0" in name:
+                raise CheckpointError(f"{directory / '.metadata'} leads out of the checkpoint: {name!r}")
             sizes[name] = None
             if not may_lack(name) or (directory / name).exists():
                 sizes[name] = _patiently(directory / name, (directory / name).lstat).st_size
