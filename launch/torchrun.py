@@ -96,6 +96,7 @@ _KEPT = (
     _Option("log-dir"),
     _Option("redirects", short="-r"),
     _Option("tee", short="-t"),
+    _Option("log-line-prefix-template"),
     _Option("local-ranks-filter"),
     _Option("duplicate-stdout-filters"),
     _Option("duplicate-stderr-filters"),
@@ -105,6 +106,7 @@ _KEPT = (
     _Option("shutdown-timeout"),
     _Option("virtual-local-rank", takes=False),
 )
+_ALONE = (_Option("help", short="-h", takes=False), _Option("print-completion"))  # torchrun runs nothing then
 DEFAULT_PORT = 29400  # torchrun's for a rendezvous
 _OUTPUT = ("redirects", "tee", "logs-specs")
 
@@ -116,14 +118,28 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"torchrun: {message}")
 
 
+class _RunsNothing(argparse.Action):
+    """What torchrun does at once, and then ends."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        name = next(name for name in self.option_strings if name.startswith("--"))
+        raise UsageError(
+            f"`torchrun {name}` runs nothing: give it to torchrun itself; everstep's own options are told by `everstep run --help`"
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="torchrun", argument_default=argparse.SUPPRESS)
-    for option in _OWNED + _FORMS + _KEPT:
+    parser = _Parser(prog="torchrun", argument_default=argparse.SUPPRESS, add_help=False)
+    for option in _OWNED + _FORMS + _KEPT + _ALONE:
         # as torchrun registers them: the short form, then dashes, then underscores
         names = [option.short] * bool(option.short) + [f"--{option.name}"]
         if "-" in option.name:
             names.append(f"--{option.key}")
-        if option.takes:
+        if option in _ALONE:
+            parser.add_argument(
+                *names, dest=option.key, action=_RunsNothing, nargs=None if option.takes else 0
+            )
+        elif option.takes:
             parser.add_argument(*names, dest=option.key, choices=option.choices or None)
         else:
             parser.add_argument(*names, dest=option.key, action="store_true")
@@ -137,10 +153,6 @@ def parse(words: Sequence[str], environ: Mapping[str, str]) -> Torchrun:
 
     Values that only torchrun can judge (``--nproc-per-node``, ``--role``, …) are left to torchrun.
     """
-    if words and words[0] in ("-h", "--help"):
-        raise UsageError(
-            "torchrun's own options are told by `torchrun --help`; everstep's by `everstep run --help`"
-        )
     known, unknown = _parser().parse_known_args(list(words))
     given: dict[str, object] = vars(known)
     odd = [word for word in unknown if not (word.startswith("--") and "=" in word)]

@@ -65,6 +65,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--no_python bash -c true", Form.COMMAND, "bash", "-c true", ""),
         ("--run-path --no-python train.py", Form.RUN_PATH, "train.py", "", ""),
         ("-r 3 -t1 --log_dir l train.py", Form.SCRIPT, "train.py", "", "--log-dir=l --redirects=3 --tee=1"),
+        (
+            "-t3 --log_line_prefix_template ${hostname}:${rank}: train.py",
+            Form.SCRIPT,
+            "train.py",
+            "",
+            "--tee=3 --log-line-prefix-template=${hostname}:${rank}:",
+        ),
         ("--virtual-local-rank pkg", Form.SCRIPT, "pkg", "", "--virtual-local-rank"),
         (
             "--role r --start_method fork train.py",
@@ -151,6 +158,8 @@ def test_other_ways_to_torchrun(command: list[str], path: str) -> None:
         ("torchrun", "torchrun: no script given"),
         ("torchrun --nproc-per-node=2", "torchrun: no script given"),
         ("torchrun --help", "`torchrun --help`"),
+        ("torchrun --nproc-per-node=2 -h", "`torchrun --help`"),
+        ("torchrun --print-completion zsh", "`torchrun --print-completion` runs nothing"),
         ("torchrun none.py", "script none.py does not exist"),
         ("torchrun -m", "no script given"),
         ("torchrun -m a-b", "not a module's name"),
