@@ -6,6 +6,7 @@ import ctypes
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,17 @@ def _state_of(training: Training, world: World) -> TrainingState:
     return TrainingState({"model": training.model, "optimizer": training.optimizer}, {}, world)
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A step. All in seconds: the call that saved, waiting for the save before, the whole of it, its CPU."""
+
+    saves: bool
+    call: float
+    waited: float
+    seconds: float
+    cpu: float
+
+
 def in_turn(step: Step, rounds: int, *, warm_up: int) -> Found:
     """Blocks of steps with a save at the end of each and blocks without any, in turn, as a machine gets faster and slower.
 
@@ -115,22 +127,22 @@ def in_turn(step: Step, rounds: int, *, warm_up: int) -> Found:
     optimizer waited for the save before; or None where it does not count. What follows a step of the other kind is left
     out. Returns *stall*, *step*, *cpu* (seconds, of steps with saves) and *plain* and *plain cpu* (of those without).
     """
-    found: Found = {"stall": [], "step": [], "cpu": [], "plain": [], "plain cpu": []}
     plan = [True] * warm_up + ([True] * (1 + _BLOCK) + [False] * (1 + _BLOCK)) * -(-rounds // _BLOCK)
-    before, called, at = False, 0.0, 0
-    while at < len(plan):
-        saves, counts = plan[at], at > warm_up and plan[at] == before
+    taken: list[_Taken] = []
+    while len(taken) < len(plan):
         begun, cpu = time.perf_counter(), time.process_time()
-        took = step(saves)
-        if took is None:
+        saves = plan[len(taken)]
+        if (took := step(saves)) is not None:
+            taken.append(_Taken(saves, *took, time.perf_counter() - begun, time.process_time() - cpu))
+    found: Found = {"stall": [], "step": [], "cpu": [], "plain": [], "plain cpu": []}
+    del taken[:warm_up]
+    for before, this, after in zip(taken, taken[1:], taken[2:] + taken[-1:], strict=False):
+        if this.saves != before.saves:
             continue
-        call, waited = took
-        if at > warm_up + 1 and before and plan[at - 2]:
-            found["stall"].append(called + waited)
-        if counts:
-            found["step" if saves else "plain"].append(time.perf_counter() - begun)
-            found["cpu" if saves else "plain cpu"].append(time.process_time() - cpu)
-        before, called, at = saves, call, at + 1
+        if this.saves:
+            found["stall"].append(this.call + after.waited)
+        found["step" if this.saves else "plain"].append(this.seconds)
+        found["cpu" if this.saves else "plain cpu"].append(this.cpu)
     return found
 
 

@@ -97,11 +97,9 @@ def read_metadata(directory: FilePath, may_lack: Callable[[str], bool] = lambda 
     sizes: dict[str, int | None] = {}
     for info in metadata.storage_data.values():
         name = info.relative_path
-        if not isinstance(name, str):
+        if not isinstance(name, str) or (name not in sizes and not _is_bare(name)):
             raise CheckpointError(f"{directory / '.metadata'} leads out of the checkpoint: {name!r}")
         if name not in sizes:
-            if FilePath(name).name != name or name in ("", ".", "..") or "\0" in name:
-                raise CheckpointError(f"{directory / '.metadata'} leads out of the checkpoint: {name!r}")
             sizes[name] = None
             if not may_lack(name) or (directory / name).exists():
                 sizes[name] = _patiently(directory / name, (directory / name).lstat).st_size
@@ -117,6 +115,11 @@ def read_metadata(directory: FilePath, may_lack: Callable[[str], bool] = lambda 
         }
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     return metadata
+
+
+def _is_bare(name: str) -> bool:
+    """Whether it names a file of the directory itself."""
+    return FilePath(name).name == name and name not in ("", ".", "..") and "\0" not in name
 
 
 def _check_stamps(directory: FilePath, metadata: Metadata, sizes: Mapping[str, int]) -> None:
