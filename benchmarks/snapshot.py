@@ -9,7 +9,7 @@ that was touched before. *CPU* is what a rank's process used for a step, its thr
 own for the writing uses more than that).
 
 Every row is measured by processes of its own, under a deadline: one that fails or hangs is said to, and the rest goes on; so
-does what there is no time left for. Medians over the rounds, worst rank. Below each table stands which goals are met.
+does what there is no time left for, and torchsnapshot unless it is installed. Medians over the rounds, worst rank. Below each table stands which goals are met.
 
     python benchmarks/snapshot.py [--quick] [--gb 0.25 1 2] [--rounds 5] [--only 1|2|small|frozen]
 """
@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -30,6 +32,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -107,6 +110,17 @@ def asynchronous(training: Training, case: Case, folder: Path, kind: Any, *, sha
     return stock(training, case.rounds, lambda state: dcp.async_save(state, checkpoint_id=folder, **options))
 
 
+def torchsnapshots(training: Training, case: Case, folder: Path) -> Found:
+    """``torchsnapshot.Snapshot.async_take``."""
+    peer: Any = importlib.import_module("torchsnapshot")
+
+    def save(state: dict[str, Any]) -> Any:
+        taken = peer.Snapshot.async_take(str(folder), {"state": peer.StateDict(**state)})
+        return SimpleNamespace(result=taken.wait)
+
+    return stock(training, case.rounds, save)
+
+
 def own(training: Training, case: Case, root: Path) -> dict[str, Found]:
     """Ours, its limits, and reading back what it wrote."""
     rounds = case.rounds * (10 if case.small else 1)  # of short steps
@@ -132,6 +146,8 @@ def measured(row: str, training: Training, case: Case, root: Path, rank: int) ->
     if row == "dcp.save":
         save = dcp.save
         return {row: stock(training, case.rounds, lambda s: save(s, checkpoint_id=folder) and None)}
+    if row == PEER:
+        return {row: torchsnapshots(training, case, folder)}
     kind = AsyncCheckpointerType.THREAD if row.endswith("thread") else process
     return {row: asynchronous(training, case, folder, kind, shared="shared" in row)}
 
@@ -140,6 +156,7 @@ OURS = "ours"
 BEST = "dcp.async_save, process, shared memory"  # of the stock ones, by far
 ROWS = [OURS, BEST, "dcp.save", "torch.save", "dcp.async_save, thread", "dcp.async_save, process"]
 FEW = ROWS[:3]  # of what takes long
+PEER = "torchsnapshot, async_take"  # where it is installed
 LARGE = 1  # gigabytes
 
 
@@ -240,7 +257,7 @@ def report(case: Case, rows: dict[str, Found | str]) -> None:
         line = f"{name:40}"
         if stalls := values.get("stall"):
             middle = statistics.median(stalls)
-            less = f"{middle / best:.0f}× less" if best and "save" in name else ""
+            less = f"{middle / best:.0f}× less" if best and name in (*ROWS, PEER) else ""
             line += f"{middle * 1e3:10.2f}{min(stalls) * 1e3:9.2f}{max(stalls) * 1e3:9.2f}{less:>11}"
         if values.get("step"):
             step, plain, cpu, least = (
@@ -317,7 +334,10 @@ def main() -> None:
     for case in chosen:
         rows: dict[str, Found | str] = {}
         load = os.getloadavg()[0]
-        for row in FEW if case.gigabytes >= LARGE else ROWS:
+        for row in [*(FEW if case.gigabytes >= LARGE else ROWS), PEER]:
+            if row == PEER and importlib.util.find_spec("torchsnapshot") is None:
+                rows[row] = "left out: pip install torchsnapshot"
+                continue
             print(f"  {case}: {row} …", file=sys.stderr, flush=True)
             patience = options.deadline * max(1, case.gigabytes) * (3 if row == OURS else 1)
             left = min(patience, end - time.monotonic())
