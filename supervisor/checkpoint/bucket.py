@@ -231,9 +231,14 @@ class _Patience:
 class Feed:
     """The parts of the files of one drain, at the pace allowed, until it is told to stop."""
 
-    def __init__(self, pace: Pace | None, stopped: Callable[[], bool]) -> None:
+    def __init__(self, pace: Pace | None, cancelled: Callable[[], bool]) -> None:
         self._pace = pace
-        self._stopped = stopped
+        self._cancelled = cancelled
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Give no more parts."""
+        self._stopped = True
 
     async def parts(self, file: Path, size: int, part: int, hasher: Hasher) -> AsyncIterator[bytes]:
         """The bytes of ``file``, hashed. Raises StorageError when it has not ``size`` bytes, CancelledError."""
@@ -253,9 +258,11 @@ class Feed:
         except OSError as error:
             raise StorageError(f"reading {file} failed: {error.strerror}") from None
         try:
-            while data := await asyncio.to_thread(read, fd):
-                if self._stopped():
+            while True:
+                if self._stopped or self._cancelled():
                     raise CancelledError(f"the drain of {file} was cancelled")
+                if not (data := await asyncio.to_thread(read, fd)):
+                    break
                 done += len(data)
                 if self._pace is not None:
                     await asyncio.sleep(self._pace.spend(len(data)))
@@ -288,11 +295,17 @@ def run(
     return asyncio.run(watched())
 
 
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, in order; the first error ends the others before it is raised."""
+async def together(work: Iterable[Coroutine[Any, Any, T]], *, settling: float = 0.0) -> list[T]:
+    """All results, in order; the first error ends the others before it is raised.
+
+    They may take ``settling`` seconds to end by themselves: a server may yet carry out a request that is given up.
+    """
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return await asyncio.gather(*tasks)
+    except StorageError:
+        await asyncio.wait(tasks, timeout=settling)
+        raise
     finally:
         for task in tasks:
             task.cancel()

@@ -33,6 +33,7 @@ from supervisor.errors import CheckpointError, ConfigError, StorageError
 
 FILES_AT_ONCE: Final = 2
 _PROBE: Final = 20.0  # seconds at most
+_SETTLING: Final = 1.0  # seconds for requests in the air to be answered, once the drain has failed
 _CLEANING: Final = 2.0  # seconds for removing what a failed drain has written
 LARGEST_MARKER: Final = 4096  # bytes
 
@@ -133,13 +134,17 @@ class ObjectWriter:
 
         async def one(name: str) -> FileEntry:
             async with limit:
-                fence()
-                return await self._bucket.upload(
-                    f"{directory}/{name}", source / name, sizes[name], self._key, feed
-                )
+                try:
+                    fence()
+                    return await self._bucket.upload(
+                        f"{directory}/{name}", source / name, sizes[name], self._key, feed
+                    )
+                except BaseException:
+                    feed.stop()
+                    raise
 
         names = sorted(sizes, key=lambda name: (-sizes[name], name))
-        return dict(zip(names, await together(map(one, names)), strict=True))
+        return dict(zip(names, await together(map(one, names), settling=_SETTLING), strict=True))
 
     async def commit(self, directory: str, manifest: bytes, marker: bytes) -> None:
         """Put the manifest if there is none, and take the marker away, which must be ``marker`` still."""

@@ -150,6 +150,28 @@ def test_a_drain_is_cancelled_at_once_whatever_the_server_does(
 
 
 @ON_EVERY_CLOUD
+def test_what_was_asked_of_the_server_before_a_drain_was_cancelled_does_not_stay_behind(
+    storage: ObjectStorage, source: Path, reached: Proxy
+) -> None:
+    """The server carries out a request whether its client still waits for the answer or not."""
+    late = Fault("late", only=rb"PUT \S+__0_0")
+    reached.set(late)
+
+    def cancelled() -> bool:
+        if late.seen.is_set():
+            late.let_go.set()
+        return late.seen.is_set()
+
+    with pytest.raises(CancelledError):
+        storage.drain(source, origin(7), cancelled=cancelled)
+    assert late.answered.wait(10)
+    reached.set(None)
+    assert isinstance(storage.where, Remote)
+    left = obstore.list(connect(storage.where, LIMITS)).collect()
+    assert [entry["path"] for entry in left] == [f"step-000000007/{PARTIAL_NAME}"]
+
+
+@ON_EVERY_CLOUD
 def test_what_a_killed_drain_left_is_swept_by_its_owner_only(
     storage: ObjectStorage, source: Path, reached: Proxy
 ) -> None:

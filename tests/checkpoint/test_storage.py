@@ -177,10 +177,10 @@ def test_a_cancelled_drain_leaves_nothing(place: Place, source: Path) -> None:
 
     with pytest.raises(CancelledError):
         storage.drain(source, origin(8), cancelled=cancelled, bandwidth=4e6)
-    left = place.names() - before
-    assert left <= {
-        f"step-000000008/{PARTIAL_NAME}"
-    }  # in an object store the marker stays until the next start
+    # an object store keeps the marker until the next start, and may yet carry out what it had been asked before
+    if left := place.names() - before:
+        assert f"step-000000008/{PARTIAL_NAME}" in left
+        assert all(name.startswith("step-000000008/") for name in left)
     assert steps(storage) == [7]
     storage.sweep(OWNER)
     assert place.names() == before

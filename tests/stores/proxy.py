@@ -22,9 +22,10 @@ _AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 @dataclass
 class Fault:
-    """``kind``: hang, reset, status (an HTTP ``status``), cut (after ``after`` bytes of a request), slow, deaf.
+    """``kind``: hang, reset, status (an HTTP ``status``), cut (after ``after`` bytes of a request), slow, deaf, late.
 
-    ``deaf`` lets the server do what is asked and never tells the client.
+    ``deaf`` lets the server do what is asked and never tells the client; ``late`` has it carried out only ``delay`` after
+    ``let_go``, and even if the client has given it up.
     """
 
     kind: str
@@ -34,6 +35,9 @@ class Fault:
     after: int = 1 << 20
     rate: float = 1e6  # bytes a second, of all connections of kind slow together
     seen: threading.Event = field(default_factory=threading.Event)
+    delay: float = 0.3  # seconds
+    let_go: threading.Event = field(default_factory=threading.Event)
+    answered: threading.Event = field(default_factory=threading.Event)  # by the server, of kind late
 
 
 class Proxy:
@@ -112,6 +116,9 @@ class Proxy:
             if fault.kind == "deaf":
                 self._whisper(client, data)
                 return
+            if fault.kind == "late":
+                self._hold_back(client, data, fault)
+                return
             if fault.kind == "cut" and passed + len(data) > fault.after:
                 server.sendall(data[: max(0, fault.after - passed)])
                 return
@@ -140,6 +147,19 @@ class Proxy:
                 server.sendall(more)
                 left -= len(more)
             server.recv(1 << 16)
+
+    def _hold_back(self, client: socket.socket, data: bytes, fault: Fault) -> None:
+        left = _left(data)
+        while left > 0 and (more := client.recv(1 << 16)):
+            data += more
+            left -= len(more)
+        fault.let_go.wait(30)
+        self._closing.wait(fault.delay)
+        with socket.create_connection(self._target) as server:
+            server.sendall(data)
+            answer = server.recv(1 << 16)
+            fault.answered.set()
+            client.sendall(answer)
 
     def _refuse(self, client: socket.socket, data: bytes, status: int) -> None:
         left = _left(data)
