@@ -22,7 +22,7 @@ from supervisor.training.bindings import Bindings
 from supervisor.training.collecting import without_collection
 from supervisor.training.copies import Node, index_of_node
 from supervisor.training.items import Items
-from supervisor.training.moves import TINY, Spot
+from supervisor.training.moves import Spot
 from supervisor.training.planning import ArenaPlanner, ArenaStorage, Layout, spots
 from supervisor.training.world import World
 from supervisor.training.writer import described, mark_of, portable, put_index, save_with_dcp
@@ -54,7 +54,7 @@ def draft(
     found: list[Draft] = []
 
     def waits(tensor: torch.Tensor) -> bool:
-        return tensor.nbytes > TINY and (tensor.data_ptr(), tensor.nbytes) in owned
+        return (tensor.data_ptr(), tensor.nbytes) in owned
 
     def fill(layout: Layout) -> None:
         found.append(Draft(layout, Bindings(layout, items), spots(layout)))

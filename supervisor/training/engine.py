@@ -49,7 +49,7 @@ from supervisor.training.flight import Work
 from supervisor.training.frozen import Frozen, stretches
 from supervisor.training.items import Items, settled
 from supervisor.training.layout import OutgrownError
-from supervisor.training.moves import TINY, Spot, local_of
+from supervisor.training.moves import Spot, local_of
 from supervisor.training.overlap import Helper, owned_by
 from supervisor.training.planning import Layout, file_names
 from supervisor.training.rack import Rack
@@ -291,9 +291,8 @@ class ArenaWriter:
         others: Placed = []
         for placed in bindings.sources:
             place, source = placed
-            is_worth_it = source.bytes > TINY or source.queued  # which is never waited for
             if (source.address, source.bytes) in owned:
-                (mine if is_worth_it else others).append(placed)
+                mine.append(placed)
             else:
                 (frozen if place.key in self._frozen else others).append(placed)
         slot.behind, slot.now = slot.moves_of(mine, self._spots), slot.moves_of(others, self._spots)

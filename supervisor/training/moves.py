@@ -27,8 +27,6 @@ from supervisor.training import gpu
 from supervisor.training.arena import Arena
 
 SMALL: Final = 1 << 16  # bytes; whatever is shorter
-#: bytes; copying as many costs less than seeing to it that they do not change meanwhile
-TINY: Final = 1 << 12
 _VECTORS: Final = 1024  # that Linux takes at once
 _SAME_SIZE: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

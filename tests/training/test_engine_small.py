@@ -61,7 +61,8 @@ def test_all_of_them_tiny(tmp_path: Path) -> None:
     run = Run(tmp_path, model=model, optimizer=optimizer)
     run.run(5, lambda _: train(model, optimizer))
     assert run.good == list(range(1, 6))
-    assert run.behind == run.hasty == 2  # there is nothing to copy behind the step, but looks to take
+    assert run.behind == 3
+    assert run.hasty == 2  # once all slots are laid out
 
 
 def test_tensors_that_always_move_cost_the_others_nothing(engine: Engine, tmp_path: Path) -> None:
