@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from supervisor.training import moves
 from supervisor.training.layout import OutgrownError, PlainBlobs, blob, is_plain, new_blob, pickled
 from supervisor.training.memory import Places
+from tests.training.overlapping import AdamW, Run, net, one_thread, train
 from tests.training.test_engine import Engine, engine
-from tests.training.test_engine_overlap import AdamW, Run, net, one_thread, train
 
 __all__ = ["engine", "one_thread"]
 
