@@ -24,10 +24,12 @@ import torch
 from supervisor.edge import kernel
 from supervisor.training import gpu
 from supervisor.training.layout import OutgrownError
-from supervisor.training.moves import Moves, versions, write_vectors
+from supervisor.training.moves import Moves, Numbers, versions, write_vectors
 
-_SAMPLES: Final = 64  # tensors
-_QUEUED: Final = 8  # on GPUs, where each costs a copy of its own
+_WEIGHTS: Final = 512  # that are looked at
+_OTHERS: Final = 64  # of an optimizer's tensors, which nothing but the optimizer has a reason to write
+_QUEUED_WEIGHTS: Final = 32  # on GPUs, where each costs a copy of its own
+_QUEUED_OTHERS: Final = 8
 _WINDOW: Final = 64  # bytes of each
 
 #: what is done on the copying thread, and tells what is wrong, if anything is
@@ -39,9 +41,10 @@ OUTGROWN: Final = "a value has outgrown its place"
 
 
 class Samples:
-    """A few bytes of each of a few tensors: as they were when they were noted, and as they were copied.
+    """A few bytes of each weight, and of some other tensors: as they were when they were noted, and as they were copied.
 
-    Where to look is laid out ahead. ``number`` tells where: other tensors, or other bytes of them, each time.
+    Where there are many, of some all over the model: what swaps all weights is found each time. Where to look is laid out
+    ahead. ``number`` tells where: other tensors, or other bytes of them, each time.
     """
 
     def __init__(self, moves: Moves, scratch: int, number: int) -> None:
@@ -52,8 +55,8 @@ class Samples:
         self._size = 0
         self._here = array("Q")
         self._there: list[tuple[int, int]] = []
-        for turn in range(min(_SAMPLES, len(flat))):
-            to, source, size = flat[(number * _SAMPLES + turn) % len(flat)]
+        for turn, chosen in enumerate(_chosen(moves.flat_numbers, number, _WEIGHTS, _OTHERS)):
+            to, source, size = flat[chosen]
             window = min(_WINDOW, size)
             at = (number * 2654435761 + turn) % (size - window + 1)
             self._here.extend((source + at, window))
@@ -83,11 +86,21 @@ class Samples:
         return any(not torch.equal(noted, there) for noted, _, there in self._of_gpu)
 
 
+def _chosen(numbers: Numbers, turn: int, weights: int, others: int) -> list[int]:
+    """At most so many of each, evenly spread; in every ``turn`` others, and all of them in turn."""
+
+    def spread(all_: list[int], most: int) -> list[int]:
+        step = max(1, -(-len(all_) // most))
+        return all_[turn % step :: step]
+
+    return spread(numbers.weights, weights) + spread(numbers.others, others)
+
+
 def _samples_of_gpu(moves: Moves, number: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Of each: where to note it, where it is, and where it is copied to."""
     queued, pairs = moves.queued, []
-    for turn in range(min(_QUEUED, len(queued))):
-        place, view = queued[(number * _QUEUED + turn) % len(queued)]
+    for turn, chosen in enumerate(_chosen(moves.queued_numbers, number, _QUEUED_WEIGHTS, _QUEUED_OTHERS)):
+        place, view = queued[chosen]
         where = number * 2654435761 + turn
         if view.is_conj() or view.is_neg():
             continue

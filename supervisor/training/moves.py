@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from supervisor.training import gpu
@@ -61,7 +62,8 @@ class Source:
     """A tensor to copy from. It stays good as long as ``is_same`` says so.
 
     ``tensor`` is this rank's part of ``whole``, of which the training has ``holder``, if that is not the same object.
-    ``address`` is the start of its data; when ``flat``, they are the ``bytes`` that follow.
+    ``address`` is the start of its data; when ``flat``, they are the ``bytes`` that follow. A *weight* is what a module computes
+    with, not what an optimizer keeps beside it.
     """
 
     def __init__(self, whole: torch.Tensor, holder: torch.Tensor | None = None) -> None:
@@ -72,6 +74,7 @@ class Source:
         self.bytes = tensor.numel() * tensor.element_size()
         self._is_held = holder is not None and self.is_same(local_of(holder))
         self.counters = counters_of(holder if holder is not None and self._is_held else whole)
+        self.is_weight = isinstance(self.counters[0], nn.Parameter)
         plain = not (tensor.is_conj() or tensor.is_neg())
         self.queued = gpu.is_queued(tensor)
         self.flat = tensor.device.type == "cpu" and plain and tensor.is_contiguous() and not self.queued
@@ -118,12 +121,27 @@ class _Row:
 
 
 @dataclass
+class Numbers:
+    """Places in a list: those of weights, and those of all else."""
+
+    weights: list[int] = field(default_factory=list)
+    others: list[int] = field(default_factory=list)
+
+    def add(self, source: Source) -> None:
+        """The next one is of ``source``."""
+        number = len(self.weights) + len(self.others)
+        (self.weights if source.is_weight else self.others).append(number)
+
+
+@dataclass
 class Moves:
     """What to copy into arenas, to be given in the order of the files. Holds on to the tensors it copies from."""
 
     tensors: list[torch.Tensor] = field(default_factory=list)
     counters: list[torch.Tensor] = field(default_factory=list)  # of their versions
     flat: list[tuple[int, int, int]] = field(default_factory=list)  # to, from, bytes; of those on the CPU
+    flat_numbers: Numbers = field(default_factory=Numbers)
+    queued_numbers: Numbers = field(default_factory=Numbers)
     _arenas: set[Arena] = field(
         default_factory=set
     )  # which stay mapped as long as there are addresses in them
@@ -150,11 +168,13 @@ class Moves:
             place = arena.view(spot.offset, tuple(source.view.shape), source.view.dtype)
             if source.queued:
                 self.devices.add(source.view.device)
+                self.queued_numbers.add(source)
             (self._queued_places if source.queued else self._places).append(place)
             (self._queued_views if source.queued else self._views).append(source.view)
             return
         move = arena.address + spot.offset, source.address, source.bytes
         self.flat.append(move)
+        self.flat_numbers.add(source)
         if source.bytes < SMALL:
             self._small.append((arena, spot, source))
         else:

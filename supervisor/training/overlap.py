@@ -1,7 +1,7 @@
 """Copying behind the next step: when that is safe, and how it is noticed when it was not.
 
 Parameters and optimizer state change in ``optimizer.step()`` and nowhere else. So a copy of them that starts at a save
-point may run on behind the next forward and backward (tiny ones are not worth it), until any optimizer is about to step: torch calls a
+point may run on behind the next forward and backward, until any optimizer is about to step: torch calls a
 global hook there, the *fence*, and the fence waits for the copy. Weights that are not trained are copied after that
 (``frozen``): under an adapter they are nearly all there is. Buffers, schedulers, averages of weights, plain values and
 random state keep no such rule; they are copied while the training stands at the save point.
@@ -14,8 +14,9 @@ through ``.data`` between the save point and the fence, forwards that renormalis
 - *Proof first.* The first time that holds, the snapshot is still copied at once, and at the next fence the tensors are
   compared, bit for bit, with what was copied. If they differ, something changes them outside the fence, and this rank
   copies at once for good.
-- *Samples.* A few bytes of each tensor (of 64 of them in turn, where there are more) are noted at the save point, and must
-  be the same in what was copied. That finds what writes whole tensors around the counters, though it be seldom.
+- *Samples.* A few bytes of each weight, and of some of the optimizers' tensors, are noted at the save point, and must be the
+  same in what was copied. (Of more than 512 weights, or 32 on a GPU, every second one, or third, all in turn.) That finds who swaps the
+  weights for others around the counters, and swaps them back before the fence, though it be seldom.
 - *Versions.* Every in-place operation on a tensor counts up ``tensor._version`` (but neither fused optimizers nor writes
   through ``.data`` do: hence the fence). The versions at the save point are compared when the copy is over (``flight``). If
   they differ the snapshot is torn: it is discarded, that is said, and this rank copies at once for good. What it wrote has no

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from supervisor.training.flight import Flight, Samples
 from tests.training.overlapping import AdamW, Run, net, one_thread, slow, train
+from tests.training.slow_gpu import SlowGpu
 
 __all__ = ["one_thread", "slow"]
 
@@ -74,6 +75,45 @@ def test_weights_changed_outside_later_tear_the_copy_and_end_it(
     assert run.good == [1, 2, 3, 4, 6, 7, 8]
     assert run.behind == 3
     assert capsys.readouterr().err.count("outside of optimizer.step()") == 1
+
+
+@pytest.mark.parametrize("layers", [60, 280])
+def test_weights_swapped_for_others_and_back_around_the_counters(
+    layers: int, slow: SlowGpu | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As evaluations with averaged weights do; with so many tensors that not all are looked at."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 40), *(nn.Linear(40, 40) for _ in range(layers)))
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+    swapped, fly = threading.Event(), Flight.run
+    swapped.set()
+
+    def late(flight: Flight) -> None:
+        swapped.wait()
+        fly(flight)
+
+    monkeypatch.setattr(Flight, "run", late)
+
+    def one(step: int) -> None:
+        if step == 5:
+            own = [parameter.data.clone() for parameter in model.parameters()]
+            for parameter in model.parameters():
+                parameter.data.zero_()
+            swapped.set()
+            pending = run.writer._behind._pending
+            assert pending is not None
+            assert pending.flight._all_queued.wait(60)
+            for parameter, data in zip(model.parameters(), own, strict=True):
+                parameter.data.copy_(data)
+        train(model, optimizer)
+        if step == 4:
+            swapped.clear()
+
+    run.run(7, one)
+    assert run.behind > 2
+    assert sorted(run.good + run.torn) == list(range(1, 8))
+    assert run.torn in ([5], [] if slow else [5])  # what is queued late finds its own weights again
 
 
 def test_renormalised_embeddings(tmp_path: Path) -> None:
