@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from supervisor.edge.control import ControlPage, Word
-from supervisor.edge.jobdir import MEMBER, OWNER, JobFile
+from supervisor.edge.jobdir import JobFile
 from supervisor.edge.link import control_folder, page_path
+from supervisor.edge.runtimes import MEMBER, OWNER
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from supervisor.bringing import bring, is_left_behind
 from supervisor.config import Options
-from supervisor.edge import jobdir, journal
+from supervisor.edge import jobdir, journal, runtimes, sweeping
 from supervisor.edge.console import Console
 from supervisor.ledger import Ledger
 from supervisor.model import State
@@ -58,9 +58,9 @@ class Charge:
             self._console.say(f"the command line has changed; it was: {' '.join(before)}")
         with self._taken() as (file, ledger):
             runtime = Path(file.runtime)
-            jobdir.lay_out_runtime(runtime, self._job.path, file.epoch, engine)
-            jobdir.sweep_runtimes(runtime)
-            yield file, ledger
+            with runtimes.lay_out(runtime, self._job.path, file.epoch, engine):
+                sweeping.sweep(runtime)
+                yield file, ledger
 
     @contextlib.contextmanager
     def _taken(self) -> Iterator[tuple[jobdir.JobFile, Ledger]]:

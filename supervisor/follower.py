@@ -19,7 +19,7 @@ from supervisor.company import BEAT, Team, peer_copies
 from supervisor.config import Options
 from supervisor.decide import classify, restart
 from supervisor.decide.fencing import Isolation
-from supervisor.edge import clock, jobdir, processes
+from supervisor.edge import clock, jobdir, processes, runtimes
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.errors import EverstepError, JobError
@@ -63,8 +63,8 @@ class Follower:
         file = job.read()
         if file is None or file.run_id != order.run_id:
             raise JobError(f"{job.path} is not the directory that the leader has: all nodes must share it")
-        self._runtime = jobdir.make_runtime(order.run_id, self._joining.report.name)
-        jobdir.lay_out_runtime(self._runtime, job.path, order.epoch, engine, follows=True)
+        self._runtime = runtimes.make(order.run_id, self._joining.report.name)
+        self._lock = runtimes.lay_out(self._runtime, job.path, order.epoch, engine, follows=True)
         self._key = Key.from_environment()
         self._ledger = PrivateLedger()
         self._snapshots = SharedSnapshots(
@@ -127,7 +127,7 @@ class Follower:
             await self._hand.close()
             await channel.close()
             if not keep:
-                jobdir.remove_runtime(self._runtime)
+                runtimes.remove(self._runtime)
                 await self._warden.acknowledge()
 
     def _think(self) -> tuple[int | None, bool] | None:

@@ -23,7 +23,7 @@ from supervisor.companions import Outcome, Turn
 from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide import classify, restart
-from supervisor.edge import clock, jobdir, processes, threads
+from supervisor.edge import clock, jobdir, processes, runtimes, threads
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
 from supervisor.engine import Engine
@@ -102,7 +102,7 @@ class Node:
         swept = await self._stores.sweep()
         record = self._ledger.record
         self._ledger.add(run_started(self._options, self._program, self._file.epoch))
-        if not jobdir.is_in_memory(self._runtime):
+        if not self._runtime.is_relative_to(runtimes.SHM):
             self._console.say(f"/dev/shm is too small: snapshots go to {self._runtime}")
         for notice in (*self._program.notices, vigil.describe(self._options)):
             self._console.say(notice)
@@ -129,7 +129,7 @@ class Node:
             await channel.close()
         await self._view.close()
         if not self._unsaved:
-            jobdir.remove_runtime(self._runtime)
+            runtimes.remove(self._runtime)
         code = restart.exit_code(verdict.action, self._stopping.requested)
         self._ledger.add(RunEnded(time=clock.now(), exit_code=code, reason=verdict.reason))
         self._console.say(verdict.reason)

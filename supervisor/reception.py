@@ -166,7 +166,7 @@ class Reception:
         elif seat.rank == 0:  # any other failure is alike on all ranks
             self._save_failed(step, reason, self._snapshots.abandon(step, reason))
 
-    def _save_failed(self, step: int, reason: str, moved: str | None = None) -> None:
+    def _save_failed(self, step: int, reason: str, moved: Path | None = None) -> None:
         self._savepoints.failed(step, reason)
         self._attempt.offer_slot(self._snapshots.offer())
         elsewhere = f"; its slot lies in {moved} from now on" if moved else ""

@@ -16,7 +16,7 @@ from supervisor.company import Team
 from supervisor.config import Options
 from supervisor.decide.membership import Size
 from supervisor.decide.restart import EXIT_AGAIN
-from supervisor.edge import clock, jobdir, processes, secret
+from supervisor.edge import clock, jobdir, processes, runtimes, secret
 from supervisor.edge.console import Console
 from supervisor.edge.store import address as addresses
 from supervisor.edge.store.address import StoreAddress
@@ -202,7 +202,7 @@ class Several:
                 except LeadGivenUpError as error:
                     self._console.say(str(error))
                     if error.saved:
-                        jobdir.remove_runtime(Path(file.runtime))
+                        runtimes.remove(Path(file.runtime))
                         await self._warden.acknowledge()
                     return EXIT_AGAIN
                 except LeadershipLostError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from supervisor.checkpoint import slots
 from supervisor.checkpoint.manifest import Key
-from supervisor.edge import arenas, clock, jobdir
+from supervisor.edge import arenas, clock, runtimes
 from supervisor.edge.control import SLOTS
 from supervisor.errors import CheckpointError, EverstepError
 from supervisor.model import Fact, SnapshotCompleted
@@ -105,13 +105,13 @@ class Snapshots:
         """Move the slot to disk if memory has no room for what it is going to hold."""
         size = arenas.largest(self._slots)  # also of one that was given up: it still takes its memory
         short = arenas.lacking(self._slots[slot], size)
-        if short is None or (place := jobdir.move_slot_to_disk(self._slots[slot])) is None:
+        if short is None or (place := runtimes.move_slot_to_disk(self._slots[slot])) is None:
             return
         if not self._moved:
             missing, room = (value / 1e9 for value in short)
             self._report(
                 f"memory has no room for {SLOTS} snapshots ({missing:.2f} GB more are needed, {room:.2f} GB are there): "
-                f"what does not fit lies in {Path(place).parent} from now on"
+                f"what does not fit lies in {place.parent} from now on"
             )
         self._moved = True
 
@@ -214,7 +214,7 @@ class Snapshots:
         )
         return True
 
-    def abandon(self, step: int, reason: str) -> str | None:
+    def abandon(self, step: int, reason: str) -> Path | None:
         """``step`` could not be written: another slot is offered next, and this one moves from memory to disk.
 
         Returns where to; None where it lies on disk already, or where such a move was said before.
@@ -223,7 +223,7 @@ class Snapshots:
         self.failure = f"the snapshot of step {step} failed: {reason}"
         if self._offered is not None:
             self._failed, self._offered = self._offered, None
-        moved = None if self._failed is None else jobdir.move_slot_to_disk(self._slots[self._failed])
+        moved = None if self._failed is None else runtimes.move_slot_to_disk(self._slots[self._failed])
         said, self._moved = self._moved, self._moved or moved is not None
         return None if said else moved
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.edge import clock, jobdir, memory
+from supervisor.edge import clock, memory, runtimes
 from supervisor.model import Fact
 from supervisor.snapshots import Ranks, Snapshots
 
@@ -108,7 +108,7 @@ def test_what_memory_has_no_room_for_goes_to_disk_and_that_is_said_once(
     said: list[str] = []
     runtime = Path(tempfile.mkdtemp(dir="/dev/shm"))
     try:
-        jobdir.lay_out_runtime(runtime, runtime)
+        runtimes.lay_out(runtime, runtime)
         snapshots = Snapshots(runtime, run_id="run", key=None, fact=lambda fact: None, report=said.append)
         for step in range(1, 7):
             slot = snapshots.offer()
@@ -124,7 +124,7 @@ def test_what_memory_has_no_room_for_goes_to_disk_and_that_is_said_once(
         assert newest is not None
         assert newest[1].step == 6
     finally:
-        jobdir.remove_runtime(runtime)
+        runtimes.remove(runtime)
     assert not runtime.exists()
 
 
@@ -132,7 +132,7 @@ def test_what_one_takes_is_known_from_one_that_was_given_up(monkeypatch: pytest.
     """The memory that it takes is still taken: the next one would find none."""
     runtime = Path(tempfile.mkdtemp(dir="/dev/shm"))
     try:
-        jobdir.lay_out_runtime(runtime, runtime)
+        runtimes.lay_out(runtime, runtime)
         snapshots = Snapshots(runtime, run_id="run", key=None, fact=lambda fact: None)
         slot = snapshots.offer()
         assert slot is not None
@@ -143,4 +143,4 @@ def test_what_one_takes_is_known_from_one_that_was_given_up(monkeypatch: pytest.
         assert another not in (slot, None)
         assert (runtime / "slots" / str(another)).is_symlink()
     finally:
-        jobdir.remove_runtime(runtime)
+        runtimes.remove(runtime)

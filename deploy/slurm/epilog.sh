@@ -8,7 +8,7 @@ for place in /dev/shm "${TMPDIR:-/tmp}"; do
         [ "$(cat "$runtime/engine" 2>/dev/null)" = "slurm $SLURM_JOB_ID" ] || continue
         for slot in "$runtime"slots/*; do # one for which memory had no room lies in the temporary directory
             target=$(readlink "$slot") || continue
-            case $target in */"everstep-$SLURM_JOB_UID-slot-"*) rm -rf -- "$target" ;; esac
+            case $target in */"everstep-$SLURM_JOB_UID-slot@"*) rm -rf -- "$target" ;; esac
         done
         rm -rf -- "$runtime"
     done

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from supervisor.edge import memory
+from supervisor.edge import memory, mounts
 from supervisor.edge.control import SLOTS
 from supervisor.edge.files import free_bytes
-from supervisor.edge.jobdir import is_in_memory
 
 MARGIN: Final = 1 / 8  # of the memory that is available: left to the training
 
@@ -50,10 +49,10 @@ def measure(runtime: Path, supervisor: int | None) -> Arenas | None:
     if not any(size for size, _ in sizes):
         return None
     on_disk = sum(
-        held for folder, (_, held) in zip(folders, sizes, strict=True) if not is_in_memory(folder.resolve())
+        held for folder, (_, held) in zip(folders, sizes, strict=True) if not mounts.is_in_memory(folder)
     )
     return Arenas(
-        place=str(runtime.parent.parent) if is_in_memory(runtime) else str(runtime),
+        place=str(runtime.parent.parent) if mounts.is_in_memory(runtime) else str(runtime),
         slots=SLOTS,
         slot=max(size for size, _ in sizes),
         held=sum(held for _, held in sizes) - on_disk,
@@ -65,9 +64,9 @@ def measure(runtime: Path, supervisor: int | None) -> Arenas | None:
 
 def lacking(slot: Path, size: int) -> tuple[int, int] | None:
     """What a slot of ``size`` bytes in memory still needs there and what there is for it, if that is less; else None."""
-    if not is_in_memory(slot.resolve()):
-        return None
     try:
+        if not mounts.is_in_memory(slot):
+            return None
         missing = size - _size(slot)[1]
         room = free_bytes(slot)
     except OSError:

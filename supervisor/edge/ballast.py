@@ -14,10 +14,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from supervisor.edge import memory
+from supervisor.edge import memory, mounts
 from supervisor.edge.files import free_bytes
 
-_IN_MEMORY = ("tmpfs", "ramfs")
 _LOOK = 0.02  # seconds between two looks at what is free
 _LEAST = 4096  # bytes that are worth taking
 
@@ -85,15 +84,4 @@ def used_by_others(folder: Path) -> list[Path]:
 def would_take_memory(folder: Path, size: int) -> bool:
     """Whether ``size`` bytes there would be more than half of the memory that is left."""
     available = memory.available()
-    return _kind_of(folder) in _IN_MEMORY and available is not None and size > available / 2
-
-
-def _kind_of(folder: Path) -> str:
-    """``tmpfs``, ``ext4``, …; empty when nobody knows."""
-    device = os.stat(folder).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[2] == number:
-            return fields[fields.index("-") + 1]
-    return ""
+    return mounts.is_in_memory(folder) and available is not None and size > available / 2

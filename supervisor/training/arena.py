@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from supervisor.edge import huge, memory
+from supervisor.edge import huge, memory, mounts
 from supervisor.edge.arenas import MARGIN
 from supervisor.training import gpu
 
@@ -80,7 +80,7 @@ def _check_room(path: Path, size: int, missing: int) -> None:
     What the others have allocated already is not asked for again.
     """
     room = memory.available()
-    if room is None or not path.resolve().is_relative_to("/dev/shm"):
+    if room is None or not mounts.is_in_memory(path):
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     others = (ranks - 1) * size - _held_beside(path)
@@ -101,7 +101,7 @@ def _held_beside(path: Path) -> int:
 
 def _allocate(fd: int, path: Path, size: int) -> None:
     try:
-        if os.fstat(fd).st_blocks == 0 and path.resolve().is_relative_to("/dev/shm"):
+        if os.fstat(fd).st_blocks == 0 and mounts.is_in_memory(path):
             huge.allocate(fd, size)
         os.posix_fallocate(fd, 0, size)
     except OSError:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from supervisor.edge import huge
+from supervisor.edge import huge, mounts
 from supervisor.training.copies import offsets_of
 from supervisor.training.layout import tensor_archive
 from supervisor.training.moves import local_of
@@ -51,7 +51,7 @@ class _File:
         status = os.fstat(self.fd)
         # a file with holes could be too large for what is left of its file system
         whole = 0 < status.st_size <= status.st_blocks * 512
-        in_memory = path.resolve().is_relative_to("/dev/shm")
+        in_memory = mounts.is_in_memory(path)
         self._mapping = huge.Mapping(self.fd, status.st_size) if whole and in_memory else None
 
     def read(self, offset: int, address: int, size: int) -> None:

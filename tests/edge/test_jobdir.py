@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from supervisor.edge import jobdir
+from supervisor.edge import runtimes
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.errors import JobError, StorageError
 
@@ -52,7 +50,7 @@ def test_epochs_grow_and_an_older_owner_is_fenced(tmp_path: Path) -> None:
         job.fence(second.epoch)
     runtime = Path(second.runtime)
     assert runtime.stat().st_mode & 0o777 == 0o700
-    jobdir.remove_runtime(runtime)
+    runtimes.remove(runtime)
 
 
 def test_another_script_is_refused_by_name(tmp_path: Path) -> None:
@@ -61,7 +59,7 @@ def test_another_script_is_refused_by_name(tmp_path: Path) -> None:
         file = job.open_epoch("train.py", [])
         with pytest.raises(JobError, match=r"holds the job of train\.py, not of other\.py"):
             job.open_epoch("other.py", [])
-    jobdir.remove_runtime(Path(file.runtime))
+    runtimes.remove(Path(file.runtime))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1}'])
@@ -86,58 +84,3 @@ def test_a_place_that_cannot_be_a_directory(tmp_path: Path) -> None:
             pass
     with pytest.raises(JobError, match="/proc/everstep"), JobDirectory(Path("/proc/everstep")).claim():
         pass
-
-
-def test_runtimes_of_jobs_that_are_gone_are_swept_and_others_kept(tmp_path: Path) -> None:
-    root = tmp_path / "everstep"
-    jobs = {name: JobDirectory(tmp_path / name) for name in ("mine", "gone", "moved", "there")}
-    for name, job in jobs.items():
-        runtime = root / name
-        runtime.mkdir(parents=True)
-        (runtime / "job").write_text(str(job.path))
-        if name != "gone":
-            job.path.mkdir()
-            elsewhere = runtime if name != "moved" else root / "elsewhere"
-            job.file.write_text(json.dumps(dict(
-                run_id="a", runtime=str(elsewhere), epoch=1, identity="x", command=[], created=0.0, format=1
-            )))  # fmt: skip
-    for name, hours in (("not ours", 0), ("forgotten", 2), ("not empty", 2)):
-        (root / name).mkdir()
-        (root / name / "file").write_text("") if name == "not empty" else None
-        os.utime(root / name, 2 * (time.time() - hours * 3600,))
-    jobdir.sweep_runtimes(root / "mine")
-    assert sorted(path.name for path in root.iterdir()) == ["mine", "not empty", "not ours", "there"]
-
-
-@pytest.mark.parametrize(
-    ("host", "epoch", "kept"),
-    [
-        ("elsewhere", 2, False),  # a later supervisor has gone on without it
-        ("elsewhere", 1, True),  # its own epoch: another node of the same run wrote the job file
-        (socket.gethostname(), 2, True),  # about to be used here
-        ("", 2, True),  # nobody says where
-    ],
-)
-def test_what_a_job_left_on_a_host_before_it_went_to_another_is_swept(
-    tmp_path: Path, host: str, epoch: int, kept: bool
-) -> None:
-    job = JobDirectory(tmp_path / "job")
-    job.path.mkdir()
-    runtime = tmp_path / "everstep" / "left"
-    jobdir.lay_out_runtime(runtime, job.path, epoch=1, engine="slurm 4711")
-    assert (runtime / "engine").read_text() == "slurm 4711"
-    job.file.write_text(json.dumps(dict(
-        run_id="a", runtime=str(runtime), epoch=epoch, identity="x", command=[], created=0.0, format=1, host=host
-    )))  # fmt: skip
-    jobdir.sweep_runtimes(tmp_path / "everstep" / "mine")
-    assert runtime.exists() is kept
-
-
-def test_a_slot_on_disk_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
-    runtime = tmp_path / "runtime"
-    jobdir.lay_out_runtime(runtime, tmp_path)
-    (runtime / "slots" / "1").rmdir()
-    (runtime / "slots" / "1").symlink_to(tmp_path / "swept")
-    jobdir.lay_out_runtime(runtime, tmp_path)
-    assert (runtime / "slots" / "1").is_dir()
-    assert not (runtime / "slots" / "1").is_symlink()

@@ -20,7 +20,7 @@ from supervisor.checkpoint.directory import SLOT_NAME
 from supervisor.checkpoint.manifest import MANIFEST_NAME, Origin
 from supervisor.checkpoint.storage import LocalStorage, Owner
 from supervisor.decide.retention import RetentionPolicy, to_remove
-from supervisor.edge import jobdir
+from supervisor.edge import runtimes
 from supervisor.errors import EverstepError, StorageError
 from supervisor.resume import Resume, Sources, choose
 from supervisor.snapshots import Ranks, Snapshots
@@ -67,7 +67,7 @@ class Supervisor:
         self._staging = Staging(root / "runtime", root)
         self.storage = LocalStorage(root / "checkpoints")
         self.runtime = root / "runtime"
-        jobdir.lay_out_runtime(self.runtime, root)
+        runtimes.lay_out(self.runtime, root)
         self.storage.sweep(Owner(RUN, attempt))
         self.snapshots = Snapshots(self.runtime, run_id=RUN, key=None, fact=lambda fact: None)
 
