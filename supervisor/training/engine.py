@@ -396,4 +396,4 @@ class ArenaWriter:
 def _weight_of(items: Items) -> int:
     """Bytes of this rank's tensors, whoever stores them, and what each weighs beside them."""
     tensors = [v for v in items.whole().values.values() if isinstance(v, torch.Tensor)]
-    return sum(local_of(tensor).nbytes + _EACH for tensor in tensors)
+    return sum(local.numel() * local.element_size() + _EACH for local in map(local_of, tensors))

@@ -16,7 +16,7 @@ import ctypes
 import functools
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -91,6 +91,19 @@ def copy(places: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
     """Queue copies on the current streams."""
     with torch.no_grad():
         torch._foreach_copy_(places, tensors, non_blocking=True)
+
+
+def reading(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What tells, on the CPU, the value that a small tensor has now: it waits for what was queued before, and nothing else."""
+    place = scratch(tensor.nbytes).view(tensor.dtype)
+    copy([place], [tensor.reshape(-1)])
+    reached = mark([tensor.device])
+
+    def read() -> torch.Tensor:
+        wait(reached)
+        return place
+
+    return read
 
 
 def is_captured(devices: Collection[torch.device]) -> bool:

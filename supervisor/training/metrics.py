@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from supervisor.errors import UsageError
+from supervisor.training import gpu
 
 PERIOD: Final = 1.0  # seconds
 
@@ -58,20 +59,34 @@ class Metrics:
         if self._values:
             self._publish(self.numbers())
 
+    def reading(self) -> Callable[[], dict[str, float]]:
+        """What tells, later, every metric as it is now. Neither waits for more than a GPU has been given by now."""
+        if self.settle is not None:  # each number is judged before a snapshot may count
+            numbers = self.numbers()
+            return lambda: numbers
+        later = {
+            name: gpu.reading(value)
+            for name, value in self._values.items()
+            if isinstance(value, torch.Tensor) and gpu.is_queued(value)
+        }
+        now = {name: _number(name, value) for name, value in self._values.items() if name not in later}
+        return lambda: now | {name: _number(name, read()) for name, read in later.items()}
+
     def numbers(self) -> dict[str, float]:
         """Every metric as a number. Raises UsageError for what is none."""
         for name, value in self._values.items():
-            if type(value) is not float:
-                try:
-                    self._values[name] = float(value)
-                except (TypeError, ValueError, RuntimeError) as error:
-                    raise UsageError(
-                        f"log({name}=…) takes a number or a tensor of one element: {error}"
-                    ) from None
+            self._values[name] = _number(name, value)
         numbers = dict(self._values)
         if self.settle is not None:
             self.settle(numbers)
         return numbers
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"log({name}=…) takes a number or a tensor of one element: {error}") from None
 
 
 def loss_bits(loss: float) -> int:

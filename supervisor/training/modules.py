@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from supervisor.errors import UsageError
-from supervisor.training import memory
+from supervisor.training import memory, trees
 from supervisor.training.items import Items, Owner, Path, mesh_owner
 from supervisor.training.moves import counters_of, versions
 from supervisor.training.reader import Mismatch, Stored
@@ -104,9 +104,9 @@ class ModulePart:
         for fqn, value in get_model_state_dict(self.module).items():
             own.add(
                 (self.name, fqn),
-                value,
+                _stored(value),
                 self._owner(owners, fqn, value),
-                constant=fqn in frozen,
+                constant=fqn in frozen and _stored(value) is value,
                 holder=held[fqn].tensor if fqn in held else None,
             )
         items.keep(own)
@@ -124,10 +124,10 @@ class ModulePart:
             key = stored.find(path, self._owner(owners, fqn, value).rank)
             if key is None:
                 mismatch.missing.append(f"{self.name}.{fqn}")
-            elif mismatch.fits(f"{self.name}.{fqn}", stored.metadata_of(key), value):
+            elif mismatch.fits(f"{self.name}.{fqn}", stored.metadata_of(key), kept := _stored(value)):
                 self._keys[fqn] = key
-                if isinstance(value, torch.Tensor):
-                    tensors[key] = value.detach()
+                if isinstance(kept, torch.Tensor):
+                    tensors[key] = kept.detach()
         for _, path, _ in stored.entries((self.name,)):
             if path[1] not in self._targets:
                 mismatch.unexpected.append(f"{self.name}.{path[1]}")
@@ -136,9 +136,14 @@ class ModulePart:
     def apply(self, stored: Stored) -> None:
         """The tensors are loaded: hand over the rest, and let the module's own load hooks run."""
         state = self._targets
-        rest = {fqn: self._keys[fqn] for fqn, value in state.items() if not isinstance(value, torch.Tensor)}
+        rest = {
+            fqn: self._keys[fqn]
+            for fqn, value in state.items()
+            if not isinstance(_stored(value), torch.Tensor)
+        }
         objects = stored.objects(rest.values())
-        state.update({fqn: objects[key] for fqn, key in rest.items()})
+        for fqn, key in rest.items():
+            state[fqn] = trees.join(objects[key], {}) if trees.is_box(objects[key]) else objects[key]
         set_model_state_dict(self.module, state)
         self._targets = {}
         self._frozen = _frozen(self.module)
@@ -147,6 +152,13 @@ class ModulePart:
         if fqn in owners:
             return owners[fqn]
         return mesh_owner(value) if isinstance(value, DTensor) else Owner(self._rank)
+
+
+def _stored(value: Any) -> Any:
+    """What is stored for an entry of a state dict: itself; for a tensor that is no plain memory (sparse, quantized), a box."""
+    if isinstance(value, torch.Tensor) and not trees.has_memory(value):
+        return trees.split(value)[0]
+    return value
 
 
 def _frozen(module: nn.Module) -> dict[str, list[int]]:

@@ -182,7 +182,7 @@ class Saver:
         return saved and bool(flags & ProposalFlag.STOP)
 
     def _save(self, target: Target, completed: int, gather: Gather, *, behind: bool, agreed: int) -> bool:
-        metrics = {name: value for name, value in self._metrics.numbers().items() if math.isfinite(value)}
+        metrics = self._metrics.reading()
 
         def prepared() -> Items:
             self._keeper.prepare(target)
@@ -194,9 +194,10 @@ class Saver:
                 self._carried = ProposalFlag(0)
                 return
             if isinstance(outcome, Written):
-                own = metrics if self._world.rank == 0 else {}
+                told = metrics() if self._world.rank == 0 else {}
+                finite = {name: value for name, value in told.items() if math.isfinite(value)}
                 problem = self._keeper.saved(
-                    target, completed, outcome.seconds, outcome.bytes, own, outcome.names
+                    target, completed, outcome.seconds, outcome.bytes, finite, outcome.names
                 )
             else:
                 problem = str(outcome)

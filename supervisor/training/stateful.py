@@ -85,7 +85,8 @@ class TreePart:
             elif not mismatch.fits(f"{self.name}.{name}", metadata, target):
                 continue
             targets[stored_key] = tensors[name] = target
-        self._loaded = trees.join(skeleton, tensors) if len(tensors) == len(found) > 0 else skeleton
+        is_parted = bool(found) or trees.is_box(skeleton)
+        self._loaded = trees.join(skeleton, tensors) if is_parted and len(tensors) == len(found) else skeleton
         return targets
 
     def apply(self, stored: Stored) -> None:

@@ -15,13 +15,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 MARK: Final = "__everstep_tensor__"
+BOX: Final = "__everstep_box__"  # around a tensor that is a whole tree, and is pickled
 
 
 def split(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """The skeleton of ``tree``, and its tensors by name (the path to each, joined with dots).
 
     Parts without tensors are shared with ``tree``, not copied. Tensors that DCP cannot store as such (sparse, quantized,
-    subclasses) and those inside objects of other classes stay where they are and are pickled with the skeleton.
+    subclasses) and those inside objects of other classes stay where they are and are pickled with the skeleton; one that is
+    all of ``tree``, in a box.
     """
     tensors: dict[str, torch.Tensor] = {}
 
@@ -49,7 +51,8 @@ def split(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
             return type(value)(members)
         return value
 
-    return walk(tree, ()), tensors
+    skeleton = walk(tree, ())
+    return {BOX: skeleton} if isinstance(skeleton, torch.Tensor) else skeleton, tensors
 
 
 def join(skeleton: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -62,6 +65,19 @@ def markers(skeleton: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     _replace(skeleton, found.append)
     return found
+
+
+def is_box(value: object) -> bool:
+    """Whether it is a skeleton that holds a whole tensor."""
+    return type(value) is dict and BOX in value
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether its data lie in memory, an element beside the other, so that they can be copied from there and back."""
+    if is_storable(tensor):
+        return True
+    wraps = hasattr(type(tensor), "__tensor_flatten__")
+    return tensor.layout == torch.strided and not tensor.is_quantized and not wraps
 
 
 def is_storable(value: object) -> bool:
@@ -129,6 +145,8 @@ def _marker(name: str, tensor: torch.Tensor) -> dict[str, Any]:
 def _replace(value: Any, of_marker: Callable[[dict[str, Any]], Any]) -> Any:
     if type(value) is dict and MARK in value:
         return of_marker(value)
+    if is_box(value):
+        return value[BOX]
     if type(value) in (dict, OrderedDict):
         return type(value)((key, _replace(part, of_marker)) for key, part in value.items())
     if type(value) is list:

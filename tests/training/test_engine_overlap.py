@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from supervisor.training import engine
 from tests.training.overlapping import WIDTH, AdamW, Run, net, one_thread, slow, train
@@ -121,6 +122,25 @@ def test_nothing_is_a_number(tmp_path: Path) -> None:
     run.run(6, one)
     assert run.good == list(range(1, 7))
     assert run.behind > 0
+
+
+def test_sparse_buffers_beside_weights_that_fly(tmp_path: Path) -> None:
+    model = net()
+    model.register_buffer("coo", torch.eye(3).to_sparse())
+    optimizer = AdamW(model.parameters())
+    run = Run(tmp_path, model=model, optimizer=optimizer)
+
+    def one(step: int) -> None:
+        train(model, optimizer)
+        model.coo = model.coo * 2
+        found = _load_state_dict_from_keys(checkpoint_id=tmp_path / str(step % 3)) if step else None
+        if found is not None:
+            (kept,) = found["model"]["coo"].values()
+            assert torch.equal(kept.to_dense() * 2, model.coo.to_dense())
+
+    run.run(7, one)
+    assert run.good == list(range(1, 8))
+    assert run.behind > 2
 
 
 def test_large_files_are_made_behind_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,45 @@ def test_extra_state_and_compiled_modules(tmp_path: Path) -> None:
     assert torch.equal(old.inner.weight, new.inner.weight)
 
 
+class Sparse(nn.Module):
+    """Buffers whose data do not lie in memory one beside the other."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        dense = torch.eye(4) * scale
+        self.register_buffer("coo", dense.to_sparse())
+        self.register_buffer("csr", dense.to_sparse_csr())
+        self.register_buffer("quantized", torch.quantize_per_tensor(dense, 0.5, 0, torch.qint8))
+
+    def dense(self) -> list[Tensor]:
+        return [self.coo.to_dense(), self.csr.to_dense(), self.quantized.dequantize()]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_and_quantized_buffers(tmp_path: Path) -> None:
+    old, new = Sparse(3), Sparse(1)
+    save(tmp_path, model=old, thing=Anything(old.coo))
+    assert not torch.equal(new.coo.to_dense(), old.coo.to_dense())
+    thing = Anything()
+    load(tmp_path, model=new, thing=thing)
+    assert all(map(torch.equal, new.dense(), old.dense()))
+    assert torch.equal(new.layer.weight, old.layer.weight)
+    assert torch.equal(thing.state.to_dense(), old.coo.to_dense())
+
+
+def test_a_sparse_buffer_is_no_dense_one(tmp_path: Path) -> None:
+    old, new = nn.Module(), nn.Module()
+    old.register_buffer("adjacency", torch.eye(2).to_sparse())
+    new.register_buffer("adjacency", torch.eye(2))
+    save(tmp_path / "a", model=old)
+    with pytest.raises(StateMismatchError, match=r"model\.adjacency is not a tensor in the checkpoint only"):
+        load(tmp_path / "a", model=new)
+    save(tmp_path / "b", model=new)
+    with pytest.raises(StateMismatchError, match=r"model\.adjacency is a tensor in the checkpoint only"):
+        load(tmp_path / "b", model=old)
+
+
 # --------------------------------------------------------------------------- what does not fit, what is refused
 
 
