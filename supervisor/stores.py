@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from supervisor.about import version
 from supervisor.checkpoint.in_parts import finish_left
@@ -19,7 +20,7 @@ from supervisor.config import Options
 from supervisor.copier import drained
 from supervisor.decide import rollback
 from supervisor.draining import Draining, Stamp
-from supervisor.edge import clock, jobdir
+from supervisor.edge import claiming, clock, jobdir
 from supervisor.edge.console import Console
 from supervisor.edge.threads import in_thread
 from supervisor.errors import CheckpointError, EverstepError
@@ -54,6 +55,7 @@ class Stores:
         place = refuge(options, job)
         self._refuge = LocalStorage(place, self._key) if place is not None else None
         self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
+        self._claim: IO[str] | None = None  # of a directory that is not the job's own
         self._looked = False  # at what checkpoints there are: from then on this run knows of every newer one
         runtime = Path(file.runtime)
         #: the state in RAM
@@ -114,6 +116,9 @@ class Stores:
 
         Raises ConfigError, StorageError.
         """
+        where = self._storage.where
+        if isinstance(where, Path) and where != self._job.path / "checkpoints":
+            self._claim = claiming.claim(where, self._owner.run_id, self._job.path)
         swept = await in_thread(lambda: self._storage.sweep(self._owner))
         # also where the job runs on one node now; in the job directory may be emergency copies
         emergency = LocalStorage(self._job.path / "checkpoints", self._key)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.checkpoint.storage import LocalStorage
+from supervisor.edge import claiming
 from supervisor.model import CheckpointFailed, CheckpointRejected, FailureKind, Resumed, State, Tier
 from supervisor.resume import Sources, choose
 from supervisor.staging import Staging
@@ -100,6 +101,16 @@ def test_a_job_directory_on_read_only_storage(read_only: Path, tmp_path: Path) -
     with harness.job(tmp_path / "job") as job:
         job.start(torchrun("--out", tmp_path / "out"), "--dir", read_only / "job")
         refused(job, 78, "Read-only file system")
+
+
+def test_checkpoints_that_another_job_uses(job: Job, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoints"
+    lock = claiming.claim(place, "another", Path("/jobs/another"))
+    assert lock is not None
+    with lock:
+        job.start(torchrun("--out", tmp_path / "out"), "--checkpoints", place)
+        refused(job, 78, str(place), "/jobs/another")
+    assert [path.name for path in place.iterdir()] == [claiming.NAME]
 
 
 def test_the_directory_of_another_job(job: Job, tmp_path: Path) -> None:
