@@ -338,11 +338,12 @@ class Draining:
         self._in_flight = origin.step, started
         try:
             manifest = await in_thread(work)
-        except (EverstepError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 (no thread to be had, no memory: the next drain may fare better)
             if self._is_bad(origin.attempt, origin.step):
                 return True  # there is nothing to make up for
-            self.failure = str(error)
-            self._fact(CheckpointFailed(time=clock.now(), step=origin.step, reason=str(error)))
+            known = isinstance(error, EverstepError | OSError)
+            self.failure = str(error) if known else f"{type(error).__name__}: {error}"
+            self._fact(CheckpointFailed(time=clock.now(), step=origin.step, reason=self.failure))
             return False
         finally:
             if copy is None:

@@ -54,6 +54,7 @@ class Scripted:
     def __init__(self) -> None:
         self.where: Location = Remote("s3://bucket/run")
         self.fails = self.hangs = False
+        self.breaks: Exception | None = None
         self.begun = threading.Event()
         self.go = threading.Event()
         self.go.set()
@@ -86,6 +87,8 @@ class Scripted:
                 threading.Event().wait(DEADLINE)
             if cancelled():
                 raise CancelledError("cancelled")
+            if self.breaks is not None:
+                raise self.breaks
             if self.fails:
                 raise StorageError("503 Service Unavailable")
             self.steps.append(origin.step)
@@ -196,6 +199,22 @@ def test_a_failed_drain_is_begun_again_with_a_later_snapshot(bench: Bench) -> No
     run(work())
     assert bench.storage.steps == [15]
     assert bench.draining.failure is None
+
+
+def test_a_drain_that_finds_no_thread_fails_as_any_other(bench: Bench) -> None:
+    async def work() -> None:
+        bench.storage.breaks = RuntimeError("can't start new thread")
+        bench.snapshot(5)
+        bench.draining.drain()
+        await bench.until(lambda: not bench.draining.is_draining)
+        assert bench.failures() == [5]
+        assert bench.draining.failure == "RuntimeError: can't start new thread"
+        bench.storage.breaks = None
+        bench.draining.retry(clock.monotonic() + FIRST_WAIT)
+        await bench.until(lambda: not bench.draining.is_draining)
+
+    run(work())
+    assert bench.storage.steps == [5]
 
 
 def test_retention_keeps_to_its_rules_there(bench: Bench) -> None:

@@ -8,6 +8,7 @@ now). When the drain fails, what was aside is put back.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -47,8 +48,14 @@ class Displaced:
             discard(self._destination, files=self._files)
             return
         self._expendable = _is_damaged(self._destination, self._key, self._files)
-        self._aside = _free_name(self._destination)
-        self._rename(self._destination, self._aside)
+        aside = _free_name(self._destination)
+        try:
+            self._rename(self._destination, aside)
+        except OSError:
+            with contextlib.suppress(OSError):  # where only the sync failed
+                self._files.rename(aside, self._destination)
+            raise
+        self._aside = aside
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -193,9 +194,9 @@ def link(source: Path, target: Path) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """What an ordinary user may still write on the file system of ``path``."""
+    """What an ordinary user may still write on the file system of ``path``; without end where that does not say (some in FUSE)."""
     status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize if status.f_blocks else sys.maxsize
 
 
 def _nothing(_operation: str, _path: Path) -> None:

@@ -425,6 +425,33 @@ def test_what_cannot_be_read_now_is_set_aside_and_not_lost(source: Path, checkpo
     assert verify_directory(step_directory(checkpoints, 99), None).origin.attempt == 2
 
 
+def test_what_could_not_be_set_aside_for_good_is_where_it_was(source: Path, checkpoints: Path) -> None:
+    target = step_directory(checkpoints, 100)
+    (target / "__0_0.distcp").write_bytes(b"damaged")
+    renamed: list[bool] = []
+
+    def before(operation: str, path: Path) -> None:
+        renamed.append(not target.exists())
+        if operation == "sync" and path == checkpoints and renamed[-1]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(StorageError, match="Input/output error"):
+        drain(source, target, origin(100), files=WatchedFiles(LOCAL, before), retries=at_once())
+    assert any(renamed)
+    assert sorted(os.listdir(checkpoints)) == ["step-000000100"]
+    assert (target / "__0_0.distcp").read_bytes() == b"damaged"
+
+
+def test_a_file_system_that_does_not_say_what_is_free(
+    source: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = os.statvfs(checkpoints)
+    nothing = os.statvfs_result((told.f_bsize, told.f_frsize, *[0] * 6, told.f_flag, told.f_namemax))
+    monkeypatch.setattr(os, "statvfs", lambda _: nothing)
+    drain(source, step_directory(checkpoints, 200), origin(200))
+    assert steps(checkpoints) == [200, 100]
+
+
 def test_a_limited_drain_is_whole(source: Path, checkpoints: Path) -> None:
     drain(source, step_directory(checkpoints, 200), origin(200), bandwidth=1e6)
     assert steps(checkpoints) == [200, 100]
