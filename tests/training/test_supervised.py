@@ -10,7 +10,7 @@ from supervisor.edge.control import Phase, SessionFlag, Word
 from supervisor.model import ProposalFlag, ProposalState
 from tests.training.harness import RankError, collect, launch, start
 from tests.training.programs.awkward import many_epochs
-from tests.training.programs.supervised import run
+from tests.training.programs.supervised import evaluate_behind, run
 from tests.training.station import Station
 
 LONG = 100_000_000  # steps that nobody waits for
@@ -42,6 +42,13 @@ def test_periodic_snapshots_go_round_the_slots(tmp_path: Path) -> None:
     assert results[0]["first"] == (7, True, 3)
     assert results[0]["seen"] == [7, 8]
     assert [m["step"] for m in resumed.of_kind("resumed")] == [7, 7]
+
+
+def test_an_evaluation_waits_for_the_copy_that_runs_behind_the_step(tmp_path: Path) -> None:
+    station = Station(tmp_path / "r", 1, every=(1,))
+    (found,) = launch(evaluate_behind, 1, 12, environ=station.environ)
+    assert found
+    assert all(found)
 
 
 def test_a_stop_saves_the_agreed_step_and_ends_the_worker(tmp_path: Path) -> None:
