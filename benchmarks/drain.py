@@ -1,6 +1,7 @@
 """From a snapshot to a durable checkpoint, beside what the same bytes cost without us.
 
-Local: the drain (copy, BLAKE3, fsync, manifest) against ``cp`` and ``fsync`` of the same files, to the same file system.
+Local: the drain (copy, BLAKE3, fsync, manifest) against ``cp`` and ``fsync`` of the same files, to the same file system; and
+against ``dd``, which has no goal.
 S3: the drain (hash, upload, marker, manifest) against a plain multipart upload of the same files by the same client to the
 same server, with the same part size and the same number of requests at once. The ways take turns, medians are compared;
 the ratio is plain time / ours, so 1 is "for nothing". Exit code 1 when a goal is missed.
@@ -74,6 +75,14 @@ def copied(source: Path, target: Path) -> None:
         os.close(fd)
 
 
+def dumped(source: Path, target: Path) -> None:
+    """``dd`` of each file, in blocks of 8 MB and with fsync."""
+    target.mkdir()
+    for path in source.iterdir():
+        command = ["dd", f"if={path}", f"of={target / path.name}", "bs=8M", "conv=fsync", "status=none"]
+        subprocess.run(command, check=True)
+
+
 def uploaded(source: Path, where: Remote) -> None:
     """The files as they are, by the client alone."""
     import obstore
@@ -120,7 +129,9 @@ def report(name: str, against: str, times: tuple[Sequence[float], Sequence[float
     return ratio
 
 
-def local(source: Path, folder: Path, rounds: int) -> tuple[list[float], list[float]]:
+def local(
+    source: Path, folder: Path, rounds: int, way: Callable[[Path, Path], None]
+) -> tuple[list[float], list[float]]:
     """Each round into directories of its own, removed again outside the measurement."""
     storage = LocalStorage(folder / "checkpoints")
 
@@ -133,7 +144,7 @@ def local(source: Path, folder: Path, rounds: int) -> tuple[list[float], list[fl
     def plain(step: int) -> float:
         target = folder / f"plain-{step}"
         os.sync()
-        seconds = timed(lambda: copied(source, target))
+        seconds = timed(lambda: way(source, target))
         shutil.rmtree(target)
         return seconds
 
@@ -191,7 +202,8 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="everstep-drain-", dir=options.to) as disk,
     ):
         source = snapshot(Path(ram) / "slot", size)
-        ratios = [report("local", "cp + fsync", local(source, Path(disk), options.rounds), size)]
+        ratios = [report("local", "cp + fsync", local(source, Path(disk), options.rounds, copied), size)]
+        report("local", "dd, 8 MB, fsync", local(source, Path(disk), options.rounds, dumped), size)
         if not options.skip_s3:
             ratios.append(report("S3", "plain multipart upload", remote(source, options.rounds), size))
     missed = [f"{ratio:.2f}" for ratio in ratios if ratio < GOAL]
