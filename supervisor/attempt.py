@@ -180,10 +180,10 @@ class Attempt:
         """How many steps the training is to take, once a Session has said so."""
         return max((seat.page[Word.TOTAL_STEPS] for seat in self.seats.values()), default=0) or None
 
-    def offer_slot(self, slot: int | None) -> None:
-        """Write the slot that may be written next on every rank's page; None: no slot is free."""
+    def offer_slot(self, word: int) -> None:
+        """Write the slot that may be written next (``Snapshots.offer_word``) on every rank's page."""
         for seat in self.seats.values():
-            seat.page[Word.FREE_SLOT] = 0 if slot is None else slot + 1
+            seat.page[Word.FREE_SLOT] = word
 
     # ------------------------------------------------------------------ ends
 

@@ -188,7 +188,7 @@ class Hand:
             self.tell()
         if slot.offered and slot.serial == self._slot:
             self._snapshots.open(slot.index)
-            attempt.offer_slot(self._snapshots.offer())
+            attempt.offer_slot(self._snapshots.offer_word)
 
     def _heed_copy(self, order: Order) -> None:
         if order.copy is None or order.run is None or order.copy.serial <= self.copies.begun:

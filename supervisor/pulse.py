@@ -66,7 +66,7 @@ class Pulse:
             self._want_due_saves()
             self._savepoints.pump()
             self._attempt.reap_adopted()
-            self._attempt.offer_slot(self._snapshots.offer())
+            self._attempt.offer_slot(self._snapshots.offer_word)
             self._wants_stop()
             self._vigil.look()
             if self._first_step_said:

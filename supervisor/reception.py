@@ -90,7 +90,7 @@ class Reception:
     def _follow(self, seat: Seat) -> None:
         prefix = f"[rank{seat.rank}] " if self._prefix_lines else ""
         self._console.follow(self._attempt.logs / f"rank-{seat.rank}.log", prefix)
-        self._attempt.offer_slot(self._snapshots.offer())
+        self._attempt.offer_slot(self._snapshots.offer_word)
 
     def _ready(self) -> None:
         world_size = self._attempt.world_size or 0
@@ -155,12 +155,15 @@ class Reception:
             self._save_failed(step, str(error), self._snapshots.abandon(step, str(error)))
             return
         if whole:
-            self._attempt.offer_slot(self._snapshots.offer())
+            self._attempt.offer_slot(self._snapshots.offer_word)
             self._saved(step, self._savepoints.served(step))
 
     def _on_save_failed(self, seat: Seat, message: Message) -> None:
         step, reason, torn = int(message["step"]), str(message["reason"]), bool(message.get("torn"))
-        if torn:  # on this rank alone
+        if int(message["slot"]) < 0:  # there was none
+            self._snapshots.skip(step, reason)
+            self._save_failed(step, reason)
+        elif torn:  # on this rank alone
             if self._snapshots.tear(step, int(message["slot"])):
                 self._save_failed(step, f"rank {seat.rank}: {reason}")
         elif seat.rank == 0:  # any other failure is alike on all ranks
@@ -168,7 +171,7 @@ class Reception:
 
     def _save_failed(self, step: int, reason: str, moved: Path | None = None) -> None:
         self._savepoints.failed(step, reason)
-        self._attempt.offer_slot(self._snapshots.offer())
+        self._attempt.offer_slot(self._snapshots.offer_word)
         elsewhere = f"; its slot lies in {moved} from now on" if moved else ""
         self._console.say(f"the snapshot of step {step} failed: {reason}{elsewhere}; training goes on")
 

@@ -152,7 +152,7 @@ class Rounds:
         refused = slot is not None and self._refused == slot.serial
         if slot is None or self._slot_done or refused:
             index = self._snapshots.next_slot(
-                slot.index if slot is not None and refused else self._failed_slot
+                slot.index if slot is not None and refused else None, self._failed_slot
             )
             if index is not None:
                 self._slot_done = False

@@ -46,12 +46,16 @@ class SharedSnapshots(Snapshots):
             for slot, record in sorted(self._complete.items())
         )  # fmt: skip
 
-    def next_slot(self, but: int | None) -> int | None:
-        """The leader's choice of a slot to be written next: not the newest whole one, nor one that is drained, nor ``but``."""
+    def next_slot(self, but: int | None, failed: int | None = None) -> int | None:
+        """The leader's choice of a slot to be written next: not the newest whole one, nor one that is drained, nor ``but``.
+
+        The one that the last save ``failed`` in, if there is no other.
+        """
         newest = self._newest_slot()
         copied = None if self.copying is None else self.find(self.copying)
         busy = {newest, self._draining, copied, but}
         free = [index for index in range(SLOTS) if index not in busy]
+        free = [index for index in free if index != failed] or free
         return min(free, key=self._age_in, default=None)
 
     def prepare(self, slot: int) -> bool:
@@ -68,7 +72,7 @@ class SharedSnapshots(Snapshots):
         self._make_room(slot)
         self._complete.pop(slot, None)
         self._saves.clear()
-        self._offered = slot
+        self._take_up(slot)
         return True
 
     def open(self, slot: int) -> None:

@@ -67,6 +67,7 @@ class Snapshots:
         self._torn: set[tuple[int, int]] = set()  # steps and slots of which some rank's part is no good
         self._complete: dict[int, slots.SlotRecord] = {}  # slot → its complete snapshot
         self._offered: int | None = None
+        self._offers = 0  # so many times was one offered
         self._failed: int | None = None  # the slot that the last save failed in: another one is tried next
         self._draining: int | None = None
         self._moved = False  # a slot lies on disk: that was said
@@ -82,10 +83,14 @@ class Snapshots:
     # ------------------------------------------------------------------ slots
 
     def offer(self) -> int | None:
-        """The slot to write next; None while all others are being drained."""
+        """The slot to write next; None while there is none but what is drained or needed.
+
+        One that the last save failed in is offered again only where there is no other.
+        """
         if self._offered is None:
-            busy = (self._newest_slot(), self._draining, self._failed)
+            busy = (self._newest_slot(), self._draining)
             free = [index for index in range(SLOTS) if index not in busy]
+            free = [index for index in free if index != self._failed] or free
             if free:
                 # an empty one first, else the oldest
                 chosen = min(
@@ -98,14 +103,25 @@ class Snapshots:
                     return None
                 self._make_room(chosen)
                 self._complete.pop(chosen, None)
-                self._offered = chosen
+                self._take_up(chosen)
         return self._offered
+
+    def _take_up(self, slot: int) -> None:
+        self._offered = slot
+        self._offers += 1
+        self._torn = {(step, torn) for step, torn in self._torn if torn != slot}
+
+    @property
+    def offer_word(self) -> int:
+        """The slot to write next as a rank's page says it; another word for each time that one is offered."""
+        slot = self.offer()
+        return 0 if slot is None else self._offers << 8 | slot + 1
 
     def _make_room(self, slot: int) -> None:
         """Move the slot to disk if memory has no room for what it is going to hold."""
         size = arenas.largest(self._slots)  # also of one that was given up: it still takes its memory
         short = arenas.lacking(self._slots[slot], size)
-        if short is None or (place := runtimes.move_slot_to_disk(self._slots[slot])) is None:
+        if short is None or (place := self._move_to_disk(slot)) is None:
             return
         if not self._moved:
             missing, room = (value / 1e9 for value in short)
@@ -114,6 +130,14 @@ class Snapshots:
                 f"what does not fit lies in {place.parent} from now on"
             )
         self._moved = True
+
+    def _move_to_disk(self, slot: int) -> Path | None:
+        """Where it lies from now on; None if it stays where it is."""
+        try:
+            return runtimes.move_slot_to_disk(self._slots[slot])
+        except OSError as error:
+            self.failure = f"a slot stays in memory: {error.strerror or error}"
+            return None
 
     def folder(self, slot: int) -> Path:
         """Where a slot lies."""
@@ -223,9 +247,13 @@ class Snapshots:
         self.failure = f"the snapshot of step {step} failed: {reason}"
         if self._offered is not None:
             self._failed, self._offered = self._offered, None
-        moved = None if self._failed is None else runtimes.move_slot_to_disk(self._slots[self._failed])
+        moved = None if self._failed is None else self._move_to_disk(self._failed)
         said, self._moved = self._moved, self._moved or moved is not None
         return None if said else moved
+
+    def skip(self, step: int, reason: str) -> None:
+        """``step`` could not be saved, by no fault of a slot."""
+        self.failure = f"the snapshot of step {step} failed: {reason}"
 
     def tear(self, step: int, slot: int) -> bool:
         """One rank's part of ``step`` is no good, which the others do not know: theirs count for nothing.

@@ -71,8 +71,10 @@ def test_the_next_slot_is_none_that_is_wanted(shared: SharedSnapshots) -> None:
     whole(shared, 6)
     assert shared.next_slot(None) == 2, "an empty one first"
     assert shared.next_slot(2) == 0
+    assert shared.next_slot(None, failed=2) == 0
     shared.copying = (0, 5)
     assert shared.next_slot(2) is None
+    assert shared.next_slot(None, failed=2) == 2, "there is no other"
     shared.copying = None
     shared.hold(shared.folder(0))
     assert shared.next_slot(2) is None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from supervisor.edge import clock, memory, runtimes
+from supervisor.edge import clock, memory, mounts, runtimes
 from supervisor.model import Fact
 from supervisor.snapshots import Ranks, Snapshots
 
@@ -84,6 +86,55 @@ def test_torn_on_one_rank(others_first: bool, snapshots: Snapshots) -> None:
     newest = snapshots.newest()
     assert newest is not None
     assert newest[1].step == 5
+
+
+def test_a_slot_that_a_save_failed_in_is_offered_again_where_there_is_no_other(snapshots: Snapshots) -> None:
+    """While an older one is drained, which may take minutes."""
+    first = snapshots.offer()
+    assert first is not None
+    write(snapshots, 0, 4, first)
+    assert write(snapshots, 1, 4, first)
+    snapshots.hold(snapshots.folder(first))
+    second = snapshots.offer()
+    assert second is not None
+    write(snapshots, 0, 5, second)
+    assert write(snapshots, 1, 5, second)
+    third = snapshots.offer()
+    assert third is not None
+    word = snapshots.offer_word
+    assert word & 0xFF == third + 1
+    assert not write(snapshots, 0, 6, third)
+    assert snapshots.tear(6, third)
+    assert snapshots.offer() == third
+    assert snapshots.offer_word not in (0, word), "the ranks do not write a slot twice by the same word"
+    assert not write(snapshots, 0, 6, third)  # the same step again
+    assert write(snapshots, 1, 6, third)
+    newest = snapshots.newest()
+    assert newest is not None
+    assert newest[1].step == 6
+    assert snapshots.offer() == second, "and another one where there is one"
+
+
+def test_a_slot_that_cannot_be_moved_stays_in_memory(
+    snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_slot: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for index in range(3):
+        snapshots.folder(index).mkdir(parents=True)
+    first = snapshots.offer()
+    assert first is not None
+    write(snapshots, 0, 4, first)
+    assert write(snapshots, 1, 4, first)
+    monkeypatch.setattr(runtimes, "move_slot_to_disk", full)
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    monkeypatch.setattr(mounts, "is_in_memory", lambda _: True)
+    slot = snapshots.offer()
+    assert slot is not None
+    assert snapshots.failure == "a slot stays in memory: No space left on device"
+    assert snapshots.abandon(5, "no room") is None
+    assert snapshots.offer() not in (first, slot, None)
 
 
 def test_a_wall_clock_set_back_holds_no_snapshot_back_from_the_journal(

@@ -66,7 +66,9 @@ class Word(enum.IntEnum):
     PROPOSAL = 64  # serial << 2 | ProposalState
     PROPOSAL_STEP = 65  # save when this many steps are complete
     PROPOSAL_FLAGS = 66  # ProposalFlag
-    FREE_SLOT = 67  # snapshot slot to write next, plus one; 0: none is free, skip the save point
+    FREE_SLOT = (
+        67  # serial << 8 | snapshot slot to write next, plus one; 0: none is free, skip the save point
+    )
 
     # by `everstep rehearse`
     FAULT = 128  # Fault; the worker's background thread takes it back to 0 as it strikes

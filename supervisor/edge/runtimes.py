@@ -70,7 +70,8 @@ def lay_out(runtime: Path, job: Path, epoch: int = 0, engine: str = "", *, follo
     if stamp.exists() and stamp.read_text() != booted:
         remove(runtime)  # on disk, and cut off by a reboot: nothing of it was synced
     lock = _locked(runtime)
-    shutil.rmtree(runtime / "control", ignore_errors=True)
+    for left in (runtime / "control", *runtime.glob("slots/*.aside")):
+        shutil.rmtree(left, ignore_errors=True)
     for name in ("control", "slots/0", "slots/1", "slots/2"):
         if (runtime / name).is_symlink() and not (runtime / name).is_dir():
             (runtime / name).unlink()  # a slot that was moved to disk, and swept there by somebody
@@ -120,13 +121,23 @@ def remove(runtime: Path) -> None:
 
 
 def move_slot_to_disk(slot: Path) -> Path | None:
-    """Let the slot lie on a disk from now on, where it lay in memory; where, or None if it stays."""
+    """Let the slot lie on a disk from now on, where it lay in memory; where, or None if it stays. Raises OSError."""
     disk = _disk()
     if disk is None or slot.is_symlink() or not mounts.is_in_memory(slot):
         return None
     place = Path(tempfile.mkdtemp(prefix=f"{_slots_of_this_boot()}-", dir=disk))
-    shutil.rmtree(slot, ignore_errors=True)
-    slot.symlink_to(place)
+    aside = slot.with_name(f"{slot.name}.aside")
+    try:
+        slot.rename(aside)  # in one step: somebody may be about to make files in it
+        try:
+            slot.symlink_to(place)
+        except OSError:
+            aside.rename(slot)
+            raise
+    except OSError:
+        place.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
     return place
 
 

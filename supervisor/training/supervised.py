@@ -40,7 +40,9 @@ class Supervised:
         self.known = Known()
         self._served = 0
         self._requested: int | None = None
-        self._last_slot = 0  # plus one
+        self._offer = self._last_offer = (
+            0  # the supervisor's words: the one taken up, and the last that was used
+        )
 
     def candidate(self) -> Candidate | None:
         """What the supervisor has verified and chosen for all ranks."""
@@ -88,9 +90,10 @@ class Supervised:
         """The free slot; a save that was asked for waits a while for one, a periodic one is skipped."""
         patience = time.monotonic() + SLOT_PATIENCE
         while True:
-            slot = self.words[Word.FREE_SLOT]
-            if slot not in (0, self._last_slot):
-                return slot, 0
+            word = self.words[Word.FREE_SLOT]
+            if word not in (0, self._last_offer):
+                self._offer = word
+                return word & 0xFF, 0
             if not flags:
                 return 0, 0
             if time.monotonic() > patience:
@@ -125,7 +128,7 @@ class Supervised:
         names: Collection[str],
     ) -> str | None:
         """Tell it; the supervisor declares the snapshot whole when every rank has."""
-        self._last_slot = target.code
+        self._last_offer = self._offer
         self.words[Word.SAVED_NS] = time.monotonic_ns()
         self.words[Word.SAVED_STEP] = completed + 1
         self._link.tell(
@@ -135,7 +138,7 @@ class Supervised:
 
     def failed(self, target: Target, completed: int, reason: str, *, torn: bool) -> None:
         """Tell it; another slot will be offered."""
-        self._last_slot = target.code
+        self._last_offer = self._offer
         self._link.tell("save_failed", step=completed, slot=target.code - 1, reason=reason, torn=torn)
 
     def request(self, step: int) -> None:

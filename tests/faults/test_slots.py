@@ -78,7 +78,7 @@ class Job:
             self.skipped += 1
             return
         self.saves += 1
-        slot = self.page - 1
+        slot = (self.page & 0xFF) - 1
         self.last = self.page
         outcome = self.chance.choices(["saved", "failed", "torn"], [10, 1, 1])[0]
         torn = self.chance.choice(RANKS)
@@ -99,8 +99,7 @@ class Job:
     # ------------------------------------------------------------------ the supervisor
 
     def offer(self) -> None:
-        slot = self.snapshots.offer()
-        self.page = 0 if slot is None else slot + 1
+        self.page = self.snapshots.offer_word
 
     def hear(self, rank: Rank) -> None:
         """As ``Reception`` does."""

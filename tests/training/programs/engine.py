@@ -39,7 +39,7 @@ def tear(steps: int, earliest: int) -> int:
             optimizer.step()
             if dist.get_rank() == 0:  # time for the supervisor to offer another slot
                 words, deadline = session._keeper.words, time.monotonic() + 1
-                while words[Word.FREE_SLOT] == session._keeper._last_slot and time.monotonic() < deadline:
+                while words[Word.FREE_SLOT] == session._keeper._last_offer and time.monotonic() < deadline:
                     time.sleep(0.001)
             dist.barrier()
     return torn
