@@ -11,11 +11,10 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem
 
 from supervisor.training.items import Deferred, Items
 from supervisor.training.layout import PlainBlobs, blob, is_plain, pickled
@@ -91,6 +90,8 @@ class Bindings:
         self._fresh = [self._bound[key] for key in items.paths if key in self._bound]
         self._others = [key for key in items.paths if key not in self._bound]
         self._places = Places([bound.value for bound in self._fresh])
+        for one in self._blobs:
+            one.doubt()
         self._constant = {
             key: value for part in items.kept for key, value in part.values.items() if key not in self._bound
         }
@@ -146,10 +147,12 @@ class Bindings:
         One whose value is as before is the same object. Both raise OutgrownError.
         """
         makers = []
+        planner: DefaultSavePlanner | None = None
         for one in self._blobs:
             place = one.place
             if place.item is not None:
-                makers.append(one.of_tensor(_resolved(items, place.item)))
+                planner = planner or _planner(items)
+                makers.append(one.of_tensor(planner.resolve_data(place.item)))
             elif place.key in self._constant:
                 makers.append(one.of_constant(self._constant[place.key]))
             else:
@@ -166,6 +169,10 @@ class _Blob:
         self._pickled: bytes | None = None  # of a plain value
         self._archive = b""
         self._plain: PlainBlobs | None = None
+
+    def doubt(self) -> None:
+        """Its value may have been changed in place."""
+        self._constant = None
 
     def of_constant(self, value: object) -> Maker:
         """Of a value that is as it was as long as it is the same object."""
@@ -214,10 +221,11 @@ class _Blob:
         return archive
 
 
-def _resolved(items: Items, item: WriteItem) -> Any:
+def _planner(items: Items) -> DefaultSavePlanner:
+    """Who knows how to write what only DCP does."""
     planner = DefaultSavePlanner()
     planner.state_dict = items.whole().values
-    return planner.resolve_data(item)
+    return planner
 
 
 def _are(known: Sequence[object], present: Sequence[object]) -> bool:

@@ -48,11 +48,15 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(self.fd)
-        # a file with holes could be too large for what is left of its file system
-        whole = 0 < status.st_size <= status.st_blocks * 512
-        in_memory = mounts.is_in_memory(path)
-        self._mapping = huge.Mapping(self.fd, status.st_size) if whole and in_memory else None
+        try:
+            status = os.fstat(self.fd)
+            # a file with holes could be too large for what is left of its file system
+            whole = 0 < status.st_size <= status.st_blocks * 512
+            in_memory = mounts.is_in_memory(path)
+            self._mapping = huge.Mapping(self.fd, status.st_size) if whole and in_memory else None
+        except BaseException:
+            os.close(self.fd)
+            raise
 
     def read(self, offset: int, address: int, size: int) -> None:
         """Put ``size`` bytes to ``address``. Raises OSError, and EOFError where the file is too short."""

@@ -15,6 +15,7 @@ A step inside ``torch.compile`` leaves no marks: there, all gradients are spent 
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
 from typing import Any, Final
@@ -51,7 +52,8 @@ class Gradients:
         self.stepped = [False] * len(self._optimizers)  # by a compiled step
         self.none_stepped = tuple(self.stepped)
         self._index = {id(optimizer): index for index, optimizer in enumerate(self._optimizers.values())}
-        self._strangers: dict[int, Optimizer] = {}
+        #: other optimizers of our parameters; a training may make one for each epoch, or step
+        self._strangers: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
         self._sharded: dict[str, _Sharded] = {}
         self._handle = register_optimizer_step_post_hook(self._note)
 
@@ -167,4 +169,11 @@ def _any_pending(tensors: Iterable[torch.Tensor]) -> bool:
     gradients = _locals_of(list(tensors))
     if list(map(getattr, gradients, repeat(_SPENT), repeat(None))) == list(map(_version, gradients)):
         return False
-    return any(getattr(g, _SPENT, None) != g._version and bool((g != 0).any()) for g in gradients)
+    return any(getattr(g, _SPENT, None) != g._version and bool((_values_of(g) != 0).any()) for g in gradients)
+
+
+def _values_of(gradient: torch.Tensor) -> torch.Tensor:
+    """What of it can be compared: a sparse one's values (nobody has summed those of the same place up yet)."""
+    if gradient.layout is torch.strided:
+        return gradient
+    return gradient._values() if gradient.layout is torch.sparse_coo else gradient.values()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import pickle
 import re
 import struct
@@ -125,8 +126,11 @@ def tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> Archive | None
 def _tensor_archive(shape: tuple[int, ...], dtype: torch.dtype) -> Archive:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ComplexHalf")
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")  # its memory is never touched
-    payload = tensor.numel() * tensor.element_size()
+        # its memory is never touched; ``empty`` of the shape would fill it where algorithms must be deterministic
+        tensor: Any = torch.empty(0, dtype=dtype, device="cpu")
+        payload = math.prod(shape) * tensor.element_size()
+        storage: Any = torch.UntypedStorage
+        tensor.set_(storage(payload, device="cpu"), 0, shape)
     if payload == 0:
         whole = io.BytesIO()
         torch.save(tensor, whole)

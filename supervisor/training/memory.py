@@ -78,15 +78,18 @@ def _where(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 class Containers:
-    """Dicts, and what they hold."""
+    """Dicts, and what they hold; with ``named``, also under which names."""
 
-    def __init__(self, containers: Sequence[dict[Any, Any]]) -> None:
+    def __init__(self, containers: Sequence[dict[Any, Any]], *, named: bool = False) -> None:
         self._containers = list(containers)
+        self._names = list(chain.from_iterable(containers)) if named else None
         self._lengths = list(map(len, containers))
         self._values = list(chain.from_iterable(map(dict.values, containers)))
 
     def are_same(self) -> bool:
         """Whether each holds the very same objects, in the same order."""
+        if self._names is not None and list(chain.from_iterable(self._containers)) != self._names:
+            return False
         return list(map(len, self._containers)) == self._lengths and _are(
             self._values, chain.from_iterable(map(dict.values, self._containers))
         )
@@ -146,13 +149,16 @@ def of_module(module: nn.Module, items: Items) -> Memory | None:
     others = [p for p in module.parameters() if not p.requires_grad]
     return Memory(
         items,
-        [Containers(containers), Places([*others, *module.buffers()])],
+        [Containers(containers, named=True), Places([*others, *module.buffers()])],
         [Containers(hooked), Places(trained)],
     )
 
 
-def of_optimizer(optimizer: Optimizer, items: Items, outer: Optimizer) -> Memory | None:
-    """What ``items`` says of the state of ``optimizer`` inside ``outer``; None when it must be asked every time."""
+def of_optimizer(optimizer: Optimizer, items: Items, outer: Optimizer, names: Ground) -> Memory | None:
+    """What ``items`` says of the state of ``optimizer`` inside ``outer``; None when it must be asked every time.
+
+    ``names`` tells whether parameters are called as they were.
+    """
     kind: Any = type(optimizer)
     own: Any = optimizer
     if kind.state_dict is not Optimizer.state_dict or "state_dict" in own.__dict__:
@@ -168,19 +174,22 @@ def of_optimizer(optimizer: Optimizer, items: Items, outer: Optimizer) -> Memory
     hooked = [own._optimizer_state_dict_pre_hooks, own._optimizer_state_dict_post_hooks]
     groups = [Groups(one) for one in dict.fromkeys((optimizer, outer))]
     return Memory(
-        items, [], [*groups, Containers([optimizer.state, *states]), Containers(hooked), Places(tensors)]
+        items, [names], [*groups, Containers([optimizer.state, *states]), Containers(hooked), Places(tensors)]
     )
 
 
 class Groups:
-    """The parameters of an optimizer, by group."""
+    """The parameters of an optimizer, by group, and the dict that its state is in (``load_state_dict`` makes another one)."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._state = optimizer.state
         self._parameters = [list(group["params"]) for group in optimizer.param_groups]
 
     def are_same(self) -> bool:
         """Whether the optimizer has the very same ones."""
+        if self._optimizer.state is not self._state:
+            return False
         groups = self._optimizer.param_groups
         return len(groups) == len(self._parameters) and all(
             _are(known, group["params"]) for known, group in zip(self._parameters, groups, strict=True)

@@ -92,12 +92,16 @@ class ModulePart:
         self._memory: memory.Memory | None = None
         self._keys: dict[str, str] = {}  # stored key by fully qualified name
         self._frozen = _frozen(module)
+        self._named: list[tuple[str, torch.Tensor]] = []
+        #: counts up when tensors are called otherwise, or others are; what was gathered last tells
+        self.generation = 0
 
     def gather(self, items: Items) -> None:
         """Contribute every entry of the state dict."""
         if self._memory is not None and self._memory.recall(items):
             return
         held = {held.name: held for held in held_by(self.module)}
+        self._follow_names([(one.name, one.tensor) for one in held.values()])
         owners = {name: owner(one, self._rank) for name, one in held.items()}
         frozen = {fqn for fqn, count in _frozen(self.module).items() if self._frozen.get(fqn) == count}
         own = items.part()
@@ -112,6 +116,16 @@ class ModulePart:
         items.keep(own)
         plain = all(isinstance(value, torch.Tensor) for value in own.values.values())
         self._memory = memory.of_module(self.module, own) if plain else None
+
+    def _follow_names(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        before = self._named
+        same = len(named) == len(before) and all(
+            name == known and tensor is present
+            for (name, tensor), (known, present) in zip(named, before, strict=True)
+        )
+        if not same:
+            self._named = named
+            self.generation += 1
 
     def prepare(self, stored: Stored, mismatch: Mismatch) -> dict[str, torch.Tensor]:
         """The tensors to load into, by stored key."""

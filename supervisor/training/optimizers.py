@@ -12,12 +12,11 @@ is replicated and that of a sharded one is sharded, but for plain tensors other 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_dtensor
@@ -31,13 +30,28 @@ from supervisor.training.reader import Mismatch, Stored
 Named = tuple[str, Owner]
 
 
+class _Names:
+    """What the tensors of some modules are called, as of their last gathering."""
+
+    def __init__(self, parts: Sequence[modules.ModulePart]) -> None:
+        self._parts = parts
+        self._generations = [part.generation for part in parts]
+
+    def are_same(self) -> bool:
+        """Whether they still are."""
+        return [part.generation for part in self._parts] == self._generations
+
+
 class OptimizerPart:
     """A ``torch.optim.Optimizer``, or a ZeroRedundancyOptimizer by way of the local one inside it."""
 
-    def __init__(self, name: str, optimizer: Optimizer, given: Mapping[str, nn.Module], rank: int) -> None:
+    def __init__(
+        self, name: str, optimizer: Optimizer, given: Sequence[modules.ModulePart], rank: int
+    ) -> None:
+        """``given`` are gathered before it."""
         self.name = name
         self.optimizer = optimizer
-        self._modules = given
+        self._given = list(given)
         self._rank = rank
         self._local = optimizer
         self._partitioned = False
@@ -61,9 +75,9 @@ class OptimizerPart:
     def _name_all(self) -> dict[int, Named]:
         """Name and owner of every parameter by ``id``. Raises UsageError for one that is in no module."""
         known: dict[str, dict[int, Named]] = {}
-        for keyword, module in self._modules.items():
-            table = known.setdefault(keyword, {})
-            for held in modules.held_by(module):
+        for part in self._given:
+            table = known.setdefault(part.name, {})
+            for held in modules.held_by(part.module):
                 if held.is_parameter:
                     table.setdefault(id(held.tensor), (held.name, modules.owner(held, self._rank)))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -115,6 +129,7 @@ class OptimizerPart:
         """Contribute the state of every parameter that has some, and the groups."""
         if self._memory is None or not self._memory.recall(items):
             own = items.part()
+            self._names = self._name_all()
             self._gather_states(own)
             plain = all(isinstance(value, torch.Tensor) for value in own.values.values())
             self._groups_owner = self._group_owner()
@@ -122,7 +137,9 @@ class OptimizerPart:
                 names = [self._named(parameter)[0] for parameter in group["params"]]
                 own.add((self.name, "param_groups", index, "params"), names, self._groups_owner)
             items.keep(own)
-            self._memory = memory.of_optimizer(self._local, own, self.optimizer) if plain else None
+            self._memory = (
+                memory.of_optimizer(self._local, own, self.optimizer, _Names(self._given)) if plain else None
+            )
         for index, group in enumerate(self.optimizer.param_groups):
             for key, value in group.items():
                 if key != "params":

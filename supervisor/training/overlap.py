@@ -80,10 +80,15 @@ class Helper:
         self._thread: threading.Thread | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Run it; it raises nothing."""
+        """Run it; it raises nothing. Where no thread is to be had, it is done here and now."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                work()
+                return
+            self._thread = thread
         self._works.put(work)
 
     def close(self) -> None:

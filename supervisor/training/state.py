@@ -95,12 +95,10 @@ class TrainingState:
                 trees.append(TreePart(name, value.state_dict, value.load_state_dict, rank))
         trees.append(TreePart(STATE, lambda: self._values, self._put_values, rank))
         self._trees = [part.name for part in trees]
+        given = [ModulePart(name, module, rank) for name, module in self.modules.items()]
         self._parts: list[Part] = [
-            *(ModulePart(name, module, rank) for name, module in self.modules.items()),
-            *(
-                OptimizerPart(name, optimizer, self.modules, rank)
-                for name, optimizer in self.optimizers.items()
-            ),
+            *given,
+            *(OptimizerPart(name, optimizer, given, rank) for name, optimizer in self.optimizers.items()),
             *trees,
         ]
 

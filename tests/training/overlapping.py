@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from supervisor.errors import StorageError
 from supervisor.training import moves
 from supervisor.training.engine import ArenaWriter
 from supervisor.training.items import Items
+from supervisor.training.layout import is_plain
 from supervisor.training.state import TrainingState
 from supervisor.training.world import World
 from supervisor.training.writer import READY, StaleError, TornError, Written
@@ -26,13 +29,18 @@ WIDTH = 300  # its matrices are large ones, its biases small
 
 
 class Run:
-    """A training whose every step is a save point; what is read back is compared as soon as it is said to be whole."""
+    """A training whose every step is a save point; what is read back is compared as soon as it is said to be whole.
 
-    def __init__(self, root: Path, **objects: Any) -> None:
+    What should be there, somebody tells who has never seen the training before.
+    """
+
+    def __init__(self, root: Path, values: dict[str, Any] | None = None, **objects: Any) -> None:
         torch.manual_seed(0)
         self.root = root
-        world = World()
-        self.state = TrainingState(objects, {}, world)
+        self.objects = objects
+        self.values = {} if values is None else values
+        self.world = world = World()
+        self.state = TrainingState(objects, self.values, world)
         self.writer = ArenaWriter(
             world,
             cleans=True,
@@ -59,15 +67,11 @@ class Run:
     def save(self, *, behind: bool = True) -> None:
         step = self.step
         directory = self.root / str(step % 3)
-        expected: dict[str, Any] = {}
+        expected: dict[tuple[str | int, ...], Any] = {}
 
         def gather() -> Items:
             items = self.state.gather_hastily(step)
-            now = self.state.gather(step).whole()
-            for key, value in now.values.items():
-                expected[key] = (
-                    value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-                )
+            expected.update(self.expected(step))
             return items
 
         def finished(outcome: Written | StorageError | None) -> None:
@@ -80,10 +84,12 @@ class Run:
             assert isinstance(outcome, Written), outcome
             with torch.device("cpu"):
                 found = _load_state_dict_from_keys(checkpoint_id=directory)
-            flat = _flat(found)
-            for key, value in expected.items():
+            for path, value in expected.items():
+                part = functools.reduce(operator.getitem, path, found)
                 if isinstance(value, torch.Tensor):
-                    assert torch.equal(bits(flat[key]).cpu(), bits(value).cpu()), f"{key} of step {step}"
+                    assert torch.equal(bits(part).cpu(), bits(value).cpu()), f"{path} of step {step}"
+                elif is_plain(value):
+                    assert part == value, f"{path} of step {step}"
             assert found["session"]["step"] == step
             self.good.append(step)
 
@@ -92,18 +98,19 @@ class Run:
         self.writer.write(directory, gather, finished, behind=behind, agreed=agreed)
         self.behind += self.writer.is_busy
 
+    def expected(self, step: int) -> dict[tuple[str | int, ...], Any]:
+        """Copies of all values, by the path to each."""
+        now = TrainingState(self.objects, self.values, self.world).gather(step).whole()
+        return {
+            now.paths[key]: value.detach().clone()
+            if isinstance(value, torch.Tensor)
+            else copy.deepcopy(value)
+            for key, value in now.values.items()
+        }
+
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return moves.local_of(tensor).detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(tree, torch.Tensor):
-        return {path: tree}
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return {
-        k: v for name, part in pairs for k, v in _flat(part, f"{path}.{name}" if path else str(name)).items()
-    }
 
 
 @pytest.fixture(
