@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,36 @@ def test_gradients_that_nobody_uses_keep_nothing_waiting(tmp_path: Path) -> None
             model(torch.ones(2, 4)).sum().backward()
             optimizer.step()
     assert saved(tmp_path) == [1, 2]
+
+
+def test_sparse_gradients_are_pending_as_others_are(tmp_path: Path) -> None:
+    model = nn.Embedding(10, 4, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Session(
+        dir=tmp_path, checkpoint_every="1step", keep_last=9, model=model, optimizer=optimizer
+    ) as session:
+        for step in session.steps(6):
+            model(torch.tensor([step, step])).sum().backward()
+            if step % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=step == 2)
+    assert saved(tmp_path) == [3, 6]
+
+
+def test_optimizers_that_are_made_and_dropped_are_let_go_of(tmp_path: Path) -> None:
+    """A training may make one for each epoch, or for each step."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    alive = weakref.WeakSet[torch.optim.Optimizer]()
+    with Session(dir=tmp_path, checkpoint_every="never", model=model, optimizer=optimizer) as session:
+        for _ in session.steps(5):
+            inner = torch.optim.Adam(model.parameters())
+            alive.add(inner)
+            model(torch.ones(2, 4)).sum().backward()
+            inner.step()
+        del inner
+        gc.collect()
+        assert len(alive) == 0
 
 
 # --------------------------------------------------------------------------- loops

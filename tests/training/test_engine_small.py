@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,21 @@ def test_many_small_ones(refused: bool, tmp_path: Path, monkeypatch: pytest.Monk
     assert run.good == list(range(1, 7))
     assert run.behind == 4
     assert max(rows) > 1000
+
+
+def test_an_archive_is_laid_out_without_its_data() -> None:
+    """Also where torch fills memory that nobody has written yet: it would be touched for each shape."""
+    code = (
+        "import resource, torch; from supervisor.training.layout import tensor_archive\n"
+        "torch.use_deterministic_algorithms(True)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "archive = tensor_archive((1 << 28,), torch.float32)\n"
+        "print(archive.payload, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    payload, touched = map(int, told.stdout.split())
+    assert payload == 1 << 30
+    assert touched < 100  # MB
 
 
 def test_all_of_them_tiny(tmp_path: Path) -> None:
