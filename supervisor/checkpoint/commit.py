@@ -98,7 +98,7 @@ def drain(
 
     What the newest checkpoint beside it has as well is linked, not copied (see ``sharing``).
     ``bandwidth`` in bytes a second. ``fence`` raises StorageError once a newer epoch exists; it is asked before each
-    file and before the commit. When ``destination`` already is a good checkpoint of that step, its manifest is
+    file and before the commit. When ``destination`` already is a good checkpoint of that step and run, its manifest is
     returned and nothing is written. Raises StorageError (CancelledError when ``cancelled`` said so) with nothing
     left behind and nothing older touched, CheckpointError when the source is no DCP checkpoint.
     """
@@ -109,7 +109,7 @@ def drain(
         sizes = _selected(source, names)
         needed = sum(sizes.values())
         fence()
-        if (existing := good_checkpoint(destination, origin.step, key, files)) is not None:
+        if (existing := good_checkpoint(destination, origin, key, files)) is not None:
             return existing
         sharing = with_newest(source, sizes, destination, key, files)
         needed -= sum(sizes[name] for name in sharing.likely) if sharing is not None else 0

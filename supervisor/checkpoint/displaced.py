@@ -1,9 +1,9 @@
 """What lies in the way of a drain, and how the drain may fail without having made anything worse.
 
-A good checkpoint of the step is kept: there is nothing to do. A leftover is removed. All else is renamed aside,
+A good checkpoint of the step that the same run has made is kept: there is nothing to do. A leftover is removed. All else is renamed aside,
 whole, for the new checkpoint to be written in its place. When that is committed, what was aside is removed if it was
-damaged for certain, and stays if it was not ours to judge (no manifest, another key, a newer version, unreadable
-now). When the drain fails, what was aside is put back.
+damaged for certain, and stays if it was not ours to judge (no manifest, another run's or key, a newer version,
+unreadable now). When the drain fails, what was aside is put back.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from pathlib import Path
 from types import TracebackType
 
 from supervisor.checkpoint.directory import discard, is_leftover, sync_directory
-from supervisor.checkpoint.manifest import MANIFEST_NAME, ForeignError, Key, Manifest
+from supervisor.checkpoint.manifest import MANIFEST_NAME, ForeignError, Key, Manifest, Origin
 from supervisor.checkpoint.verify import UnreadableError, verify_directory
 from supervisor.edge.files import Files
 from supervisor.errors import CheckpointError, StorageError
 
 
-def good_checkpoint(directory: Path, step: int, key: Key | None, files: Files) -> Manifest | None:
-    """The manifest of ``directory`` if it is a checkpoint of ``step`` of which every byte was checked."""
+def good_checkpoint(directory: Path, origin: Origin, key: Key | None, files: Files) -> Manifest | None:
+    """The manifest of ``directory`` if it is a checkpoint of that step and run of which every byte was checked."""
     try:
         manifest = verify_directory(directory, key, files=files)
     except CheckpointError:
         return None
-    return manifest if manifest.step == step else None
+    is_ours = (manifest.step, manifest.origin.run_id) == (origin.step, origin.run_id)
+    return manifest if is_ours else None
 
 
 class Displaced:

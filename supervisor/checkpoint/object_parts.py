@@ -59,7 +59,7 @@ class ObjectParts:
         async def work() -> Manifest | None:
             fence()
             if MANIFEST_NAME in await self._sizes(directory):
-                existing = await self._writer.make_room(directory)
+                existing = await self._writer.make_room(directory, self._owner.run_id)
                 if existing is not None:
                     return replace(existing, place=self._where / directory)
             await self._writer.claim(directory, marker_of(self._owner))

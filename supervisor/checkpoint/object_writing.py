@@ -62,7 +62,7 @@ class ObjectWriter:
         fence()
         marker = marker_of(Owner(origin.run_id, origin.epoch))
         while True:
-            if (existing := await self.make_room(directory)) is not None:
+            if (existing := await self.make_room(directory, origin.run_id)) is not None:
                 return existing
             await self.claim(directory, marker)
             if f"{directory}/{MANIFEST_NAME}" not in await self._bucket.sizes(directory):
@@ -81,8 +81,8 @@ class ObjectWriter:
             raise
         return manifest
 
-    async def make_room(self, directory: str) -> Manifest | None:
-        """The manifest of a good checkpoint of that step; else see that the prefix is free, or a leftover."""
+    async def make_room(self, directory: str, run_id: str) -> Manifest | None:
+        """The manifest of a good checkpoint of that step and run; else see that the prefix is free, or a leftover."""
         place = self._where / directory
         names = {path.partition("/")[2] for path in await self._bucket.sizes(directory)}
         if MANIFEST_NAME not in names:
@@ -91,6 +91,10 @@ class ObjectWriter:
             return None
         try:
             manifest = await self._reader.manifest(directory)
+            if manifest.origin.run_id != run_id:
+                raise StorageError(
+                    f"{place} is a checkpoint of another job (run {manifest.origin.run_id}): give each job a --checkpoints of its own"
+                )
             if not await self._reader.verify(directory):
                 return manifest
             owner = Owner(manifest.origin.run_id, manifest.origin.epoch)

@@ -139,7 +139,7 @@ def complete(
         there = payload(incoming.files)
         entries = entries_of(parts, there, incoming.files)
         manifest = Manifest(origin=origin or parts[0].origin, files=entries)
-        if (existing := good_checkpoint(destination, incoming.step, key, files)) is not None:
+        if (existing := good_checkpoint(destination, manifest.origin, key, files)) is not None:
             discard(incoming, files=files)
             return existing
         for name in there.keys() - entries.keys():

@@ -18,6 +18,7 @@ from supervisor.checkpoint.location import Remote
 from supervisor.checkpoint.manifest import MANIFEST_NAME, PARTIAL_NAME, Key
 from supervisor.checkpoint.objects import ObjectStorage
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage, Owner
+from supervisor.checkpoint.verify import verify_directory
 from supervisor.errors import CheckpointError, StorageError
 from tests.checkpoint.tools import origin, write_source
 from tests.stores.fixtures import WITH_S3
@@ -123,6 +124,20 @@ def test_the_same_step_again_is_kept(place: Place, source: Path, tmp_path: Path)
     first = storage.drain(source, origin(7))
     assert storage.drain(write_source(tmp_path / "other", seed=2), origin(7)) == first
     assert steps(storage) == [7]
+
+
+def test_the_same_step_of_another_run_is_not_taken_for_ones_own(place: Place, source: Path) -> None:
+    storage = place.open(None)
+    theirs = storage.drain(source, origin(7, run_id="another"))
+    if isinstance(storage, LocalStorage):  # it is out of the way, and whole
+        ours = storage.drain(source, origin(7))
+        assert storage.records()[0].manifest == ours
+        aside = storage.where / "step-000000007.aside-1"
+        assert verify_directory(aside, None) == theirs
+    else:
+        with pytest.raises(StorageError, match="another job"):
+            storage.drain(source, origin(7))
+        assert [record.manifest for record in storage.records()] == [theirs]
 
 
 def test_newest_first(place: Place, source: Path) -> None:
