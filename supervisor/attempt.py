@@ -203,8 +203,9 @@ class Attempt:
             self.ended.set()
 
     def goes_wrong(self, trouble: Trouble) -> None:
-        """Its numbers are no good any more: end it for that."""
-        if not self.ended.is_set():
+        """Its numbers are no good any more: end it for that. The cause may be heard of after what it has led to elsewhere."""
+        is_earlier = self._trouble is not None and trouble.step < self._trouble.step
+        if is_earlier or not self.ended.is_set():
             self._trouble = trouble
             self.ended.set()
 

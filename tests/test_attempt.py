@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import select
 import signal
@@ -14,6 +15,7 @@ import pytest
 from supervisor.attempt import ECHO_GRACE, Attempt
 from supervisor.decide import classify
 from supervisor.edge.control import ControlPage, Phase, SessionFlag, Word
+from supervisor.guarding import Guarding
 from supervisor.model import FailureKind, Raised
 from supervisor.seat import Seat
 
@@ -43,6 +45,20 @@ def test_no_save_is_agreed_while_a_rank_restores(attempt: Attempt) -> None:
     assert attempt.in_session
     pages[1][Word.SESSION] |= SessionFlag.CLOSED
     assert not attempt.in_session
+
+
+def test_the_first_number_that_went_wrong_is_told_whichever_is_heard_of_first(attempt: Attempt) -> None:
+    guarding = Guarding(attempt)
+    for rank, step in ((0, 23), (1, 22), (0, 24)):  # a nan on rank 1 is on both a step later
+        message = {
+            "finding": "nan", "metric": "loss", "step": step, "value": math.nan, "usual": None, "limit": None,
+            "good": step - 1, "batches": {},
+        }  # fmt: skip
+        guarding.hear(attempt.seats[rank], message)
+        assert attempt.ended.is_set()
+    trouble = attempt.evidence().trouble
+    assert trouble is not None
+    assert (trouble.rank, trouble.step, trouble.good) == (1, 22, 21)
 
 
 SHAPE = Raised(type="ValueError", message="shape", traceback="")
