@@ -211,6 +211,23 @@ def trained(tmp_path: Path) -> tuple[Path, dict[str, nn.Module], torch.optim.Opt
     return tmp_path / "job" / "checkpoints" / "step-000000001", {"model": model, "ema": ema}, optimizer
 
 
+def test_sparse_buffers_are_exported_where_the_format_has_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Linear(4, 3)
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    with Session(dir=tmp_path / "job", model=model) as session:
+        for _ in session.steps(1):
+            pass
+    checkpoint = tmp_path / "job" / "checkpoints" / "step-000000001"
+    exported(checkpoint, tmp_path / "model.pt", weights_only=True)
+    loaded = torch.load(tmp_path / "model.pt")
+    assert loaded.keys() == model.state_dict().keys()
+    assert torch.equal(loaded["adjacency"].to_dense(), torch.eye(3))
+    done = exported(checkpoint, tmp_path / "model.safetensors", weights_only=True)
+    assert done.objects == ["model.adjacency"]
+
+
 def test_weights_load_into_the_module(
     trained: tuple[Path, dict[str, nn.Module], torch.optim.Optimizer], tmp_path: Path
 ) -> None:

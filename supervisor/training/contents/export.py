@@ -26,6 +26,7 @@ from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 
 from supervisor.checkpoint.directory import sync_directory
 from supervisor.errors import CheckpointError, StorageError, UsageError
+from supervisor.training import trees
 from supervisor.training.contents.opened import Contents, Item, UnsafeError
 from supervisor.training.contents.raw import memory_of
 from supervisor.training.contents.selection import Selection, select
@@ -217,7 +218,8 @@ def _torch_save(contents: Contents, target: Path, selection: Selection, *, flat:
             values[name] = contents.tensor(item)
             continue
         try:
-            values[name] = contents.object(item)
+            value = contents.object(item)
+            values[name] = trees.join(value, {}) if trees.is_box(value) else value
         except UnsafeError as error:
             raise UnsafeError(f"{error}; --weights-only leaves it out") from None
     whole = (

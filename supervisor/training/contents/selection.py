@@ -18,6 +18,8 @@ from supervisor.training.items import OWN
 
 _NOT_WEIGHTS: Final = frozenset({"state", "param_groups", "optim", "optimizer", "optimizers"})
 
+_EXTRA: Final = "_extra_state"  # ends the name of what ``nn.Module.get_extra_state`` returns
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -62,7 +64,7 @@ def found_weights(contents: Contents) -> list[Item]:
 def select(contents: Contents, *, weights_only: bool, only: str | None) -> Selection:
     """What to export, by name: a lone module's (or ``only``'s) tensors without the prefix, everything else by its key."""
     if weights_only:
-        allowed = {item.key for item in weights(contents)}
+        allowed = {item.key for item in (*weights(contents), *_pickled_weights(contents))}
         items = [item for item in under(contents, only) if item.key in allowed]
     else:
         items = [item for item in under(contents, only) if item.path != (OWN,)]
@@ -78,6 +80,12 @@ def select(contents: Contents, *, weights_only: bool, only: str | None) -> Selec
     prefix = only if only is not None else _common(chosen) if weights_only else None
     named = {_stripped(name, prefix): chosen[name] for name in chosen}
     return Selection({name: named[name] for name in _ordered(contents, named)}, others)
+
+
+def _pickled_weights(contents: Contents) -> list[Item]:
+    """Tensors of modules that lie in no plain memory (sparse, quantized): objects that are no module's extra state."""
+    others = [item for item in contents.items.values() if not item.is_tensor and len(item.path) == 2]
+    return [item for item in others if contents.is_ours and not str(item.path[1]).endswith(_EXTRA)]
 
 
 def _common(items: dict[str, Item]) -> str | None:
