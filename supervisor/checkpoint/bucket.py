@@ -50,7 +50,9 @@ _FINAL: Final = (
 _TAKEN: Final = (refusals.AlreadyExistsError, refusals.PreconditionError)
 _STATUS: Final = re.compile(r"status code: ([0-9]{3} [A-Za-z ]+)")
 _CODE: Final = re.compile(r"<Code>(\w+)</Code>")
-_ABORT: Final = 2.0  # seconds that a cancelled upload may take to be aborted
+_ABORT: Final = (
+    1.0  # seconds that a cancelled upload may take to be aborted, beside what it may take to settle
+)
 _LOOK: Final = 0.1  # seconds between two looks at whether to stop
 
 
@@ -75,6 +77,14 @@ class Limits:
     patience: float | None = None  # seconds from its first failure on; None: 2 × timeout
     parallel: int = 4  # requests at once
     first_wait: float = 0.2  # seconds, doubling
+    settling: float = (
+        1.0  # seconds for what is in the air to be answered, once an upload has failed or was cancelled
+    )
+
+    @property
+    def grace(self) -> float:
+        """Seconds that a cancelled operation has to end by itself."""
+        return self.settling + _ABORT
 
     @property
     def until(self) -> float:
@@ -277,7 +287,7 @@ def run(
     work: Coroutine[Any, Any, T],
     cancelled: Callable[[], bool] = lambda: False,
     *,
-    grace: float = _ABORT,
+    grace: float = Limits.settling + _ABORT,
 ) -> T:
     """Do ``work`` in this thread. Once ``cancelled`` says so, it has ``grace`` seconds to end by itself (CancelledError)."""
 

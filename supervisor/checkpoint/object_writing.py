@@ -33,8 +33,7 @@ from supervisor.errors import CheckpointError, ConfigError, StorageError
 
 FILES_AT_ONCE: Final = 2
 _PROBE: Final = 20.0  # seconds at most
-_SETTLING: Final = 1.0  # seconds for requests in the air to be answered, once the drain has failed
-_CLEANING: Final = 2.0  # seconds for removing what a failed drain has written
+_CLEANING: Final = 2.0  # times what settling may take: for removing what a failed drain has written
 LARGEST_MARKER: Final = 4096  # bytes
 
 
@@ -148,7 +147,9 @@ class ObjectWriter:
                     raise
 
         names = sorted(sizes, key=lambda name: (-sizes[name], name))
-        return dict(zip(names, await together(map(one, names), settling=_SETTLING), strict=True))
+        return dict(
+            zip(names, await together(map(one, names), settling=self._bucket.limits.settling), strict=True)
+        )
 
     async def commit(self, directory: str, manifest: bytes, marker: bytes) -> None:
         """Put the manifest if there is none, and take the marker away, which must be ``marker`` still."""
@@ -194,7 +195,7 @@ class ObjectWriter:
                     await self._quick.delete(sorted(paths.keys() - {f"{directory}/{PARTIAL_NAME}"}))
 
         try:
-            await asyncio.wait_for(work(), _CLEANING)
+            await asyncio.wait_for(work(), _CLEANING * self._bucket.limits.settling)
         except (TimeoutError, StorageError):
             return
 

@@ -106,7 +106,8 @@ class ObjectStorage:
         if METADATA_NAME not in sizes:
             raise CheckpointError(f"{source} has no {METADATA_NAME}: not a DCP checkpoint")
         feed = Feed(None if bandwidth is None else Pace(bandwidth), cancelled)
-        return bucket.run(self._writer.drain(source, sizes, origin, fence, feed, cancelled), cancelled)
+        work = self._writer.drain(source, sizes, origin, fence, feed, cancelled)
+        return bucket.run(work, cancelled, grace=self._objects.limits.grace)
 
     def parts(self, owner: Owner) -> ObjectParts:
         return ObjectParts(self._objects, self._writer, self._where, self._key, owner)
