@@ -40,7 +40,7 @@ from supervisor.model import AttemptEnded, AttemptStarted, Fact, FirstStep, Stan
 
 LIGHT: Final = """
 import os, shutil, time
-from supervisor.edge.control import Phase, Word
+from supervisor.edge.control import Phase, Word, offered_slot
 from supervisor.edge.link import current
 folder, link = os.environ["BENCH"], current()
 page, kept = link.page, folder + "/state"
@@ -50,8 +50,8 @@ def write(name, text):
         file.write(text)
     os.rename(folder + "/tmp", f"{folder}/{name}")
 def save():
-    slot = page[Word.FREE_SLOT] - 1
-    if slot >= 0 and os.path.exists(folder + "/checkpoint/.metadata"):
+    slot = offered_slot(page[Word.FREE_SLOT])
+    if slot is not None and os.path.exists(folder + "/checkpoint/.metadata"):
         shutil.rmtree(f"{link.runtime}/slots/{slot}", ignore_errors=True)
         shutil.copytree(folder + "/checkpoint", f"{link.runtime}/slots/{slot}")
         link.tell("saved", step=step, slot=slot, seconds=0.0, bytes=1, metrics={})

@@ -19,7 +19,7 @@ from pathlib import Path
 from supervisor.checkpoint import slots
 from supervisor.checkpoint.manifest import Key
 from supervisor.edge import arenas, clock, runtimes
-from supervisor.edge.control import SLOTS
+from supervisor.edge.control import SLOTS, offer_word
 from supervisor.errors import CheckpointError, EverstepError
 from supervisor.model import Fact, SnapshotCompleted
 
@@ -115,7 +115,7 @@ class Snapshots:
     def offer_word(self) -> int:
         """The slot to write next as a rank's page says it; another word for each time that one is offered."""
         slot = self.offer()
-        return 0 if slot is None else self._offers << 8 | slot + 1
+        return 0 if slot is None else offer_word(self._offers, slot)
 
     def _make_room(self, slot: int) -> None:
         """Move the slot to disk if memory has no room for what it is going to hold."""

@@ -74,6 +74,16 @@ class Word(enum.IntEnum):
     FAULT = 128  # Fault; the worker's background thread takes it back to 0 as it strikes
 
 
+def offer_word(serial: int, slot: int) -> int:
+    """What ``Word.FREE_SLOT`` says when ``slot`` is offered for the ``serial``-th time."""
+    return serial << 8 | slot + 1
+
+
+def offered_slot(word: int) -> int | None:
+    """The slot that ``Word.FREE_SLOT`` names; None: none is free."""
+    return (word & 0xFF) - 1 if word else None
+
+
 class Phase(enum.IntEnum):
     """What a worker is doing."""
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from supervisor.decide.guard import GuardPolicy, Known
 from supervisor.decide.savepoint import Move, judge_word
-from supervisor.edge.control import SLOTS, Phase, ProposalFlag, ProposalState, Word
+from supervisor.edge.control import SLOTS, Phase, ProposalFlag, ProposalState, Word, offered_slot
 from supervisor.edge.link import Link
 from supervisor.errors import ProtocolError
 from supervisor.model import Skip
@@ -91,9 +91,10 @@ class Supervised:
         patience = time.monotonic() + SLOT_PATIENCE
         while True:
             word = self.words[Word.FREE_SLOT]
-            if word not in (0, self._last_offer):
+            slot = offered_slot(word)
+            if slot is not None and word != self._last_offer:
                 self._offer = word
-                return word & 0xFF, 0
+                return slot + 1, 0
             if not flags:
                 return 0, 0
             if time.monotonic() > patience:

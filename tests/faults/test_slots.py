@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from supervisor.checkpoint import slots
+from supervisor.edge.control import offered_slot
 from supervisor.snapshots import Ranks, Snapshots
 
 RANKS = (0, 1)
@@ -78,7 +79,8 @@ class Job:
             self.skipped += 1
             return
         self.saves += 1
-        slot = (self.page & 0xFF) - 1
+        slot = offered_slot(self.page)
+        assert slot is not None
         self.last = self.page
         outcome = self.chance.choices(["saved", "failed", "torn"], [10, 1, 1])[0]
         torn = self.chance.choice(RANKS)
