@@ -192,15 +192,16 @@ def test_a_damaged_checkpoint_in_s3_is_skipped(
     job.until_no_processes()
     shutil.rmtree(job.runtime)
     store = connect(Remote(url), Limits(timeout=10))
-    newest = max(entry["path"] for entry in obstore.list(store).collect() if "everstep.json" in entry["path"])
-    file = newest.replace("everstep.json", "__0_0.distcp")
+    paths = sorted(entry["path"] for entry in obstore.list(store).collect())
+    # not every fifth step: one drain is under way at a time, and the newest snapshot is the next
+    *_, before, newest = [path.partition("/")[0] for path in paths if path.endswith("/everstep.json")]
+    file = f"{newest}/__0_0.distcp"
     data = bytearray(bytes(obstore.get(store, file).bytes()))
     data[len(data) // 2] ^= 1
     obstore.put(store, file, bytes(data))
     (tmp_path / "go").touch()
     assert job.run(python("--out", out), *options, faults=faults) == 0, job.output
-    bad = int(newest.partition("/")[0].removeprefix("step-"))
-    assert job.facts(Resumed)[-1].step == bad - 5
+    assert job.facts(Resumed)[-1].step == int(before.removeprefix("step-"))
     assert "digest does not match; skipping it" in job.output
     assert digests(out) == alone
 
