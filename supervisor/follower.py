@@ -129,6 +129,7 @@ class Follower:
             if not keep:
                 runtimes.remove(self._runtime)
                 await self._warden.acknowledge()
+            self._lock.close()
 
     def _think(self) -> tuple[int | None, bool] | None:
         """Do what the order says; the exit code and whether what is in RAM is to be kept, when it is time to go."""

@@ -244,7 +244,7 @@ class Snapshots:
         Returns where to; None where it lies on disk already, or where such a move was said before.
         """
         self._saves.clear()
-        self.failure = f"the snapshot of step {step} failed: {reason}"
+        self.skip(step, reason)
         if self._offered is not None:
             self._failed, self._offered = self._offered, None
         moved = None if self._failed is None else self._move_to_disk(self._failed)

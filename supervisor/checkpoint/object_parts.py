@@ -97,7 +97,7 @@ class ObjectParts:
             await self._bucket.put(f"{directory}/{part_name(rank)}", encode_part(part, self._key))
             return part
 
-        return bucket.run(work(), cancelled)
+        return bucket.run(work(), cancelled, grace=self._bucket.limits.grace)
 
     def complete(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from supervisor.errors import StorageError
 from supervisor.training import moves
 from supervisor.training.engine import ArenaWriter
+from supervisor.training.flight import Flight
 from supervisor.training.items import Items
 from supervisor.training.layout import is_plain
 from supervisor.training.state import TrainingState
@@ -107,6 +109,19 @@ class Run:
             else copy.deepcopy(value)
             for key, value in now.values.items()
         }
+
+
+def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Copies behind a step begin when it is set, as it is now."""
+    let_go, fly = threading.Event(), Flight.run
+    let_go.set()
+
+    def late(flight: Flight) -> None:
+        let_go.wait()
+        fly(flight)
+
+    monkeypatch.setattr(Flight, "run", late)
+    return let_go
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from supervisor.training.flight import Flight, Samples
-from tests.training.overlapping import AdamW, Run, net, one_thread, slow, train
+from supervisor.training.flight import Samples
+from tests.training.overlapping import AdamW, Run, held_back, net, one_thread, slow, train
 from tests.training.slow_gpu import SlowGpu
 
 __all__ = ["one_thread", "slow"]
@@ -52,14 +51,7 @@ def test_weights_changed_outside_later_tear_the_copy_and_end_it(
     model = net()
     optimizer = AdamW(model.parameters())
     run = Run(tmp_path, model=model, optimizer=optimizer)
-    changed, fly = threading.Event(), Flight.run
-    changed.set()
-
-    def late(flight: Flight) -> None:
-        changed.wait()
-        fly(flight)
-
-    monkeypatch.setattr(Flight, "run", late)
+    changed = held_back(monkeypatch)
 
     def one(step: int) -> None:
         if step == 5:
@@ -86,14 +78,7 @@ def test_weights_swapped_for_others_and_back_around_the_counters(
     model = nn.Sequential(nn.Linear(8, 40), *(nn.Linear(40, 40) for _ in range(layers)))
     optimizer = AdamW(model.parameters())
     run = Run(tmp_path, model=model, optimizer=optimizer)
-    swapped, fly = threading.Event(), Flight.run
-    swapped.set()
-
-    def late(flight: Flight) -> None:
-        swapped.wait()
-        fly(flight)
-
-    monkeypatch.setattr(Flight, "run", late)
+    swapped = held_back(monkeypatch)
 
     def one(step: int) -> None:
         if step == 5:
@@ -113,7 +98,11 @@ def test_weights_swapped_for_others_and_back_around_the_counters(
     run.run(7, one)
     assert run.behind > 2
     assert sorted(run.good + run.torn) == list(range(1, 8))
-    assert run.torn in ([5], [] if slow else [5])  # what is queued late finds its own weights again
+    is_copied_at_once = slow is None and model[0].weight.device.type == "cpu"
+    assert run.torn in (
+        [5],
+        [5] if is_copied_at_once else [],
+    )  # what is queued late finds its own weights again
 
 
 def test_renormalised_embeddings(tmp_path: Path) -> None:
@@ -160,14 +149,7 @@ def test_sharded_weights_changed_outside_later(
         fully_shard(part, mesh=mesh)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
     run = Run(tmp_path, model=model, optimizer=optimizer)
-    changed, fly = threading.Event(), Flight.run
-    changed.set()
-
-    def late(flight: Flight) -> None:
-        changed.wait()
-        fly(flight)
-
-    monkeypatch.setattr(Flight, "run", late)
+    changed = held_back(monkeypatch)
 
     def one(step: int) -> None:
         if step == 5:
