@@ -64,6 +64,7 @@ class Attempt:
         self.seats: dict[int, Seat] = {}
         self.metrics: dict[str, float] = {}  # the newest logged values
         self.restore_seconds = 0.0  # of the rank that took longest
+        self.fetching = 0  # ranks that wait for what they read of a checkpoint
         self.ended = asyncio.Event()
         self.finished = False  # every rank left with code 0
         self.called_off = False  # it was ended for what happened on another node

@@ -14,7 +14,6 @@ from typing import Final
 from supervisor import background
 from supervisor.attempt import Attempt
 from supervisor.checkpoint import slots
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.in_parts import Making, PartStorage
 from supervisor.checkpoint.manifest import Key, Manifest, Origin
 from supervisor.checkpoint.storage import CheckpointStorage, Owner
@@ -25,7 +24,7 @@ from supervisor.edge import clock
 from supervisor.edge.console import Console
 from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.store.protocol import Store
-from supervisor.errors import EverstepError
+from supervisor.errors import CancelledError, EverstepError
 from supervisor.fleet import Assignment, Ended, Holder
 from supervisor.hand import Hand
 from supervisor.joining import Joining

@@ -23,14 +23,13 @@ from typing import Any, Final, Protocol
 
 from supervisor.checkpoint import catalog, slots
 from supervisor.checkpoint.catalog import CheckpointRecord
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.manifest import Manifest, Origin
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage
 from supervisor.copier import Copier, drained
 from supervisor.decide.retention import RetentionPolicy, to_remove
 from supervisor.edge import clock
 from supervisor.edge.threads import in_thread
-from supervisor.errors import EverstepError, StorageError
+from supervisor.errors import CancelledError, EverstepError, StorageError
 from supervisor.model import CheckpointCommitted, CheckpointFailed, CheckpointsPruned, Fact
 
 FIRST_WAIT: Final = 1.0  # seconds from a failed drain to the next attempt at one, doubling

@@ -37,6 +37,10 @@ class StorageError(EverstepError):
     exit_code = 1
 
 
+class CancelledError(StorageError):
+    """It was told to stop, and did; nothing of it is left."""
+
+
 class CheckpointError(EverstepError):
     """A checkpoint is missing, damaged, or does not authenticate."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from supervisor.checkpoint.catalog import local
-from supervisor.checkpoint.location import Remote
 from supervisor.checkpoint.manifest import Key
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage, open_storage
 from supervisor.config import Options
@@ -55,9 +53,9 @@ class Finder:
             folder = self._snapshots.folder(origin.slot)
             return Resume(step=origin.step, tier=Tier.RAM, path=folder, kept=folder)
         self._snapshots.drop_all()
-        return await in_thread(lambda: self._checkpoint(origin))
+        return await in_thread(lambda: self._checkpoint(origin, nodes))
 
-    def _checkpoint(self, origin: Origin) -> Resume:
+    def _checkpoint(self, origin: Origin, nodes: int) -> Resume:
         name = Path(origin.path or "").name
         places: list[CheckpointStorage] = [
             open_storage(
@@ -67,14 +65,13 @@ class Finder:
         if not isinstance(places[0], LocalStorage):
             places.append(LocalStorage(self._job.path / "checkpoints", self._key))
         for place in places:
-            for record in place.records():
-                if record.step != origin.step or record.path.name != name or record.problem is not None:
-                    continue
-                if isinstance(record.path, Remote):
-                    path = place.fetch(record, self._staging.room(record.path.name, record.bytes))
-                else:
-                    path = local(record)  # the leader has compared every byte
-                return Resume(step=origin.step, tier=Tier.CHECKPOINT, path=path, kept=record.path)
+            record = place.find(name)
+            if record is None or record.step != origin.step or record.problem is not None:
+                continue
+            found = self._staging.on_demand(place, record, nodes)
+            return Resume(
+                step=origin.step, tier=Tier.CHECKPOINT, path=found.path, kept=record.path, on_demand=found
+            )
         raise StorageError(
             f"{name}, from which the leader resumes, is not seen on this node: is its place shared?"
         )

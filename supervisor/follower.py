@@ -295,6 +295,7 @@ class Follower:
     def _report_end(self, attempt: Attempt, failure: Failure | None) -> None:
         assert self._reception is not None
         self._snapshots.reset()
+        self._reception.close()
         self._on_restored()
         failure = failure or self._resume_failed
         self._world_size = attempt.world_size or self._world_size

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from supervisor.attempt import Attempt
+from supervisor.checkpoint.location import Location
+from supervisor.checkpoint.on_demand import OnDemand
 from supervisor.decide import rollback
 from supervisor.edge import clock
 from supervisor.edge.channel import Message, Peer
 from supervisor.edge.console import Console
-from supervisor.errors import EverstepError
+from supervisor.edge.threads import in_thread
+from supervisor.errors import CheckpointError, EverstepError, StorageError
 from supervisor.guarding import Guarding
 from supervisor.ledger import Ledger
 from supervisor.model import ProposalFlag, Raised, Resumed, WorkersReady
@@ -21,6 +24,7 @@ from supervisor.resume import Resume
 from supervisor.saves import Saves
 from supervisor.seat import Seat
 from supervisor.snapshots import Snapshots
+from supervisor.wording import size
 
 
 class Reception:
@@ -53,8 +57,8 @@ class Reception:
         self._on_restored = on_restored
         self._restored: set[int] = set()
         self._prefix_lines = prefix_lines
-        #: states that a rank could not load although their digests were right
-        self.unloadable: set[Path] = set()
+        #: states that a rank could not load, though nothing was seen to be wrong with them when they were chosen
+        self.unloadable: set[Location] = set()
         self._resume_said = False
         self._guarding = Guarding(attempt)
 
@@ -120,9 +124,37 @@ class Reception:
             "path": str(resume.path) if resume.path else None,
             "step": resume.step,
             "tier": resume.tier.value if resume.tier else None,
+            "on_demand": resume.on_demand is not None,
             "skips": [asdict(skip) for skip in self._ledger.record.skips],
             "known": rollback.known(self._ledger.record)._asdict(),
         }
+
+    async def _on_need(self, seat: Seat, message: Message) -> Message:
+        source = self._source
+        if source is None:
+            raise ValueError("there is nothing to ask for")
+        wanted = {
+            str(name): [(int(start), int(length)) for start, length in ranges]
+            for name, ranges in dict(message["files"]).items()
+        }
+        self._attempt.fetching += 1
+        try:
+            await in_thread(lambda: source.need(wanted))
+        except (CheckpointError, StorageError) as error:
+            return {"problem": str(error), "damaged": isinstance(error, CheckpointError)}
+        finally:
+            self._attempt.fetching -= 1
+        return {}
+
+    @property
+    def _source(self) -> OnDemand | None:
+        done = self._resume.done() and not self._resume.cancelled() and self._resume.exception() is None
+        return self._resume.result().on_demand if done else None
+
+    def close(self) -> None:
+        """No rank asks any more."""
+        if self._source is not None:
+            self._source.close()
 
     def _on_resumed(self, seat: Seat, message: Message) -> None:
         seconds = float(message["seconds"])
@@ -131,13 +163,17 @@ class Reception:
             self._console.say(f"resumed at step {message['step']} in {seconds:.2f} s")
         self._restored.add(seat.rank)
         if len(self._restored) == self._attempt.local_size:
+            if (source := self._source) is not None:
+                needed, total = size(source.bytes), size(source.total)
+                self._console.say(f"{needed} of the checkpoint's {total} were read for this node")
             self._on_restored()
 
     def _on_rejected(self, seat: Seat, message: Message) -> None:
-        path, reason = Path(str(message["path"])), str(message["reason"])
-        if message["damaged"] and path not in self.unloadable:
-            self.unloadable.add(path)
-            self._console.say(f"rank {seat.rank} cannot load {path}: {reason}")
+        reason, resume = str(message["reason"]), self._resume.result()
+        kept = resume.kept if resume.kept is not None else Path(str(message["path"]))
+        if message["damaged"] and kept not in self.unloadable:
+            self.unloadable.add(kept)
+            self._console.say(f"rank {seat.rank} cannot load {kept}: {reason}")
 
     def _on_saved(self, seat: Seat, message: Message) -> None:
         step = int(message["step"])

@@ -3,7 +3,8 @@
 A snapshot in this node's RAM wins when it is at least as new as the newest checkpoint: by attempt first, so that what a run
 on another host has done meanwhile is not thrown away for an older state of this one. Its files were whole when
 ``slot.json`` was written, and their sizes are checked. A checkpoint is verified by all of its digests before any rank is
-told of it, so all ranks alike skip a damaged one for the newest good one. Where there are checkpoints and none is good, the
+told of it, so all ranks alike skip a damaged one for the newest good one. On several nodes each compares only what its ranks read,
+while they read it (``checkpoint/on_demand``); the next attempt compares all of what was found damaged so, and skips it as well. Where there are checkpoints and none is good, the
 job is not begun anew behind its user's back: that is an error.
 
 Checkpoints may lie in two places: an object store, and the job directory with its emergency copies (or what was there
@@ -14,14 +15,15 @@ there, whatever is newer it knows itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from supervisor.checkpoint import slots
 from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import Key
+from supervisor.checkpoint.on_demand import OnDemand
 from supervisor.checkpoint.storage import CheckpointStorage
 from supervisor.errors import CheckpointError
 from supervisor.model import Tier
@@ -41,6 +43,8 @@ class Resume:
     kept: Location | None = None
     #: damaged states that were skipped: path and reason
     rejected: tuple[tuple[Location, str], ...] = ()
+    #: through which the ranks must ask for what they read
+    on_demand: OnDemand | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Sources:
     staging: Staging
     newest: Age | None = None
     is_bad: Callable[[int, int], bool] = lambda *_: False  # by attempt and step (decide/rollback.py)
+    nodes: int = 1
+    doubted: Collection[Location] = ()  # that ranks could not load
 
 
 def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> Resume:
@@ -78,7 +84,7 @@ def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> R
         if record.step < 0 or (ram is not None and isinstance(record.path, Remote) and age > _age(record)):
             continue
         try:
-            good = _fetched(place, record, sources.staging, cancelled)
+            good = _ready(place, record, sources, cancelled)
             break
         except CheckpointError as error:
             rejected.append((record.path, str(error)))
@@ -93,7 +99,8 @@ def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> R
                 "bring a good one back, or start anew in another --dir"
             )
         return Resume(rejected=tuple(rejected))
-    return Resume(record.step, Tier.CHECKPOINT, good, record.path, tuple(rejected))
+    path, on_demand = (good, None) if isinstance(good, Path) else (good.path, good)
+    return Resume(record.step, Tier.CHECKPOINT, path, record.path, tuple(rejected), on_demand)
 
 
 def _from_ram(sources: Sources, rejected: list[tuple[Location, str]]) -> tuple[Resume | None, Age]:
@@ -110,10 +117,15 @@ def _from_ram(sources: Sources, rejected: list[tuple[Location, str]]) -> tuple[R
     return Resume(record.step, Tier.RAM, folder, folder), (record.attempt, record.step)
 
 
-def _fetched(
-    place: CheckpointStorage, record: CheckpointRecord, staging: Staging, cancelled: Callable[[], bool]
-) -> Path:
-    """A local directory with every byte of it checked."""
+def _ready(
+    place: CheckpointStorage, record: CheckpointRecord, sources: Sources, cancelled: Callable[[], bool]
+) -> Path | OnDemand:
+    """A local directory with every byte of it checked; on several nodes, one that is checked as it is read."""
+    staging = sources.staging
+    if sources.nodes > 1:
+        if record.path in sources.doubted and (problems := place.verify(record)):
+            raise CheckpointError("; ".join(problems))
+        return staging.on_demand(place, record, sources.nodes)
     if not isinstance(record.path, Remote):
         return place.fetch(record, record.path, cancelled=cancelled)
     if record.problem is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,8 @@ class Stores:
         self._storage = open_storage(where, self._key, timeout=options.storage_timeout)
         place = refuge(options, job)
         self._refuge = LocalStorage(place, self._key) if place is not None else None
-        self._unloadable: Counter[Path] = Counter()  # whole, and yet a rank could not load it
+        #: the attempts in which ranks could not load it
+        self._unloadable: defaultdict[Location, set[int]] = defaultdict(set)
         self._claim: IO[str] | None = None  # of a directory that is not the job's own
         self._looked = False  # at what checkpoints there are: from then on this run knows of every newer one
         runtime = Path(file.runtime)
@@ -128,14 +129,17 @@ class Stores:
                 self._console.say(f"step {step} was durable on all nodes: it is a checkpoint now")
         return swept
 
-    async def choose(self) -> Resume:
-        """Where the next attempt resumes. Raises CheckpointError, StorageError."""
+    async def choose(self, nodes: int = 1) -> Resume:
+        """Where the next attempt, of so many nodes, resumes. Raises CheckpointError, StorageError."""
         unsound = self.snapshots.drop_unsound()
         places = [self._storage] if self._refuge is None else [self._storage, self._refuge]
         newest = None
         if self._looked and self._refuge is not None:
             newest = self.draining.newest_committed or (-1, -1)
-        sources = Sources(self.snapshots.newest(), places, self._key, self.staging, newest, self._is_bad)
+        sources = Sources(
+            self.snapshots.newest(), places, self._key, self.staging, newest, self._is_bad, nodes,
+            frozenset(self._unloadable),
+        )  # fmt: skip
         over = threading.Event()
         try:
             resume = await in_thread(lambda: choose(sources, over.is_set))
@@ -187,12 +191,13 @@ class Stores:
     def _is_bad(self, attempt: int, step: int) -> bool:
         return rollback.is_condemned(self._ledger.record, attempt, step)
 
-    def doubt(self, unloadable: Iterable[Path]) -> None:
-        """The ranks could not load these, however whole they are: snapshots that they could not load twice are forgotten."""
+    def doubt(self, attempt: int, unloadable: Iterable[Location]) -> None:
+        """The ranks could not load these, however whole they seem: snapshots that they could not load twice are forgotten."""
         for path in unloadable:
-            self._unloadable[path] += 1
-            if self._unloadable[path] > 1:  # once may be the moment's fault
-                self.snapshots.drop(path)
+            self._unloadable[path].add(attempt)
+            if len(self._unloadable[path]) > 1:  # once may be the moment's fault
+                if isinstance(path, Path):
+                    self.snapshots.drop(path)
                 self._looked = False
 
 

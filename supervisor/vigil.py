@@ -97,9 +97,9 @@ class Vigil:
         )
 
     def _awaits_us(self) -> bool:
-        """Whether the ranks wait for the supervisor, which may have terabytes to verify."""
+        """Whether the ranks wait for the supervisor, which may have terabytes to fetch and verify."""
         restoring = any(seat.page[Word.PHASE] == Phase.RESTORE for seat in self._attempt.seats.values())
-        return restoring and self._ledger.record.resumed_step is None
+        return restoring and (self._ledger.record.resumed_step is None or self._attempt.fetching > 0)
 
     def _is_debugged(self, now: float) -> bool:
         """Whether a debugger is attached to a rank; asked only when nobody has moved for a while."""

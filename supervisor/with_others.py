@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Final
 
 from supervisor import background
 from supervisor.attempt import Attempt
+from supervisor.checkpoint.location import Location
 from supervisor.companions import Companions, Nobody, Outcome, Turn
 from supervisor.company import Team
 from supervisor.config import Options
@@ -62,7 +62,7 @@ class WithOthers:
         self._heard: dict[str, Report] = {}  # nodes that have heard of something
         self._apart: tuple[reach.Pair, ...] = ()  # nodes of the attempt that do not reach each other
         self._copies = copies
-        self._resumed_from: Path | None = None
+        self._resumed_from: Location | None = None
         self._standby_serial = 0
         self._looking: asyncio.Task[None] | None = None
         self._lead.rounds.on_saved = self._on_saved
@@ -155,8 +155,8 @@ class WithOthers:
         """Where it resumes, on all nodes alike. Raises CheckpointError, StorageError."""
         assert self._assignment is not None
         await self._company.find_state(self._assignment, self._stores.draining.newest_committed)
-        resume = await self._stores.choose()
-        self._resumed_from = resume.kept if isinstance(resume.kept, Path) else None
+        resume = await self._stores.choose(len(self._assignment.members))
+        self._resumed_from = resume.kept
         self._company.tell_origin(number, resume)
         return resume
 
@@ -179,7 +179,7 @@ class WithOthers:
             progressed = self._ledger.record.failures_since_progress == 0
             self._roster.blame(cause.node if failure.kind in _SUSPICIOUS else None, progressed=progressed)
         if self._resumed_from is not None and any(one.ended and one.ended.unloadable for one in departed):
-            self._stores.doubt([self._resumed_from])
+            self._stores.doubt(attempt.number, [self._resumed_from])
         completed = completed and all(one.ended is not None and one.ended.completed for one in departed)
         return Outcome(failure, cause.noticed or noticed, completed)
 

@@ -12,7 +12,6 @@ import pytest
 
 from supervisor.checkpoint import catalog, location
 from supervisor.checkpoint.catalog import CheckpointRecord
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import FileEntry, Manifest, Origin
 from supervisor.checkpoint.slots import SlotRecord
@@ -22,7 +21,7 @@ from supervisor.decide.retention import RetentionPolicy
 from supervisor.draining import FIRST_WAIT, Draining, Stamp
 from supervisor.edge import clock
 from supervisor.edge.jobdir import JobDirectory
-from supervisor.errors import StorageError
+from supervisor.errors import CancelledError, StorageError
 from supervisor.model import CheckpointCommitted, CheckpointFailed, Fact
 from supervisor.stores import refuge
 from tests.checkpoint.tools import write_source

@@ -25,13 +25,12 @@ import tenacity
 from obstore import exceptions as refusals
 from obstore.store import ObjectStore, from_url
 
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Remote
 from supervisor.checkpoint.manifest import FileEntry, Key
 from supervisor.checkpoint.verify import Hasher
 from supervisor.edge import clock
 from supervisor.edge.files import Pace
-from supervisor.errors import ConfigError, StorageError
+from supervisor.errors import CancelledError, ConfigError, StorageError
 
 T = TypeVar("T")
 
@@ -146,7 +145,7 @@ class Bucket:
 
         async def attempt() -> None:
             nonlocal entry
-            hasher = Hasher(key)
+            hasher = Hasher(key, size)
             parts = feed.parts(file, size, part, hasher)
             if size <= part:
                 data = b"".join([chunk async for chunk in parts])

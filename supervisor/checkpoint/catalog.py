@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,6 +88,18 @@ def list_checkpoints(checkpoints: Path, key: Key | None = None) -> list[Checkpoi
     candidates = [checkpoints / name for name in names if name.startswith(_PREFIX)]
     records = [inspect(path, key) for path in candidates if not _is_swept(path)]
     return sorted(records, key=lambda record: (-record.step, record.path.name))
+
+
+def find(path: Path, key: Key | None = None) -> CheckpointRecord | None:
+    """The record of one directory, None where ``list_checkpoints`` would have none. Raises StorageError."""
+    try:
+        there = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise translated(error, "reading", path) from error
+    is_listed = path.name.startswith(_PREFIX) and not (stat.S_ISDIR(there.st_mode) and _is_swept(path))
+    return inspect(path, key) if is_listed else None
 
 
 def inspect(path: Path, key: Key | None = None) -> CheckpointRecord:

@@ -22,13 +22,9 @@ from supervisor.checkpoint.manifest import FileEntry, Key
 from supervisor.checkpoint.sharing import Sharing
 from supervisor.checkpoint.verify import CHUNK, Hasher
 from supervisor.edge.files import Files
-from supervisor.errors import StorageError
+from supervisor.errors import CancelledError, StorageError
 
 TRANSIENT: Final = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT})
-
-
-class CancelledError(StorageError):
-    """The drain was told to stop; nothing of it is left."""
 
 
 @dataclass(kw_only=True)
@@ -111,7 +107,7 @@ class Copy:
         try:
             writer = self.files.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
             try:
-                entry = self._pump(reader, writer)
+                entry = self._pump(reader, writer, self.sizes[name])
                 self.files.sync(writer)
             finally:
                 os.close(writer)
@@ -124,8 +120,8 @@ class Copy:
             )
         return entry
 
-    def _pump(self, reader: int, writer: int) -> FileEntry:
-        hasher = Hasher(self.key)
+    def _pump(self, reader: int, writer: int, expected: int) -> FileEntry:
+        hasher = Hasher(self.key, expected)
         buffer = memoryview(bytearray(CHUNK))
         size = 0
         while count := self.files.read(reader, buffer):

@@ -7,6 +7,9 @@ too. With a key (``EVERSTEP_KEY``) all digests are keyed: who lacks the key can 
 that its owner's jobs would load. File digests and the manifest's use different derived keys, else a file that has
 the text of a manifest would yield that manifest's digest.
 
+A file of several pieces (``pieces``) is named with the digest of each, and its own is the digest of those, one after the other; any
+other file, also a large one of a manifest of version 1, has the digest of its bytes.
+
 A reader refuses what it cannot judge, each case in its own words: no manifest, damage, a newer version, a manifest
 with a key where none is set, one without where one is set, and one of another key.
 """
@@ -26,6 +29,7 @@ from typing import Any, Final, TypeVar
 from blake3 import blake3
 
 from supervisor.checkpoint.location import Location
+from supervisor.checkpoint.pieces import Piece, cut
 from supervisor.edge.files import leads_inside
 from supervisor.errors import CheckpointError, ConfigError
 
@@ -34,10 +38,10 @@ MANIFEST_NAME: Final = "everstep.json"
 PARTIAL_NAME: Final = "everstep.json.partial"
 METADATA_NAME: Final = ".metadata"
 KEY_VARIABLE: Final = "EVERSTEP_KEY"
-VERSION: Final = 1
+VERSION: Final = 2
 
 _FORMAT: Final = "everstep-checkpoint"
-LARGEST: Final = 64 << 20  # bytes; a million files
+LARGEST: Final = 512 << 20  # bytes; seven million pieces
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -76,10 +80,27 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """One file: its size, and the hex of its 32-byte BLAKE3 digest (keyed if the manifest is)."""
+    """One file: its size, and the hex of its 32-byte BLAKE3 digest (keyed if the manifest is), and of those of its ``pieces``.
+
+    Without them, ``blake3`` is that of its bytes.
+    """
 
     bytes: int
     blake3: str
+    pieces: tuple[str, ...] = ()
+
+    def cut(self, name: str) -> list[Piece]:
+        """What can be compared by itself, of the file called ``name``, in order; all of it together is the file."""
+        if not self.pieces:
+            return [Piece(name, 0, self.bytes, self.blake3)]
+        return [
+            Piece(name, *place, digest) for place, digest in zip(cut(self.bytes), self.pieces, strict=True)
+        ]
+
+    def encode(self) -> dict[str, Any]:
+        """For JSON."""
+        document: dict[str, Any] = {"bytes": self.bytes, "blake3": self.blake3}
+        return {**document, "pieces": list(self.pieces)} if self.pieces else document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +163,7 @@ def encode(manifest: Manifest, key: Key | None) -> bytes:
         "created": float(origin.created),
         "metrics": encode_metrics(origin.metrics),
         "versions": dict(origin.versions),
-        "files": {
-            name: {"bytes": entry.bytes, "blake3": entry.blake3} for name, entry in manifest.files.items()
-        },
+        "files": {name: entry.encode() for name, entry in manifest.files.items()},
     }
     return sign(document, key)
 
@@ -165,7 +184,7 @@ def decode(data: bytes, key: Key | None) -> Manifest:
         metrics=decode_metrics(_value(document, "metrics", dict)),
         versions={name: str(value) for name, value in _value(document, "versions", dict).items()},
     )
-    files = {name: _entry(name, value) for name, value in _value(document, "files", dict).items()}
+    files = {name: decode_entry(name, value) for name, value in _value(document, "files", dict).items()}
     _check_files(files)
     return Manifest(origin=origin, files=files, version=document["version"])
 
@@ -265,13 +284,18 @@ def _count(document: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _entry(name: str, value: object) -> FileEntry:
+def decode_entry(name: str, value: object) -> FileEntry:
+    """What ``FileEntry.encode`` made, of the file called ``name``. Raises CheckpointError."""
     if not isinstance(value, dict):
         raise CheckpointError(f"{MANIFEST_NAME}: the entry of {name!r} must be an object")
-    digest = _value(value, "blake3", str)
-    if not _DIGEST.fullmatch(digest):
-        raise CheckpointError(f"{MANIFEST_NAME}: the digest of {name!r} is not 64 hex digits")
-    return FileEntry(bytes=_count(value, "bytes"), blake3=digest)
+    size, digest = _count(value, "bytes"), _value(value, "blake3", str)
+    pieces = tuple(_value(value, "pieces", list)) if "pieces" in value else ()
+    for one in (digest, *pieces):
+        if not isinstance(one, str) or not _DIGEST.fullmatch(one):
+            raise CheckpointError(f"{MANIFEST_NAME}: a digest of {name!r} is not 64 hex digits")
+    if pieces and len(pieces) != len(list(cut(size))):
+        raise CheckpointError(f"{MANIFEST_NAME}: {name!r} of {size} bytes has not {len(pieces)} pieces")
+    return FileEntry(bytes=size, blake3=digest, pieces=pieces)
 
 
 def _check_files(files: Mapping[str, FileEntry]) -> None:

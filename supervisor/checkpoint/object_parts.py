@@ -29,7 +29,6 @@ from typing import Final
 from supervisor.checkpoint import bucket, catalog
 from supervisor.checkpoint.bucket import Bucket, Feed, MissingError, together
 from supervisor.checkpoint.commit import no_fence
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.directory import payload, translated
 from supervisor.checkpoint.in_parts import Making
 from supervisor.checkpoint.location import Remote
@@ -38,7 +37,7 @@ from supervisor.checkpoint.object_writing import LARGEST_MARKER, ObjectWriter, m
 from supervisor.checkpoint.parts import Part, all_of, decode_part, encode_part, entries_of, part_name
 from supervisor.checkpoint.storage import Owner
 from supervisor.edge.files import Pace
-from supervisor.errors import CheckpointError, StorageError
+from supervisor.errors import CancelledError, CheckpointError, StorageError
 
 _PART: Final = re.compile(r"part-(0|[1-9][0-9]*)\.json")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,8 @@ from supervisor.checkpoint.manifest import (
     Manifest,
     decode,
 )
-from supervisor.checkpoint.verify import Hasher, hash_file
+from supervisor.checkpoint.pieces import Piece
+from supervisor.checkpoint.verify import Hasher, hash_piece
 from supervisor.errors import CheckpointError
 
 _FILES_AT_ONCE: Final = 2
@@ -50,13 +52,16 @@ class ObjectReader:
             async with limit:
                 return await self._judge(directory, found[directory])
 
-        whole = [
-            name
-            for name, sizes in found.items()
-            if not is_leftover(sizes) and (MANIFEST_NAME in sizes or catalog.parts_named(name) is None)
-        ]
-        records = await together(map(judge, whole))
+        records = await together(judge(name) for name, sizes in found.items() if _is_listed(name, sizes))
         return sorted(records, key=lambda record: (-record.step, record.path.name))
+
+    async def record(self, directory: str) -> CheckpointRecord | None:
+        """As ``CheckpointStorage.find``."""
+        if not directory.startswith("step-"):
+            return None
+        found = await self._bucket.sizes(directory)
+        sizes = {path.partition("/")[2]: size for path, size in found.items()}
+        return await self._judge(directory, sizes) if sizes and _is_listed(directory, sizes) else None
 
     async def _judge(self, directory: str, sizes: dict[str, int]) -> CheckpointRecord:
         step, path = catalog.step_of(directory), self._where / directory
@@ -102,7 +107,7 @@ class ObjectReader:
         limit = asyncio.Semaphore(_FILES_AT_ONCE)
 
         async def check(name: str, entry: FileEntry) -> str | None:
-            hasher = Hasher(self._key)
+            hasher = Hasher(self._key, entry.bytes, whole=not entry.pieces)
             async with limit:
                 for start in range(0, entry.bytes, PART):
                     length = min(PART, entry.bytes - start)
@@ -113,29 +118,72 @@ class ObjectReader:
         checks = [check(name, entry) for name, entry in manifest.files.items() if name not in bad]
         return sorted(problems + [problem for problem in await together(checks) if problem])
 
-    async def fetch(self, directory: str, manifest: Manifest, into: Path) -> None:
-        """Write the files into the directory ``into``. Raises CheckpointError when one is not as the manifest says."""
+    async def fetch(self, directory: str, pieces: Iterable[Piece], into: Folder) -> None:
+        """Write these pieces into files of ``into``, of the right size. Raises CheckpointError when one is not as it should be."""
         limit = asyncio.Semaphore(_READS_AT_ONCE)
 
-        async def part(target: Path, name: str, start: int, length: int) -> None:
+        async def part(name: str, start: int, length: int) -> None:
             async with limit:
                 data = await self._bucket.range(f"{directory}/{name}", start, length)
-                await asyncio.to_thread(_write, target, data, start)
+                await asyncio.to_thread(into.write, name, data, start)
 
-        async def file(name: str, entry: FileEntry) -> None:
-            target = into / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            starts = range(0, entry.bytes, PART)
-            await together(part(target, name, start, min(PART, entry.bytes - start)) for start in starts)
-            # read back: what counts is what the ranks will map
-            if await asyncio.to_thread(hash_file, target, self._key) != entry:
-                raise CheckpointError(f"{name}: digest does not match")
+        async def whole(piece: Piece) -> None:
+            end = piece.start + piece.length
+            await together(
+                part(piece.name, start, min(PART, end - start)) for start in range(piece.start, end, PART)
+            )
+            # read back: what counts is what the ranks will read
+            if await asyncio.to_thread(into.digest, piece, self._key) != piece.blake3:
+                raise CheckpointError(f"{piece.name}: digest does not match")
 
         try:
-            await together(file(name, entry) for name, entry in manifest.files.items())
+            await together(map(whole, pieces))
         except MissingError as error:
             raise CheckpointError(f"an object is missing: {error}") from None
+
+
+class Folder:
+    """An open directory of files that are being fetched. Raises OSError.
+
+    It is known by its descriptor, so a write that nobody waits for any more hits no file of another directory with this name.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, FileEntry]) -> None:
+        for name, entry in files.items():
+            target = path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.truncate(fd, entry.bytes)
+            finally:
+                os.close(fd)
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def write(self, name: str, data: memoryview, start: int) -> None:
+        """Write to a file of it, from ``start`` on."""
+        fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            while data:
+                count = os.pwrite(fd, data, start)
+                data, start = data[count:], start + count
+        finally:
+            os.close(fd)
+
+    def digest(self, piece: Piece, key: Key | None) -> str:
+        """The hex digest of what lies where ``piece`` should."""
+        fd = os.open(piece.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            return hash_piece(fd, piece, key)
+        finally:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it was never opened
+            os.close(self._fd)
+
+
+def _is_listed(directory: str, names: Collection[str]) -> bool:
+    return not is_leftover(names) and (MANIFEST_NAME in names or catalog.parts_named(directory) is None)
 
 
 def is_leftover(names: Iterable[str]) -> bool:
@@ -156,14 +204,3 @@ def _differences(step: int, manifest: Manifest, sizes: dict[str, int]) -> list[s
         elif sizes[name] > entry.bytes:
             problems.append(f"{name}: {sizes[name]} bytes, {entry.bytes} expected")
     return problems
-
-
-def _write(file: Path, data: memoryview, start: int) -> None:
-    """Its own descriptor each time: a write that is not waited for any more must not hit another file."""
-    fd = os.open(file, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        while data:
-            count = os.pwrite(fd, data, start)
-            data, start = data[count:], start + count
-    finally:
-        os.close(fd)

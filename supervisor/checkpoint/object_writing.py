@@ -14,7 +14,6 @@ from xml.etree import ElementTree as ET
 from supervisor.checkpoint import catalog
 from supervisor.checkpoint.abandoned import abort_uploads
 from supervisor.checkpoint.bucket import Bucket, Feed, MissingError, TakenError, together
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import (
     LARGEST,
@@ -29,7 +28,7 @@ from supervisor.checkpoint.manifest import (
 )
 from supervisor.checkpoint.object_reading import ObjectReader, is_leftover
 from supervisor.checkpoint.storage import Owner
-from supervisor.errors import CheckpointError, ConfigError, StorageError
+from supervisor.errors import CancelledError, CheckpointError, ConfigError, StorageError
 
 FILES_AT_ONCE: Final = 2
 _PROBE: Final = 20.0  # seconds at most

@@ -20,7 +20,8 @@ match, so that checkpoint is found damaged and skipped for the one before; no wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -35,14 +36,24 @@ from supervisor.checkpoint.directory import payload
 from supervisor.checkpoint.location import Location, Remote
 from supervisor.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME, Key, Manifest, Origin
 from supervisor.checkpoint.object_parts import ObjectParts
-from supervisor.checkpoint.object_reading import ObjectReader
+from supervisor.checkpoint.object_reading import Folder, ObjectReader
 from supervisor.checkpoint.object_writing import ObjectWriter
+from supervisor.checkpoint.on_demand import Obtain, OnDemand
+from supervisor.checkpoint.pieces import Piece
 from supervisor.checkpoint.storage import Owner
-from supervisor.edge.files import Pace
+from supervisor.edge.files import Pace, free_bytes
 from supervisor.errors import CheckpointError, StorageError
 
 #: what resumes can do nothing else meanwhile: it is more patient than a drain, which comes again with the next snapshot
 _PATIENCE: Final = 10  # times the timeout
+
+
+@contextlib.contextmanager
+def _local_problems(into: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"writing {error.filename or into} failed: {error.strerror or error}") from error
 
 
 class ObjectStorage:
@@ -71,22 +82,41 @@ class ObjectStorage:
     def records(self) -> list[CheckpointRecord]:
         return bucket.run(self._reader.records())
 
+    def find(self, name: str) -> CheckpointRecord | None:
+        return bucket.run(self._reader.record(name))
+
     def verify(self, record: CheckpointRecord) -> list[str]:
         return bucket.run(self._reader.verify(record.path.name))
 
     def fetch(
         self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False
     ) -> Path:
-        manifest = record.manifest
-        if manifest is None or record.problem is not None:
-            raise CheckpointError(record.problem or f"no {MANIFEST_NAME}")
-        try:
-            bucket.run(self._patient.fetch(record.path.name, manifest, into), cancelled, grace=0)
-        except OSError as error:
-            raise StorageError(
-                f"writing {error.filename or into} failed: {error.strerror or error}"
-            ) from error
+        manifest = self._whole(record)
+        obtain = self._obtain(record.path.name, manifest, into)
+        obtain([piece for name, entry in manifest.files.items() for piece in entry.cut(name)], cancelled)
         return into
+
+    def on_demand(self, record: CheckpointRecord, into: Path) -> OnDemand:
+        manifest = self._whole(record)
+        return OnDemand(into, manifest, self._obtain(record.path.name, manifest, into))
+
+    def _obtain(self, name: str, manifest: Manifest, into: Path) -> Obtain:
+        with _local_problems(into):
+            folder = Folder(into, manifest.files)
+
+        def obtain(pieces: Sequence[Piece], cancelled: Callable[[], bool]) -> None:
+            with _local_problems(into):
+                needed = sum(piece.length for piece in pieces)
+                if needed > (free := free_bytes(into)):
+                    raise StorageError(f"there is no room to fetch {needed} bytes: {free} free in {into}")
+                bucket.run(self._patient.fetch(name, pieces, folder), cancelled, grace=0)
+
+        return obtain
+
+    def _whole(self, record: CheckpointRecord) -> Manifest:
+        if record.manifest is None or record.problem is not None:
+            raise CheckpointError(record.problem or f"no {MANIFEST_NAME}")
+        return record.manifest
 
     def drain(
         self,

@@ -36,6 +36,7 @@ from supervisor.checkpoint.manifest import (
     Origin,
     authenticate,
     check_name,
+    decode_entry,
     encode,
     sign,
 )
@@ -44,7 +45,7 @@ from supervisor.edge.files import LOCAL, Files, ThrottledFiles, free_bytes
 from supervisor.errors import CheckpointError, StorageError
 
 _FORMAT: Final = "everstep-part"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _INCOMING: Final = re.compile(r"\.incoming-([0-9]+)-([0-9]+)-([0-9]+)")
 FILES: Final = "files"
 
@@ -238,7 +239,7 @@ def encode_part(part: Part, key: Key | None) -> bytes:
         "rank": part.rank,
         "nodes": part.nodes,
         "origin": asdict(part.origin),
-        "files": {name: asdict(entry) for name, entry in part.files.items()},
+        "files": {name: entry.encode() for name, entry in part.files.items()},
     }
     return sign(document, key)
 
@@ -277,7 +278,7 @@ def decode_part(data: bytes, rank: int, key: Key | None, path: str) -> Part:
     document = authenticate(data, key, kind=_FORMAT, newest=_VERSION, name=path)
     try:
         origin = Origin(**document["origin"])
-        files = {str(name): FileEntry(**entry) for name, entry in document["files"].items()}
+        files = {str(name): decode_entry(name, entry) for name, entry in document["files"].items()}
         part = Part(rank=int(document["rank"]), nodes=int(document["nodes"]), origin=origin, files=files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None

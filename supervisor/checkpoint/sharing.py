@@ -121,7 +121,7 @@ class Sharing:
             os.close(reader)
 
     def _compare_open(self, reader: int, other: int, check: Callable[[], None]) -> FileEntry | None:
-        hasher = Hasher(self._key)
+        hasher = Hasher(self._key, os.fstat(reader).st_size)
         # bytearrays, because those are compared by memcmp and memoryviews are not
         ours, theirs = bytearray(CHUNK), bytearray(CHUNK)
         size = 0

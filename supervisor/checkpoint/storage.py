@@ -4,7 +4,7 @@ What a ``CheckpointStorage`` promises, wherever it keeps them:
 
 - ``drain`` commits a whole checkpoint or none: until its manifest is there, nothing of it is listed, and a kill at any
   instant leaves what was there before;
-- ``fetch`` gives files of which every byte was compared with the manifest;
+- ``fetch`` gives files of which every byte was compared with the manifest, ``on_demand`` those bytes that are asked for;
 - ``remove`` takes the manifest first;
 - no call waits for ever: what does not answer is a StorageError, and ``cancelled`` is heeded within a second or two.
   (A directory whose server hangs is the kernel's to wait for. The supervisor does not wait for such a thread.)
@@ -25,7 +25,9 @@ from supervisor.checkpoint import catalog, commit
 from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.in_parts import DirectoryParts, PartStorage
 from supervisor.checkpoint.location import TIMEOUT, Location, Remote
-from supervisor.checkpoint.manifest import Key, Manifest, Origin
+from supervisor.checkpoint.manifest import MANIFEST_NAME, Key, Manifest, Origin
+from supervisor.checkpoint.on_demand import OnDemand
+from supervisor.checkpoint.verify import check_pieces
 from supervisor.errors import CheckpointError, ConfigError
 
 
@@ -47,6 +49,10 @@ class CheckpointStorage(Protocol):
 
     def records(self) -> list[CheckpointRecord]:
         """Every checkpoint, newest first, judged by its manifest and its files' sizes. Raises StorageError."""
+        ...
+
+    def find(self, name: str) -> CheckpointRecord | None:
+        """That of the checkpoint called ``name``, without a look at any other; None: there is none. Raises StorageError."""
         ...
 
     def verify(self, record: CheckpointRecord) -> list[str]:
@@ -82,6 +88,13 @@ class CheckpointStorage(Protocol):
         """
         ...
 
+    def on_demand(self, record: CheckpointRecord, into: Path) -> OnDemand:
+        """The same, but what nobody asks for is neither fetched nor compared.
+
+        Raises CheckpointError when it is damaged as far as that is seen from its index, StorageError.
+        """
+        ...
+
     def remove(self, record: CheckpointRecord) -> None:
         """Delete a checkpoint, manifest first; gone already is fine. Raises StorageError."""
         ...
@@ -111,6 +124,9 @@ class LocalStorage:
 
     def records(self) -> list[CheckpointRecord]:
         return catalog.list_checkpoints(self.where, self.key)
+
+    def find(self, name: str) -> CheckpointRecord | None:
+        return catalog.find(self.where / name, self.key)
 
     def verify(self, record: CheckpointRecord) -> list[str]:
         return catalog.verify(record, self.key)
@@ -143,6 +159,14 @@ class LocalStorage:
         if problems := self.verify(record):
             raise CheckpointError("; ".join(problems))
         return catalog.local(record)
+
+    def on_demand(self, record: CheckpointRecord, into: Path) -> OnDemand:
+        path = catalog.local(record)
+        if record.manifest is None or record.problem is not None:
+            raise CheckpointError(record.problem or f"no {MANIFEST_NAME}")
+        return OnDemand(
+            path, record.manifest, lambda pieces, over: check_pieces(path, pieces, self.key, over)
+        )
 
     def remove(self, record: CheckpointRecord) -> None:
         catalog.remove(record)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -12,8 +13,9 @@ from blake3 import blake3
 
 from supervisor.checkpoint.directory import entry_status
 from supervisor.checkpoint.manifest import FileEntry, Key, Manifest, read_manifest
+from supervisor.checkpoint.pieces import Piece, piece_size
 from supervisor.edge.files import LOCAL, Files
-from supervisor.errors import CheckpointError
+from supervisor.errors import CancelledError, CheckpointError, StorageError
 
 _UNREADABLE: Final = "cannot be read"
 CHUNK: Final = 1 << 20  # bytes, per thread: stays in the cache between read, hash and write
@@ -24,18 +26,45 @@ class UnreadableError(CheckpointError):
 
 
 class Hasher:
-    """The digest of one file; large updates are spread over ``threads``."""
+    """The digest of one file of ``size`` bytes, given from its begin to its end; large updates are spread over ``threads``.
 
-    def __init__(self, key: Key | None, *, threads: int = 1) -> None:
-        self._hash = blake3(key=key.files, max_threads=threads) if key else blake3(max_threads=threads)
+    ``whole``: that of its bytes, however many pieces it has (a manifest of version 1 has no other).
+    """
+
+    def __init__(self, key: Key | None, size: int, *, threads: int = 1, whole: bool = False) -> None:
+        self._key, self._threads = key, threads
+        self._piece = sys.maxsize if whole else piece_size(size)
+        self._room = self._piece
+        self._hash = self._new()
+        self._pieces: list[bytes] = []  # that are full, and not the last
+
+    def _new(self) -> blake3:
+        return hasher(self._key, threads=self._threads)
 
     def update(self, data: memoryview) -> None:
         """Add the next bytes."""
-        self._hash.update(data)
+        while data:
+            if not self._room:
+                self._pieces.append(self._hash.digest())
+                self._hash, self._room = self._new(), self._piece
+            part = data[: self._room]
+            self._hash.update(part)
+            self._room -= len(part)
+            data = data[len(part) :]
 
     def entry(self, size: int) -> FileEntry:
         """What the manifest says of a file of ``size`` bytes with this content."""
-        return FileEntry(bytes=size, blake3=self._hash.hexdigest())
+        if not self._pieces:
+            return FileEntry(bytes=size, blake3=self._hash.hexdigest())
+        pieces = (*self._pieces, self._hash.digest())
+        whole = self._new()
+        whole.update(b"".join(pieces))
+        return FileEntry(bytes=size, blake3=whole.hexdigest(), pieces=tuple(piece.hex() for piece in pieces))
+
+
+def hasher(key: Key | None, *, threads: int = 1) -> blake3:
+    """For files, or parts of them."""
+    return blake3(key=key.files, max_threads=threads) if key else blake3(max_threads=threads)
 
 
 def hash_file(
@@ -45,21 +74,73 @@ def hash_file(
     files: Files = LOCAL,
     threads: int = 1,
     before_reading: Callable[[int], None] | None = None,
+    like: FileEntry | None = None,
 ) -> FileEntry:
-    """Size and digest of the regular file at ``path``; raises OSError. ``before_reading`` gets its descriptor."""
-    hasher = Hasher(key, threads=threads)
+    """Size and digest of the regular file at ``path``, to be compared with ``like``; raises OSError.
+
+    ``before_reading`` gets its descriptor.
+    """
     buffer = memoryview(bytearray(CHUNK))
     size = 0
     fd = files.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if before_reading is not None:
             before_reading(fd)
+        whole = like is not None and not like.pieces
+        hasher = Hasher(key, os.fstat(fd).st_size, threads=threads, whole=whole)
         while count := files.read(fd, buffer):
             hasher.update(buffer[:count])
             size += count
     finally:
         os.close(fd)
     return hasher.entry(size)
+
+
+def check_pieces(
+    directory: Path,
+    pieces: Sequence[Piece],
+    key: Key | None,
+    over: Callable[[], bool] = lambda: False,
+    *,
+    files: Files = LOCAL,
+    threads: int | None = None,
+) -> None:
+    """Compare pieces of files. Raises CheckpointError when one is not as it was, StorageError when it cannot be read.
+
+    CancelledError once it is ``over``.
+    """
+
+    def check(piece: Piece) -> None:
+        entry_status(directory, piece.name)
+        if over():
+            raise CancelledError(f"reading {directory} was given up")
+        try:
+            fd = files.open(directory / piece.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                found = hash_piece(fd, piece, key, files=files)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise StorageError(
+                f"{directory / piece.name}: {_UNREADABLE}: {error.strerror or error}"
+            ) from error
+        if found != piece.blake3:
+            raise CheckpointError(f"{piece.name}: digest does not match")
+
+    workers = max(1, min(threads or min(4, os.cpu_count() or 1), len(pieces)))
+    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+        for _ in pool.map(check, pieces):
+            pass
+
+
+def hash_piece(fd: int, piece: Piece, key: Key | None, *, files: Files = LOCAL) -> str:
+    """The hex digest of what lies in an open file where ``piece`` should; raises OSError."""
+    digest, buffer, left = hasher(key), memoryview(bytearray(CHUNK)), piece.length
+    os.lseek(fd, piece.start, os.SEEK_SET)
+    while left and (count := files.read(fd, buffer[: min(CHUNK, left)])):
+        digest.update(buffer[:count])
+        left -= count
+    return digest.hexdigest()
 
 
 def size_problems(directory: Path, manifest: Manifest) -> list[str]:
@@ -90,7 +171,13 @@ def problems_of(
 
     def check(name: str) -> str | None:
         try:
-            found = hash_file(directory / name, key, files=files, threads=max(1, cores // workers))
+            found = hash_file(
+                directory / name,
+                key,
+                files=files,
+                threads=max(1, cores // workers),
+                like=manifest.files[name],
+            )
         except OSError as error:
             return f"{name}: {_UNREADABLE}: {error.strerror or error}"
         if found == manifest.files[name]:

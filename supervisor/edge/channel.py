@@ -14,8 +14,9 @@ gate?                 cuda, where, read: a standby waits (in front of what, havi
 imported              names, beyond: what the script has imported so far and a standby may import ahead; stopped_by: what
                       has kept torch from being among them
 session               total_steps: a Session was opened
-resume?               → path, step, tier: where to resume, the same answer to all ranks of an attempt; skips: steps that
-                      are left out
+resume?               → path, step, tier: where to resume, the same answer to all ranks of an attempt; on_demand: what is
+                      read there has to be asked for; skips: steps that are left out
+need?                 files: ranges by name → once they can be read; problem, damaged: why they cannot
 resumed               step, seconds
 rejected              path, reason, damaged: the rank could not load what it was told to
 saved, save_failed    step, slot, seconds, bytes, metrics; step, slot, reason

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from supervisor.edge import huge, mounts
 from supervisor.training.copies import offsets_of
 from supervisor.training.layout import tensor_archive
 from supervisor.training.moves import local_of
+from supervisor.training.supply import Supply
 
 _PIECE: Final = 16 << 20  # bytes that one thread reads at a time
 _THREADS: Final = 4
@@ -82,28 +83,56 @@ _Shards = dict[object, torch.Size | None]  # by layout, where this rank's part b
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """Where the data of a contiguous tensor lie bare: at ``begin`` of an open file, and which part of it is wanted."""
+class _Place:
+    """Where a contiguous tensor may lie bare: behind ``head``, at ``offset`` of the file ``name``."""
 
-    file: _File
-    begin: int
+    name: str
+    offset: int
+    head: bytes
+    payload: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def begin(self) -> int:
+        """Of the data."""
+        return self.offset + len(self.head)
+
+    def wanted(self, part: torch.Tensor | None) -> Iterator[tuple[str, int, int]]:
+        """What is read for a part of it that is contiguous; None: for all of it."""
+        yield self.name, self.offset, len(self.head)
+        if part is None or part.nelement() * self.dtype.itemsize == self.payload:
+            yield self.name, self.begin, self.payload
+        else:
+            begin = self.begin + int(part.storage_offset()) * self.dtype.itemsize
+            yield self.name, begin, part.nelement() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A contiguous tensor that lies bare in an open file, and which part of it is wanted."""
+
+    file: _File
+    place: _Place
     part: torch.Tensor  # of such a tensor on the meta device
 
     @property
     def offset(self) -> int:
         """Where the part begins in the file."""
-        return self.begin + int(self.part.storage_offset()) * self.dtype.itemsize
+        return self.place.begin + int(self.part.storage_offset()) * self.part.element_size()
 
 
 class DirectReader(FileSystemReader):
-    """A stock reader of ``directory`` whose index was read already, and that copies what it can."""
+    """A stock reader of ``directory`` whose index was read already, and that copies what it can.
 
-    def __init__(self, directory: Path, metadata: Metadata) -> None:
+    ``supply`` has what is read there, if that is not there from the start. What it raises goes through every method, with OSError, and EOFError for a file too short.
+    """
+
+    def __init__(self, directory: Path, metadata: Metadata, supply: Supply | None = None) -> None:
         super().__init__(directory)
         self._directory = directory
         self._metadata = metadata
+        self._supply = supply or Supply(directory, None)
         self.copied = 0  # tensors that were not unpickled
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -111,94 +140,112 @@ class DirectReader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read straight what can be; leave the rest to the stock reader. Raises OSError, and EOFError for a file too short."""
+        """Read straight what can be; leave the rest to the stock reader."""
+        rest: list[ReadItem] = []
+        lying: list[tuple[ReadItem, torch.Tensor, _Place, torch.Tensor]] = []
+        for item in plan.items:
+            found = self._find(item) if item.type is LoadItemType.TENSOR else None
+            if found is None:
+                rest.append(item)
+                continue
+            target = planner.resolve_tensor(item).detach()
+            if target.size() != found[1].size():
+                raise AssertionError(f"{item.storage_index} is {found[1].size()}, its target {target.size()}")
+            lying.append((item, target, *found))
+        self._supply.bring(
+            wanted
+            for _, target, place, part in lying
+            for wanted in place.wanted(part if _is_plain(target, part) else None)
+        )
+        direct: list[tuple[ReadItem, torch.Tensor, _Stored]] = []
         with contextlib.ExitStack() as stack:
-            files: dict[str, _File] = {}
-            rest: list[ReadItem] = []
-            found: list[tuple[ReadItem, torch.Tensor, _Stored]] = []
-            for item in plan.items:
-                stored = self._find(item, files, stack) if item.type is LoadItemType.TENSOR else None
-                if stored is None:
+            files = _Files(self._directory, stack)
+            for item, target, place, part in lying:
+                if (file := files.bare(place)) is None:
                     rest.append(item)
-                    continue
-                target = planner.resolve_tensor(item).detach()
-                if target.size() != stored.part.size():
-                    raise AssertionError(
-                        f"{item.storage_index} is {stored.part.size()}, its target {target.size()}"
-                    )
-                found.append((item, target, stored))
-            _read_all([(target, stored) for _, target, stored in found])
-        self.copied += len(found)
-        for item, target, _ in found:
+                else:
+                    direct.append((item, target, _Stored(file, place, part)))
+            _read_all([(target, stored) for _, target, stored in direct])
+        self.copied += len(direct)
+        for item, target, _ in direct:
             planner.commit_tensor(item, target)
+        infos = [self.storage_data[item.storage_index] for item in rest]
+        self._supply.bring((info.relative_path, info.offset, info.length) for info in infos)
         return super().read_data(LoadPlan(rest, plan.storage_data, plan.planner_data), planner)
 
     def read_whole(self, targets: Mapping[str, Any]) -> set[str]:
         """Read, without a plan, each tensor of which this rank wants one stored piece as it is; which those were.
 
         That is a plain tensor that is stored whole, and a shard as it was saved: all of them, unless the number of ranks has
-        changed. DCP's planning of thousands of tensors takes many times as long as reading them. Raises as ``read_data``.
+        changed. DCP's planning of thousands of tensors takes many times as long as reading them.
         """
+        lying: list[tuple[str, torch.Tensor, _Place]] = []
+        shards: _Shards = {}
+        for key, target in targets.items():
+            entry = self._metadata.state_dict_metadata.get(key)
+            part = _part_of(target, entry, shards)
+            if part is None or not isinstance(entry, TensorStorageMetadata):
+                continue
+            local, offsets = part
+            info = (self._metadata.storage_data or {}).get(MetadataIndex(key, offsets))
+            place = _place_of(info, tuple(local.shape), entry.properties.dtype)
+            if place is not None:
+                lying.append((key, local, place))
+        self._supply.bring(wanted for _, _, place in lying for wanted in place.wanted(None))
         done: set[str] = set()
-        reads: list[tuple[torch.Tensor, _File, int]] = []
+        pieces: list[_Piece] = []
         with contextlib.ExitStack() as stack:
-            files: dict[str, _File] = {}
-            shards: _Shards = {}
-            for key, target in targets.items():
-                entry = self._metadata.state_dict_metadata.get(key)
-                part = _part_of(target, entry, shards)
-                if part is None or not isinstance(entry, TensorStorageMetadata):
-                    continue
-                local, offsets = part
-                info = (self._metadata.storage_data or {}).get(MetadataIndex(key, offsets))
-                found = self._bare(info, tuple(local.shape), entry.properties.dtype, files, stack)
-                if found is not None:
-                    reads.append((local, *found))
+            files = _Files(self._directory, stack)
+            for key, local, place in lying:
+                if (file := files.bare(place)) is not None:
+                    pieces += _pieces(file, place.begin, local)
                     done.add(key)
-            pieces = [piece for target, file, begin in reads for piece in _pieces(file, begin, target)]
             with _pool() as pool:
                 _read_pieces(pieces, pool)
         self.copied += len(done)
         return done
 
-    def _bare(
-        self,
-        info: Any,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        files: dict[str, _File],
-        stack: contextlib.ExitStack,
-    ) -> tuple[_File, int] | None:
-        """The open file and where in it the data of a stored tensor begin, if they lie there bare."""
-        if info is None or info.transform_descriptors:
-            return None
-        archive = tensor_archive(shape, dtype)
-        if archive is None or archive.payload == 0 or archive.length != info.length:
-            return None
-        name = info.relative_path
-        if name not in files:
-            files[name] = _File(self._directory / name)
-            stack.callback(files[name].close)
-        if os.pread(files[name].fd, len(archive.head), info.offset) != archive.head:
-            return None
-        return files[name], info.offset + len(archive.head)
-
-    def _find(self, item: ReadItem, files: dict[str, _File], stack: contextlib.ExitStack) -> _Stored | None:
-        """Where the stored tensor lies, if its data lie bare in the file."""
+    def _find(self, item: ReadItem) -> tuple[_Place, torch.Tensor] | None:
+        """Where the stored tensor lies, if its data may lie bare in the file, and which part of it is wanted."""
         info = self.storage_data[item.storage_index]
         entry = self._metadata.state_dict_metadata[item.storage_index.fqn]
         shape = _shape_of(entry, item.storage_index)
         if shape is None or not isinstance(entry, TensorStorageMetadata):
             return None
-        dtype = entry.properties.dtype
-        found = self._bare(info, shape, dtype, files, stack)
-        if found is None:
+        place = _place_of(info, shape, entry.properties.dtype)
+        if place is None:
             return None
-        part = torch.empty(shape, dtype=dtype, device="meta")
+        part = torch.empty(shape, dtype=place.dtype, device="meta")
         for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             if offset or length != part.size(dim):
                 part = part.narrow(dim, offset, length)
-        return _Stored(*found, shape, dtype, part)
+        return place, part
+
+
+class _Files:
+    """The files of one reading, opened when they are first asked for."""
+
+    def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
+        self._directory, self._stack = directory, stack
+        self._open: dict[str, _File] = {}
+
+    def bare(self, place: _Place) -> _File | None:
+        """The open file, if the data lie bare there indeed."""
+        file = self._open.get(place.name)
+        if file is None:
+            file = self._open[place.name] = _File(self._directory / place.name)
+            self._stack.callback(file.close)
+        return file if os.pread(file.fd, len(place.head), place.offset) == place.head else None
+
+
+def _place_of(info: Any, shape: tuple[int, ...], dtype: torch.dtype) -> _Place | None:
+    """Where a stored tensor may lie bare, by the index."""
+    if info is None or info.transform_descriptors:
+        return None
+    archive = tensor_archive(shape, dtype)
+    if archive is None or archive.payload == 0 or archive.length != info.length:
+        return None
+    return _Place(info.relative_path, info.offset, archive.head, archive.payload, shape, dtype)
 
 
 def _part_of(target: object, entry: object, shards: _Shards) -> tuple[torch.Tensor, torch.Size] | None:
@@ -250,23 +297,28 @@ def _read_all(reads: Sequence[tuple[torch.Tensor, _Stored]]) -> None:
         pieces: list[_Piece] = []
         indirect: list[tuple[torch.Tensor, _Stored]] = []
         for target, stored in reads:
-            plain = target.device.type == "cpu" and target.is_contiguous() and stored.part.is_contiguous()
-            if plain and target.dtype == stored.dtype and not (target.is_conj() or target.is_neg()):
+            if _is_plain(target, stored.part):
                 pieces += _pieces(stored.file, stored.offset, target)
             else:
                 indirect.append((target, stored))
         _read_pieces(pieces, pool)
         pieces, copies = [], []
         for number, (target, stored) in enumerate(indirect):
-            whole = torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
+            whole = torch.empty(stored.place.shape, dtype=stored.place.dtype, device="cpu")
             part = stored.part
-            pieces += _pieces(stored.file, stored.begin, whole)
+            pieces += _pieces(stored.file, stored.place.begin, whole)
             copies.append((target, whole.as_strided(part.size(), part.stride(), part.storage_offset())))
             if sum(piece[3] for piece in pieces) > _AT_ONCE or number == len(indirect) - 1:
                 _read_pieces(pieces, pool)
                 for into, source in copies:
                     into.copy_(source)
                 pieces, copies = [], []
+
+
+def _is_plain(target: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether a part of what is stored can be read to where it belongs as it is."""
+    fits = target.device.type == "cpu" and target.is_contiguous() and part.is_contiguous()
+    return fits and target.dtype == part.dtype and not (target.is_conj() or target.is_neg())
 
 
 def _pieces(file: _File, offset: int, target: torch.Tensor) -> list[_Piece]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
 from supervisor.decide.guard import GuardPolicy, Known
 from supervisor.edge.control import SIZE
 from supervisor.model import ProposalFlag, Skip
+from supervisor.training.supply import Need
 
 NEVER: Final = 1 << 62  # a step that does not come
 
@@ -23,10 +24,11 @@ class Stopped(SystemExit):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A state to resume from, verified."""
+    """A state to resume from: verified, or (``need``) as far as what is read of it was asked for before."""
 
     path: Path
     step: int
+    need: Need | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from supervisor.errors import CheckpointError, StateMismatchError, StorageError
 from supervisor.training.collecting import without_collection
 from supervisor.training.direct import DirectReader
 from supervisor.training.items import STATE, Path, owner_of
+from supervisor.training.supply import Need, Supply
 from supervisor.training.writer import mark_of
 
 T = TypeVar("T")
@@ -181,16 +182,22 @@ class Mismatch:
 class Stored:
     """A checkpoint, opened for one rank. Raises CheckpointError and StorageError, here and in every method.
 
-    ``resharded``: whether it was written by another number of ranks. ``may_lack``: which files may be missing.
+    ``resharded``: whether it was written by another number of ranks. ``may_lack``: which files may be missing. ``need``: whom to ask
+    for what is read, if not all of it is there.
     """
 
     def __init__(
-        self, directory: FilePath, rank: int, may_lack: Callable[[str], bool] = lambda _: False
+        self,
+        directory: FilePath,
+        rank: int,
+        may_lack: Callable[[str], bool] = lambda _: False,
+        need: Need | None = None,
     ) -> None:
         self.directory = directory
         self.rank = rank
         self.resharded = False
         self._metadata = read_metadata(directory, may_lack)
+        self._supply = Supply(directory, need)
         paths: Mapping[str, Path] = self._metadata.planner_data or {}
         self._by_owner: dict[int, dict[Path, str]] = {}
         for key in self._metadata.state_dict_metadata:
@@ -249,7 +256,7 @@ class Stored:
         _patiently(self.directory, lambda: self._read_once(values))
 
     def _read_once(self, values: dict[str, Any]) -> None:
-        reader = DirectReader(self.directory, self._metadata)
+        reader = DirectReader(self.directory, self._metadata, self._supply)
         try:
             done = reader.read_whole(values)
         except EOFError as error:
@@ -268,7 +275,7 @@ class Stored:
                 dcp_load(values, storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
-            if isinstance(cause, (OSError, MemoryError)):
+            if isinstance(cause, (OSError, MemoryError, CheckpointError, StorageError)):
                 raise cause from error
             if isinstance(cause, KeyError) and isinstance(absent := cause.args[0], MetadataIndex):
                 raise CheckpointError(f"{self.directory} does not hold {absent.fqn!r} in full") from error

@@ -38,7 +38,7 @@ def resume(keeper: Keeper, training: TrainingState, world: World) -> int | None:
 
 def _load(candidate: Candidate, training: TrainingState) -> tuple[int, Exception | None]:
     try:
-        step = training.load(candidate.path)
+        step = training.load(candidate.path, candidate.need)
     except Exception as error:  # noqa: BLE001 (an object's load_state_dict may raise anything, and all ranks must hear)
         return 0, error
     if step != candidate.step:

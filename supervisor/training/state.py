@@ -22,6 +22,7 @@ from supervisor.training.modules import ModulePart
 from supervisor.training.optimizers import OptimizerPart
 from supervisor.training.reader import Mismatch, Stored
 from supervisor.training.stateful import TreePart, differing
+from supervisor.training.supply import Need
 from supervisor.training.world import World, say
 
 
@@ -131,12 +132,14 @@ class TrainingState:
             self._of_parameters = {parameter.device for parameter in parameters}
         return rng.devices_among(self._of_parameters)
 
-    def load(self, directory: Path) -> int:
-        """Take over the state in ``directory``; returns its step. The random state follows with ``restore_rng``.
+    def load(self, directory: Path, need: Need | None = None) -> int:
+        """Take over the state in ``directory``, of which what is read has to be asked for if there is somebody to ask.
+
+        Returns its step. The random state follows with ``restore_rng``.
 
         Raises CheckpointError for damage, StorageError for what storage would not give, and StateMismatchError, before anything is changed, for what does not fit.
         """
-        stored = Stored(directory, self._world.rank, self._world.may_lack)
+        stored = Stored(directory, self._world.rank, self._world.may_lack, need)
         key = stored.find((OWN,), self._world.rank)
         if key is None:
             raise CheckpointError(f"{directory} was not written by a Session: it has no {OWN!r} item")

@@ -6,15 +6,16 @@ The worker's half of the save protocol; its theory is in ``decide/savepoint.py``
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
+from supervisor.checkpoint.pieces import Range
 from supervisor.decide.guard import GuardPolicy, Known
 from supervisor.decide.savepoint import Move, judge_word
 from supervisor.edge.control import SLOTS, Phase, ProposalFlag, ProposalState, Word, offered_slot
 from supervisor.edge.link import Link
-from supervisor.errors import ProtocolError
+from supervisor.errors import CheckpointError, ProtocolError, StorageError
 from supervisor.model import Skip
 from supervisor.training.keeper import NEVER, Candidate, Target
 
@@ -45,11 +46,19 @@ class Supervised:
         )
 
     def candidate(self) -> Candidate | None:
-        """What the supervisor has verified and chosen for all ranks."""
+        """What the supervisor has chosen for all ranks."""
         answer = self._link.ask("resume", deadline=None)
         self.skips = tuple(Skip(**skip) for skip in answer.get("skips") or ())
         self.known = Known(**answer.get("known") or {})
-        return Candidate(Path(answer["path"]), int(answer["step"])) if answer.get("path") else None
+        if not answer.get("path"):
+            return None
+        need = self._need if answer.get("on_demand") else None
+        return Candidate(Path(answer["path"]), int(answer["step"]), need)
+
+    def _need(self, wanted: Mapping[str, list[Range]]) -> None:
+        answer = self._link.ask("need", deadline=None, files=wanted)
+        if "problem" in answer:
+            raise (CheckpointError if answer["damaged"] else StorageError)(answer["problem"])
 
     def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:
         """The supervisor decides in the next attempt."""

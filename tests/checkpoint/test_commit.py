@@ -13,12 +13,12 @@ import pytest
 
 from supervisor.checkpoint.catalog import list_checkpoints, newest_good, step_directory, sweep, verify
 from supervisor.checkpoint.commit import drain, seal
-from supervisor.checkpoint.copying import TRANSIENT, CancelledError
+from supervisor.checkpoint.copying import TRANSIENT
 from supervisor.checkpoint.directory import begin
-from supervisor.checkpoint.manifest import Key, read_manifest
+from supervisor.checkpoint.manifest import VERSION, Key, read_manifest
 from supervisor.checkpoint.verify import verify_directory
 from supervisor.edge.files import LOCAL, WatchedFiles
-from supervisor.errors import CheckpointError, StorageError
+from supervisor.errors import CancelledError, CheckpointError, StorageError
 from tests.checkpoint.tools import at_once, flip_bit, origin, write_source
 
 KEY = Key.derive("secret")
@@ -201,7 +201,7 @@ def test_what_is_not_ours_to_judge_is_set_aside_whole(source: Path, checkpoints:
         drain(source, target, origin(200), key=KEY)
     elif what == "a newer version":
         drain(source, target, origin(200))
-        (target / "everstep.json").write_text('{"format":"everstep-checkpoint","version":2}')
+        (target / "everstep.json").write_text(f'{{"format":"everstep-checkpoint","version":{VERSION + 1}}}')
     elif what == "another step":
         shutil.copytree(step_directory(checkpoints, 100), target)
     elif what == "a file":

@@ -12,13 +12,12 @@ from obstore.store import LocalStore, MemoryStore, ObjectStore
 
 from supervisor.checkpoint import catalog
 from supervisor.checkpoint.bucket import Bucket, Limits, connect
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.in_parts import Making, PartStorage, finish_left
 from supervisor.checkpoint.location import Remote
 from supervisor.checkpoint.manifest import PARTIAL_NAME, Key
 from supervisor.checkpoint.objects import ObjectStorage
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage, Owner
-from supervisor.errors import CheckpointError, EverstepError, StorageError
+from supervisor.errors import CancelledError, CheckpointError, EverstepError, StorageError
 from tests.checkpoint.tools import origin, write_source
 from tests.stores.fixtures import WITH_S3
 from tests.stores.proxy import Fault, Proxy

@@ -26,7 +26,7 @@ KEY = Key.derive("correct horse battery staple")
 DIGEST = "ab" * 32
 FILES = {
     name: FileEntry(bytes=7, blake3=DIGEST) for name in (".metadata", "__0_0.distcp", "shard/__1_0.distcp")
-}
+} | {"__2_0.distcp": FileEntry(bytes=20 << 20, blake3=DIGEST, pieces=("01" * 32, "02" * 32, "03" * 32))}
 MANIFEST = Manifest(origin=origin(1200), files=FILES)
 
 both = pytest.mark.parametrize("key", [None, KEY], ids=["unkeyed", "keyed"])
@@ -98,7 +98,7 @@ def test_what_is_no_manifest_is_called_damaged(data: bytes) -> None:
 
 
 def test_a_newer_version_is_refused_naming_both() -> None:
-    with pytest.raises(ForeignError, match=r"version 7\b.*up to version 1\b.*upgrade"):
+    with pytest.raises(ForeignError, match=r"version 7\b.*up to version 2\b.*upgrade"):
         decode(resigned(version=7), None)
 
 
@@ -171,6 +171,10 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
         {"step": -1}, {"step": True}, {"step": "1"}, {"created": 5}, {"run_id": None}, {"metrics": []},
         {"metrics": {"loss": "1.5"}}, {"metrics": {"loss": None}}, {"files": {}}, {"files": {".metadata": 5}},
         {"files": {".metadata": {"bytes": 1, "blake3": "AB" * 32}}}, {"files": {".metadata": {"bytes": -1, "blake3": DIGEST}}},
+        {"files": {".metadata": {"bytes": 1, "blake3": DIGEST, "pieces": {}}}},
+        {"files": {".metadata": {"bytes": 1, "blake3": DIGEST, "pieces": [DIGEST] * 2}}},
+        {"files": {".metadata": {"bytes": 20 << 20, "blake3": DIGEST, "pieces": [DIGEST] * 2}}},
+        {"files": {".metadata": {"bytes": 20 << 20, "blake3": DIGEST, "pieces": [DIGEST, DIGEST, 5]}}},
     ],
 )  # fmt: skip
 def test_a_field_of_the_wrong_kind_is_refused(changes: dict[str, object]) -> None:

@@ -20,12 +20,11 @@ from obstore.store import MemoryStore
 from supervisor.checkpoint import bucket
 from supervisor.checkpoint.abandoned import abort_uploads
 from supervisor.checkpoint.bucket import Limits, connect
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Remote
 from supervisor.checkpoint.manifest import MANIFEST_NAME, PARTIAL_NAME, Manifest
 from supervisor.checkpoint.objects import ObjectStorage
 from supervisor.checkpoint.storage import Owner
-from supervisor.errors import ConfigError, EverstepError, StorageError
+from supervisor.errors import CancelledError, ConfigError, EverstepError, StorageError
 from tests.checkpoint.tools import origin, write_source
 from tests.stores.fixtures import ON_EVERY_CLOUD, WITH_S3
 from tests.stores.proxy import Fault, Proxy

@@ -14,11 +14,10 @@ import pytest
 from supervisor.checkpoint import commit
 from supervisor.checkpoint.catalog import list_checkpoints, newest_good, remove, step_directory, verify
 from supervisor.checkpoint.commit import drain
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.manifest import Key, read_manifest
 from supervisor.checkpoint.sharing import SMALLEST, Sharing, on_disk
 from supervisor.edge.files import LOCAL, WatchedFiles, link
-from supervisor.errors import StorageError
+from supervisor.errors import CancelledError, StorageError
 from tests.checkpoint.tools import at_once, flip_bit, origin, write_source
 
 KEY = Key.derive("secret")

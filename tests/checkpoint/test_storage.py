@@ -13,13 +13,13 @@ from obstore.store import LocalStore, MemoryStore, ObjectStore
 
 from supervisor.checkpoint.bucket import Limits, connect
 from supervisor.checkpoint.catalog import step_directory
-from supervisor.checkpoint.copying import CancelledError
 from supervisor.checkpoint.location import Remote
-from supervisor.checkpoint.manifest import MANIFEST_NAME, PARTIAL_NAME, Key
+from supervisor.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME, PARTIAL_NAME, Key
 from supervisor.checkpoint.objects import ObjectStorage
+from supervisor.checkpoint.on_demand import OnDemand
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage, Owner
 from supervisor.checkpoint.verify import verify_directory
-from supervisor.errors import CheckpointError, StorageError
+from supervisor.errors import CancelledError, CheckpointError, StorageError
 from tests.checkpoint.tools import origin, write_source
 from tests.stores.fixtures import WITH_S3
 
@@ -147,6 +147,24 @@ def test_newest_first(place: Place, source: Path) -> None:
     assert steps(storage) == [20, 10, 5]
 
 
+def test_one_is_found_by_its_name_as_it_is_listed(place: Place, source: Path) -> None:
+    storage = place.open(None)
+    for step in (5, 20, 10):
+        storage.drain(source, origin(step))
+    place.write("step-000000030/__0_0.distcp", b"x")  # not ours, or never finished
+    place.write("step-000000040/__0_0.distcp", b"x")
+    place.write(f"step-000000040/{PARTIAL_NAME}", b"x")
+    place.write("other-000000001/everstep.json", b"x")
+    place.write("step-000000010/__0_0.distcp", b"x")
+    listed = {record.path.name: record for record in storage.records()}
+    names = [*(f"step-{step:09d}" for step in (5, 10, 20, 30, 40, 50)), "other-000000001"]
+    assert {name: found for name in names if (found := storage.find(name)) is not None} == listed
+    assert {name for name, record in listed.items() if record.problem is None} == {
+        "step-000000005",
+        "step-000000020",
+    }
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest", "no manifest"])
 def test_damage_is_found_and_written_over(place: Place, source: Path, tmp_path: Path, damage: str) -> None:
     storage = place.open(None)
@@ -167,6 +185,79 @@ def test_damage_is_found_and_written_over(place: Place, source: Path, tmp_path: 
     storage.drain(source, origin(7))
     assert steps(storage) == [7]
     assert storage.verify(storage.records()[0]) == []
+
+
+NESTED = "nested/__2_0.distcp"  # of three pieces
+
+
+def opened(storage: CheckpointStorage, into: Path) -> OnDemand:
+    """The newest, where it is to be read if it has to be fetched."""
+    into.mkdir()
+    record = storage.records()[0]
+    return storage.on_demand(record, record.path if isinstance(record.path, Path) else into)
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["unkeyed", "keyed"])
+def test_what_is_asked_for_is_there_and_no_more(
+    place: Place, source: Path, tmp_path: Path, key: Key | None
+) -> None:
+    storage = place.open(key)
+    manifest = storage.drain(source, origin(7))
+    found = opened(storage, tmp_path / "into")
+    assert (found.path / METADATA_NAME).read_bytes() == (source / METADATA_NAME).read_bytes()
+    found.need({NESTED: [(9 << 20, 1 << 20)], "__1_0.distcp": [(0, 1)], "empty.distcp": []})
+    data = (found.path / NESTED).read_bytes()
+    assert len(data) == 20 << 20
+    assert data[8 << 20 : 16 << 20] == (source / NESTED).read_bytes()[8 << 20 : 16 << 20]
+    assert (found.path / "__1_0.distcp").read_bytes() == (source / "__1_0.distcp").read_bytes()
+    assert found.bytes == (8 << 20) + sum(manifest.files[n].bytes for n in (METADATA_NAME, "__1_0.distcp"))
+    if not isinstance(storage, LocalStorage):
+        assert not any(data[: 8 << 20]), "not fetched"
+        assert not any(data[16 << 20 :])
+    found.need({name: [(0, entry.bytes)] for name, entry in manifest.files.items()})
+    assert found.bytes == manifest.bytes
+    for name in manifest.files:
+        assert (found.path / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "swap"])
+def test_damage_is_found_by_whom_it_concerns(place: Place, source: Path, tmp_path: Path, damage: str) -> None:
+    storage = place.open(None)
+    storage.drain(source, origin(7))
+    found = opened(storage, tmp_path / "into")
+    name = f"step-000000007/{NESTED}"
+    data = place.read(name)
+    if damage == "flip":
+        place.write(name, data[: 9 << 20] + bytes([data[9 << 20] ^ 1]) + data[(9 << 20) + 1 :])
+    elif damage == "truncate":
+        place.write(name, data[: 9 << 20])
+    elif damage == "swap":
+        place.write(name, data[8 << 20 :] + data[: 8 << 20])
+    else:
+        place.delete(name)
+    found.need({"__1_0.distcp": [(0, 10)]})
+    with pytest.raises(CheckpointError, match=NESTED):
+        found.need({NESTED: [(10 << 20, 1)]})
+
+
+def test_a_damaged_index_is_found_at_once(place: Place, source: Path, tmp_path: Path) -> None:
+    storage = place.open(None)
+    storage.drain(source, origin(7))
+    data = place.read(f"step-000000007/{METADATA_NAME}")
+    place.write(f"step-000000007/{METADATA_NAME}", data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"\.metadata: digest does not match"):
+        opened(storage, tmp_path / "into")
+
+
+def test_nothing_is_read_for_whom_it_is_over(place: Place, source: Path, tmp_path: Path) -> None:
+    storage = place.open(None)
+    storage.drain(source, origin(7))
+    found = opened(storage, tmp_path / "into")
+    with pytest.raises(CheckpointError, match=r"other\.distcp is not among the files"):
+        found.need({"other.distcp": [(0, 1)]})
+    found.close()
+    with pytest.raises(CancelledError):
+        found.need({NESTED: [(0, 20 << 20)]})
 
 
 def test_a_removal_takes_all_of_it(place: Place, source: Path) -> None:

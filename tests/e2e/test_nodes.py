@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -215,6 +216,65 @@ def test_with_etcd_the_store_goes_away_the_leader_is_cut_off_and_the_next_one_cr
         assert kept[0]["step"] == STEPS
         assert len(kept) in (2, 3)
         assert not list(job.folder.rglob("*.distcp"))
+
+
+def test_all_memory_is_lost_and_one_host_finds_that_the_newest_checkpoint_is_damaged(
+    tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    with Lab(3) as lab:
+        one, other, store = lab.hosts
+        inside = ("nsenter", f"--target={store.first}", "--net", "--")
+        with seaweed.running(store.address, inside) as bucket:
+            job = Nodes(lab, tmp_path / "job", environ=bucket.environment())
+            out = tmp_path / "out"
+            arguments = ("--out", out, "--hold", 22, "--pause", 0.1)
+            options = ("--nnodes", 2, "--checkpoints", "s3://ckpt/run", *OPTIONS, *ALONE)
+            for host in (one, other):
+                job.begin(host, *arguments, options=options)
+            assert job.until_at(22, 0, 1) == 0
+            before, newest = job.until(lambda: two_newest(job.facts(CheckpointCommitted)))
+            for host in (one, other):
+                host.crash()
+            for host in (one, other):
+                host.boot()
+
+            # rank 1 reads what is damaged, and nobody else
+            environ = {**os.environ, **bucket.environment()}
+            store.run(sys.executable, "-c", DAMAGE, f"step-{newest:09d}", cwd=ROOT, env=environ)
+            job.let_go(22)
+            for host in (one, other):
+                job.begin(host, *arguments, options=options)
+            assert job.codes(one, other) == [0, 0], job.output
+    resumed = job.facts(Resumed)[1:]
+    assert [(fact.step, fact.tier) for fact in resumed] == [
+        (newest, Tier.CHECKPOINT),
+        (before, Tier.CHECKPOINT),
+    ]
+    assert "rank 1 cannot load s3://ckpt/run/step-" in job.output_of(other).read_text()
+    assert "__1_0.distcp: digest does not match; skipping it" in job.output_of(one).read_text()
+    for host in (one, other):
+        read = re.findall(r"(\S+ \S+) of the checkpoint's", job.output_of(host).read_text())
+        assert len(read) == 1, "nobody has gone on from the damaged one"
+    assert digests(out) == undisturbed
+
+
+def two_newest(facts: list[CheckpointCommitted]) -> tuple[int, int] | None:
+    return (facts[-2].step, facts[-1].step) if len(facts) > 1 else None
+
+
+#: flip a bit in the middle of what rank 1 has stored
+DAMAGE = """
+import sys
+import obstore
+from supervisor.checkpoint.bucket import Limits, connect
+from supervisor.checkpoint.location import Remote
+store = connect(Remote("s3://ckpt/run"), Limits(timeout=10))
+paths = [entry["path"] for entry in obstore.list(store).collect()]
+(path,) = [path for path in paths if sys.argv[1] in path and path.endswith("__1_0.distcp")]
+data = bytearray(obstore.get(store, path).bytes())
+data[len(data) // 2] ^= 1
+obstore.put(store, path, bytes(data))
+"""
 
 
 def test_a_job_of_two_to_three_hosts_shrinks_and_grows_and_strangers_stay_out(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.harness import launch
-from tests.training.programs import elastic, shards
+from tests.training.programs import elastic, lean, shards
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -37,3 +37,17 @@ def test_shards_are_read_as_they_were_saved_unless_they_are_others(tmp_path: Pat
     sharded = ["model.columns", "model.middle", "model.rows", "model.uneven"]
     assert launch(shards.load, 3, tmp_path) == [sharded] * 3
     assert launch(shards.load, 1, tmp_path) == [sharded]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["bytes", "pieces"])
+def test_each_rank_asks_for_what_it_reads(strict: bool, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    launch(lean.save, 2, checkpoint)
+    shares = {}
+    for world in (1, 2, 4):
+        asked = launch(lean.load, world, checkpoint, tmp_path / f"on-{world}", strict=strict)
+        assert all(1 <= one["requests"] <= 12 for one in asked), asked
+        shares[world] = max(one["bytes"] / one["total"] for one in asked)
+    assert shares[1] <= 1
+    assert shares[2] < (0.51 if strict else 0.75), shares
+    assert shares[4] < (0.26 if strict else 0.75), shares
