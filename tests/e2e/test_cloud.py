@@ -99,6 +99,43 @@ def test_an_outage_does_not_stop_the_training(
     assert job.status()["checkpoint_failure"] is None
 
 
+def test_an_outage_of_more_than_a_minute_with_the_timeouts_that_users_have(
+    job: Job, tmp_path: Path, alone: dict[str, str], reached: Proxy, url: str
+) -> None:
+    """The store hangs, longer than a request may take, and then answers 503."""
+    out, go = tmp_path / "out", tmp_path / "go"
+    options = (
+        "--snapshot-every",
+        "2steps",
+        "--checkpoint-every",
+        "2steps",
+        "--keep-last",
+        "2",
+        "--checkpoints",
+        url,
+    )
+    job.start(python("--out", out, "--pause", "3.5", "--pause-until", go), *options)
+    job.until_fact(CheckpointCommitted, deadline=60)
+    begun = time.monotonic()
+    for fault in (Fault("hang"), Fault("status", status=503)):
+        reached.set(fault)
+        ends = time.monotonic() + 35
+        step = max(fact.step for fact in job.facts(SnapshotCompleted))
+        job.until_fact(SnapshotCompleted, lambda fact, step=step: fact.step > step, deadline=35)
+        job.until(lambda ends=ends: time.monotonic() > ends or None)
+    reached.set(None)
+    assert time.monotonic() - begun > 70
+    step = max(fact.step for fact in job.facts(CheckpointCommitted))
+    job.until_fact(CheckpointCommitted, lambda fact: fact.step > step, deadline=60)
+    go.touch()
+    assert job.wait() == 0, job.output
+    assert digests(out) == alone
+    assert [fact.attempt for fact in job.facts(Resumed)] == [0], "the training has not noticed"
+    listed = kept_listing(job, "verify")
+    assert listed[0]["step"] == STEPS
+    assert all(entry["problem"] is None for entry in listed)
+
+
 @pytest.mark.parametrize("kind", ["hang", "status"])
 def test_preempted_while_the_store_is_gone(
     job: Job, tmp_path: Path, alone: dict[str, str], reached: Proxy, url: str, kind: str
