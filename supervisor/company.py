@@ -83,6 +83,7 @@ class Company:
         self.joining = team.joining
         self._snapshots, self._key = snapshots, key
         self._places = PartPlaces.asked_for(options, job, key)
+        self._emergency = job.path / "checkpoints"
         self.lead = Lead(
             team.joining,
             team.store,
@@ -187,7 +188,9 @@ class Company:
         if newest is not None:
             source = newest[1].attempt
             slot = self._snapshots.find((newest[1].attempt, newest[1].step)) or 0
-        self.lead.tell_origin(number, resume, source, slot, self._holders)
+        kept = resume.kept
+        emergency = isinstance(kept, Path) and kept.parent == self._emergency != self._places.storage.where
+        self.lead.tell_origin(number, resume, source, slot, self._holders, emergency=emergency)
 
     async def end(
         self, attempt: Attempt, own: Failure | None, *, wait: bool, noticed: float | None

@@ -150,7 +150,7 @@ class Draining:
     # ------------------------------------------------------------------ what is durable
 
     def known_good(self, step: int | None) -> None:
-        """The newest checkpoint that verifies is the one of ``step`` (None: there is none)."""
+        """The newest checkpoint that is good, as far as was looked, is the one of ``step`` (None: there is none)."""
         self._good = step
 
     def condemn(self) -> None:
@@ -185,7 +185,7 @@ class Draining:
             self._not_set_aside = [one for one in self._not_set_aside if one is not storage]
 
     def is_durable(self, step: int) -> bool:
-        """Whether a checkpoint of ``step`` or a later one was verified or committed in this run."""
+        """Whether a checkpoint of ``step`` or a later one was committed in this run, or resumed from."""
         return self._good is not None and self._good >= step
 
     async def secure(self, last_step: int | None, *, may_drain: bool) -> str | None:

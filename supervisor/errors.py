@@ -38,7 +38,7 @@ class StorageError(EverstepError):
 
 
 class CancelledError(StorageError):
-    """It was told to stop, and did; nothing of it is left."""
+    """It was told to stop, and did."""
 
 
 class CheckpointError(EverstepError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from supervisor.checkpoint.manifest import Key
+from supervisor.checkpoint.manifest import Key, fingerprint
 from supervisor.checkpoint.storage import CheckpointStorage, LocalStorage, open_storage
 from supervisor.config import Options
 from supervisor.edge.jobdir import JobDirectory
@@ -56,22 +56,20 @@ class Finder:
         return await in_thread(lambda: self._checkpoint(origin, nodes))
 
     def _checkpoint(self, origin: Origin, nodes: int) -> Resume:
-        name = Path(origin.path or "").name
-        places: list[CheckpointStorage] = [
-            open_storage(
-                self._options.checkpoints_directory, self._key, timeout=self._options.storage_timeout
+        name, options = Path(origin.path or "").name, self._options
+        place: CheckpointStorage = LocalStorage(self._job.path / "checkpoints", self._key)
+        if not origin.emergency:
+            place = open_storage(options.checkpoints_directory, self._key, timeout=options.storage_timeout)
+        record = place.find(name)
+        if record is None:
+            raise StorageError(
+                f"{name}, from which the leader resumes, is not seen in {place.where} on this node: is that shared?"
             )
-        ]
-        if not isinstance(places[0], LocalStorage):
-            places.append(LocalStorage(self._job.path / "checkpoints", self._key))
-        for place in places:
-            record = place.find(name)
-            if record is None or record.step != origin.step or record.problem is not None:
-                continue
-            found = self._staging.on_demand(place, record, nodes)
-            return Resume(
-                step=origin.step, tier=Tier.CHECKPOINT, path=found.path, kept=record.path, on_demand=found
+        if record.manifest is None or fingerprint(record.manifest) != origin.fingerprint:
+            raise StorageError(
+                f"{record.path} is not on this node what it is on the leader's ({record.problem or 'another checkpoint'})"
             )
-        raise StorageError(
-            f"{name}, from which the leader resumes, is not seen on this node: is its place shared?"
+        found = self._staging.on_demand(place, record, nodes)
+        return Resume(
+            origin.step, Tier.CHECKPOINT, found.path, record.path, origin.fingerprint, on_demand=found
         )

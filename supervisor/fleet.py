@@ -204,6 +204,8 @@ class Origin:
     step: int = 0
     tier: Tier | None = None
     path: str | None = None
+    emergency: bool = False  # it is an emergency copy, in the job directory
+    fingerprint: str = ""  # of the checkpoint (``checkpoint/manifest.py``)
     source: int = -1  # the attempt that wrote the state
     slot: int = -1  # where the leader has the snapshot; so has every node before its ranks are told
     skips: tuple[Skip, ...] = ()  # steps that are left out

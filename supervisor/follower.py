@@ -22,7 +22,7 @@ from supervisor.decide.fencing import Isolation
 from supervisor.edge import clock, jobdir, processes, runtimes
 from supervisor.edge.channel import Channel, Message, Peer
 from supervisor.edge.console import Console
-from supervisor.errors import EverstepError, JobError
+from supervisor.errors import CheckpointError, EverstepError, JobError
 from supervisor.finder import Finder
 from supervisor.fleet import Assignment, Ended, Member, Order, Release
 from supervisor.hand import Hand
@@ -96,6 +96,7 @@ class Follower:
         self._stop_forwarded = False
         self._followed = False
         self._resume_failed: Failure | None = None
+        self._unloadable: tuple[str, ...] = ()  # what was found damaged before any rank was told of it
         self._chores = Chores(console)
         self._work: asyncio.Task[None] | None = None
 
@@ -239,7 +240,7 @@ class Follower:
             )
         )
         self._origin.clear()
-        self._resume_failed = None
+        self._resume_failed, self._unloadable = None, ()
         self._stop_forwarded = False
         self._ledger.begin(number)
         self._vigil = Vigil(attempt, self._options, self._ledger, self._console)
@@ -316,7 +317,7 @@ class Follower:
                 completed=attempt.finished and completed,
                 failure=failure,
                 noticed=None if attempt.called_off else attempt.noticed,
-                unloadable=tuple(map(str, self._reception.unloadable)),
+                unloadable=self._unloadable or tuple(map(str, self._reception.unloadable)),
             )
         )
         attempt.close()
@@ -338,6 +339,8 @@ class Follower:
         try:
             return await self._finder.find(origin, attempt.node_rank, attempt.nodes)
         except (EverstepError, OSError) as error:
+            if isinstance(error, CheckpointError) and origin.path is not None:
+                self._unloadable = (origin.path,)
             self._resume_failed = Failure(
                 kind=FailureKind.STORAGE, reason=str(error), attempt=attempt.number, time=clock.now()
             )

@@ -169,14 +169,23 @@ class Lead:
         return frozenset(found or ())
 
     def tell_origin(
-        self, number: int, resume: Resume, source: int, slot: int, holders: tuple[Holder, ...]
+        self,
+        number: int,
+        resume: Resume,
+        source: int,
+        slot: int,
+        holders: tuple[Holder, ...],
+        *,
+        emergency: bool,
     ) -> None:
-        """Where its ranks resume."""
+        """Where its ranks resume; ``emergency``: from an emergency copy."""
         origin = Origin(
             attempt=number,
             step=resume.step,
             tier=resume.tier,
             path=str(resume.kept) if resume.kept else None,
+            emergency=emergency,
+            fingerprint=resume.fingerprint,
             source=source,
             slot=slot,
             skips=self._ledger.record.skips,

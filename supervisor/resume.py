@@ -4,7 +4,8 @@ A snapshot in this node's RAM wins when it is at least as new as the newest chec
 on another host has done meanwhile is not thrown away for an older state of this one. Its files were whole when
 ``slot.json`` was written, and their sizes are checked. A checkpoint is verified by all of its digests before any rank is
 told of it, so all ranks alike skip a damaged one for the newest good one. On several nodes each compares only what its ranks read,
-while they read it (``checkpoint/on_demand``); the next attempt compares all of what was found damaged so, and skips it as well. Where there are checkpoints and none is good, the
+while they read it (``checkpoint/on_demand``). Damage that is found so ends the attempt, and before the next one all is verified as
+on one node; as it is where an older snapshot in RAM would have to be given up for a checkpoint that may be damaged. Where there are checkpoints and none is good, the
 job is not begun anew behind its user's back: that is an error.
 
 Checkpoints may lie in two places: an object store, and the job directory with its emergency copies (or what was there
@@ -15,14 +16,14 @@ there, whatever is newer it knows itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from supervisor.checkpoint import slots
 from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.location import Location, Remote
-from supervisor.checkpoint.manifest import Key
+from supervisor.checkpoint.manifest import Key, fingerprint
 from supervisor.checkpoint.on_demand import OnDemand
 from supervisor.checkpoint.storage import CheckpointStorage
 from supervisor.errors import CheckpointError
@@ -41,6 +42,8 @@ class Resume:
     path: Path | None = None
     #: where the state is kept; ``path`` may be a copy of it that was fetched for the ranks
     kept: Location | None = None
+    #: … of a checkpoint: which it is (``checkpoint/manifest.py``)
+    fingerprint: str = ""
     #: damaged states that were skipped: path and reason
     rejected: tuple[tuple[Location, str], ...] = ()
     #: through which the ranks must ask for what they read
@@ -58,7 +61,7 @@ class Sources:
     newest: Age | None = None
     is_bad: Callable[[int, int], bool] = lambda *_: False  # by attempt and step (decide/rollback.py)
     nodes: int = 1
-    doubted: Collection[Location] = ()  # that ranks could not load
+    suspicious: bool = False  # ranks could not load what they were told to: this time verify all
 
 
 def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> Resume:
@@ -67,7 +70,6 @@ def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> R
     Raises CheckpointError when there are checkpoints and none of them is good, StorageError when they cannot be listed or
     fetched (CancelledError when ``cancelled`` said so).
     """
-    sources.staging.clear()
     rejected: list[tuple[Location, str]] = []
     ram, age = _from_ram(sources, rejected)
     if ram is not None and sources.newest is not None and age >= sources.newest:
@@ -84,13 +86,13 @@ def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> R
         if record.step < 0 or (ram is not None and isinstance(record.path, Remote) and age > _age(record)):
             continue
         try:
-            good = _ready(place, record, sources, cancelled)
+            good = _ready(place, record, sources, cancelled, verify=sources.suspicious or ram is not None)
             break
         except CheckpointError as error:
             rejected.append((record.path, str(error)))
             refused.append(record)
     if ram is not None and (good is None or age > _age(record)):
-        return Resume(ram.step, ram.tier, ram.path, ram.kept, tuple(rejected))
+        return replace(ram, rejected=tuple(rejected))
     if good is None:
         if refused:
             raise CheckpointError(
@@ -100,7 +102,16 @@ def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> R
             )
         return Resume(rejected=tuple(rejected))
     path, on_demand = (good, None) if isinstance(good, Path) else (good.path, good)
-    return Resume(record.step, Tier.CHECKPOINT, path, record.path, tuple(rejected), on_demand)
+    assert record.manifest is not None
+    return Resume(
+        record.step,
+        Tier.CHECKPOINT,
+        path,
+        record.path,
+        fingerprint(record.manifest),
+        tuple(rejected),
+        on_demand,
+    )
 
 
 def _from_ram(sources: Sources, rejected: list[tuple[Location, str]]) -> tuple[Resume | None, Age]:
@@ -118,23 +129,19 @@ def _from_ram(sources: Sources, rejected: list[tuple[Location, str]]) -> tuple[R
 
 
 def _ready(
-    place: CheckpointStorage, record: CheckpointRecord, sources: Sources, cancelled: Callable[[], bool]
+    place: CheckpointStorage,
+    record: CheckpointRecord,
+    sources: Sources,
+    cancelled: Callable[[], bool],
+    *,
+    verify: bool,
 ) -> Path | OnDemand:
     """A local directory with every byte of it checked; on several nodes, one that is checked as it is read."""
-    staging = sources.staging
-    if sources.nodes > 1:
-        if record.path in sources.doubted and (problems := place.verify(record)):
-            raise CheckpointError("; ".join(problems))
-        return staging.on_demand(place, record, sources.nodes)
-    if not isinstance(record.path, Remote):
-        return place.fetch(record, record.path, cancelled=cancelled)
-    if record.problem is not None:
-        raise CheckpointError(record.problem)
-    try:
-        return place.fetch(record, staging.room(record.path.name, record.bytes), cancelled=cancelled)
-    except BaseException:
-        staging.clear()
-        raise
+    if sources.nodes == 1:
+        return sources.staging.whole(place, record, cancelled)
+    if verify and (problems := place.verify(record, cancelled=cancelled)):
+        raise CheckpointError("; ".join(problems))
+    return sources.staging.on_demand(place, record, sources.nodes, cancelled)
 
 
 def _age(record: CheckpointRecord) -> Age:

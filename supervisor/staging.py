@@ -1,73 +1,109 @@
 """Where a checkpoint from an object store lies while the ranks read it: beside the snapshots in RAM, or in the job directory.
 
-One at a time, removed when every rank has resumed or the attempt is over. RAM is taken only where the snapshots to come
-have room beside it: three slots of the same size, and as much again to work with.
+Removed when every rank has resumed or the attempt is over. Each is in a directory of its own, so that a fetch that nobody waits for any more
+does not touch the next one's. RAM is taken only where the snapshots to come have room beside it: three slots of the same size, and as much
+again to work with; or where there is no other room.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.location import Remote
 from supervisor.checkpoint.on_demand import OnDemand
 from supervisor.checkpoint.storage import CheckpointStorage
 from supervisor.edge import memory
-from supervisor.edge.files import free_bytes
-from supervisor.errors import CheckpointError, StorageError
+from supervisor.errors import CancelledError, CheckpointError, StorageError
+
+T = TypeVar("T")
 
 NAME: Final = "staging"
 ROOM: Final = 5  # times the checkpoint's size, to take RAM
 
 
+def never() -> bool:
+    """Nobody gives it up."""
+    return False
+
+
 class Staging:
-    """One place for one checkpoint. What an earlier supervisor has left there goes at once."""
+    """The places of one node. What an earlier supervisor has left there goes at once."""
 
     def __init__(self, runtime: Path, job: Path) -> None:
         self._places = (runtime / NAME, job / NAME)
         self.clear()
 
-    def room(self, name: str, size: int, nodes: int = 1) -> Path:
-        """An empty directory for a checkpoint of ``size`` bytes, of which this node, one of several, may need its share alone.
+    def whole(
+        self, place: CheckpointStorage, record: CheckpointRecord, cancelled: Callable[[], bool] = never
+    ) -> Path:
+        """The directory of a checkpoint in ``place``, every byte compared. Raises CheckpointError, StorageError."""
 
-        Raises StorageError where there is no room.
-        """
-        self.clear()
-        ram, disk = self._places
-        free = [_free(place.parent) for place in self._places]
-        available = memory.available()
-        spare = free[0] if available is None else min(free[0], available)
-        share = -(-size // nodes)
-        if spare >= ROOM * size or (free[1] < share <= spare):
-            place = ram
-        elif free[1] >= share:
-            place = disk
-        else:
-            raise StorageError(
-                f"there is no room to fetch {name} ({share} bytes): {spare} free in {ram.parent}, {free[1]} in {disk.parent}"
-            )
-        target = place / name
-        try:
-            place.mkdir(mode=0o700)
-            target.mkdir()
-        except OSError as error:
-            raise StorageError(f"{error.filename}: {error.strerror}") from None
-        return target
+        def fetch(into: Path) -> Path:
+            return place.fetch(record, into, cancelled=cancelled)
 
-    def on_demand(self, place: CheckpointStorage, record: CheckpointRecord, nodes: int) -> OnDemand:
-        """A checkpoint in ``place``, for what this node, one of several, needs of it. Raises CheckpointError, StorageError."""
+        return self._made(record, 1, cancelled, fetch)
+
+    def on_demand(
+        self,
+        place: CheckpointStorage,
+        record: CheckpointRecord,
+        nodes: int,
+        cancelled: Callable[[], bool] = never,
+    ) -> OnDemand:
+        """… that this node, one of several, is to ask for what it needs. ``cancelled`` counts until this returns."""
+
+        def begin(into: Path) -> OnDemand:
+            return place.on_demand(record, into, cancelled=cancelled)
+
+        return self._made(record, nodes, cancelled, begin)
+
+    def _made(
+        self, record: CheckpointRecord, nodes: int, cancelled: Callable[[], bool], make: Callable[[Path], T]
+    ) -> T:
         if not isinstance(record.path, Remote):
-            return place.on_demand(record, record.path)
+            return make(record.path)
         if record.problem is not None:
             raise CheckpointError(record.problem)
+        if cancelled():
+            raise CancelledError(f"fetching {record.path} was given up")
+        place = self._room(record.path.name, record.bytes, -(-record.bytes // nodes))
         try:
-            return place.on_demand(record, self.room(record.path.name, record.bytes, nodes))
-        except BaseException:
-            self.clear()
+            place.mkdir(mode=0o700, exist_ok=True)
+            own = Path(tempfile.mkdtemp(dir=place))
+        except OSError as error:
+            raise StorageError(f"{error.filename}: {error.strerror}") from None
+        try:
+            (own / record.path.name).mkdir()
+            return make(own / record.path.name)
+        except BaseException as error:
+            shutil.rmtree(own, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise StorageError(f"{error.filename or own}: {error.strerror or error}") from error
             raise
+
+    def _room(self, name: str, size: int, share: int) -> Path:
+        """Where there is room for a checkpoint of ``size`` bytes, or at least for the ``share`` that the node may get by with.
+
+        Raises StorageError where there is none.
+        """
+        ram, disk = self._places
+        free, spare = (_room_in(place.parent) for place in (disk, ram))
+        if spare >= ROOM * size:
+            return ram
+        for needed in (size, share):
+            if free >= needed:
+                return disk
+            if spare >= needed:
+                return ram
+        raise StorageError(
+            f"there is no room to fetch {name} ({share} bytes): {spare} free in {ram.parent}, {free} in {disk.parent}"
+        )
 
     def clear(self) -> None:
         """Remove what lies there; ranks that have mapped it keep it."""
@@ -76,8 +112,8 @@ class Staging:
                 shutil.rmtree(place, ignore_errors=True)
 
 
-def _free(folder: Path) -> int:
+def _room_in(folder: Path) -> int:
     try:
-        return free_bytes(folder)
+        return memory.room(folder)
     except OSError:
         return 0

@@ -54,8 +54,11 @@ class Stores:
         self._storage = open_storage(where, self._key, timeout=options.storage_timeout)
         place = refuge(options, job)
         self._refuge = LocalStorage(place, self._key) if place is not None else None
-        #: the attempts in which ranks could not load it
+        #: the attempts in which ranks could not load it, though nothing was seen to be wrong with it
         self._unloadable: defaultdict[Location, set[int]] = defaultdict(set)
+        record = ledger.record
+        # the run before has ended where an attempt had been told to resume, and took no step
+        self._suspicious = record.resumed_step is not None and record.attempt_first_time is None
         self._claim: IO[str] | None = None  # of a directory that is not the job's own
         self._looked = False  # at what checkpoints there are: from then on this run knows of every newer one
         runtime = Path(file.runtime)
@@ -137,15 +140,14 @@ class Stores:
         if self._looked and self._refuge is not None:
             newest = self.draining.newest_committed or (-1, -1)
         sources = Sources(
-            self.snapshots.newest(), places, self._key, self.staging, newest, self._is_bad, nodes,
-            frozenset(self._unloadable),
+            self.snapshots.newest(), places, self._key, self.staging, newest, self._is_bad, nodes, self._suspicious,
         )  # fmt: skip
         over = threading.Event()
         try:
             resume = await in_thread(lambda: choose(sources, over.is_set))
         finally:
             over.set()
-        self._looked = True
+        self._looked, self._suspicious = True, False
         now = clock.now()
         for path, reason in (*unsound, *resume.rejected):
             self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
@@ -194,6 +196,7 @@ class Stores:
     def doubt(self, attempt: int, unloadable: Iterable[Location]) -> None:
         """The ranks could not load these, however whole they seem: snapshots that they could not load twice are forgotten."""
         for path in unloadable:
+            self._suspicious = True
             self._unloadable[path].add(attempt)
             if len(self._unloadable[path]) > 1:  # once may be the moment's fault
                 if isinstance(path, Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, overload
@@ -135,16 +135,22 @@ def inspect(path: Path, key: Key | None = None) -> CheckpointRecord:
     )
 
 
-def verify(record: CheckpointRecord, key: Key | None = None, *, threads: int | None = None) -> list[str]:
+def verify(
+    record: CheckpointRecord,
+    key: Key | None = None,
+    *,
+    threads: int | None = None,
+    over: Callable[[], bool] = lambda: False,
+) -> list[str]:
     """Every problem of a checkpoint, one line each with the file's name; empty when every byte is as it was.
 
-    The manifest is read again, so what counts is what is there now.
+    Raises CancelledError once it is ``over``. The manifest is read again, so what counts is what is there now.
     """
     path = local(record)
     now = inspect(path, key)
     if now.manifest is None or now.manifest.step != now.step:
         return [now.problem or "no manifest"]
-    return problems_of(path, now.manifest, key, threads=threads)
+    return problems_of(path, now.manifest, key, threads=threads, over=over)
 
 
 def newest_good(

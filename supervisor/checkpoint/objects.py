@@ -41,11 +41,18 @@ from supervisor.checkpoint.object_writing import ObjectWriter
 from supervisor.checkpoint.on_demand import Obtain, OnDemand
 from supervisor.checkpoint.pieces import Piece
 from supervisor.checkpoint.storage import Owner
-from supervisor.edge.files import Pace, free_bytes
+from supervisor.edge import memory
+from supervisor.edge.files import Pace
 from supervisor.errors import CheckpointError, StorageError
 
 #: what resumes can do nothing else meanwhile: it is more patient than a drain, which comes again with the next snapshot
 _PATIENCE: Final = 10  # times the timeout
+
+
+def _whole(record: CheckpointRecord) -> Manifest:
+    if record.manifest is None or record.problem is not None:
+        raise CheckpointError(record.problem or f"no {MANIFEST_NAME}")
+    return record.manifest
 
 
 @contextlib.contextmanager
@@ -85,20 +92,22 @@ class ObjectStorage:
     def find(self, name: str) -> CheckpointRecord | None:
         return bucket.run(self._reader.record(name))
 
-    def verify(self, record: CheckpointRecord) -> list[str]:
-        return bucket.run(self._reader.verify(record.path.name))
+    def verify(self, record: CheckpointRecord, *, cancelled: Callable[[], bool] = lambda: False) -> list[str]:
+        return bucket.run(self._reader.verify(record.path.name), cancelled, grace=0)
 
     def fetch(
         self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False
     ) -> Path:
-        manifest = self._whole(record)
+        manifest = _whole(record)
         obtain = self._obtain(record.path.name, manifest, into)
         obtain([piece for name, entry in manifest.files.items() for piece in entry.cut(name)], cancelled)
         return into
 
-    def on_demand(self, record: CheckpointRecord, into: Path) -> OnDemand:
-        manifest = self._whole(record)
-        return OnDemand(into, manifest, self._obtain(record.path.name, manifest, into))
+    def on_demand(
+        self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False
+    ) -> OnDemand:
+        manifest = _whole(record)
+        return OnDemand(into, manifest, self._obtain(record.path.name, manifest, into), cancelled)
 
     def _obtain(self, name: str, manifest: Manifest, into: Path) -> Obtain:
         with _local_problems(into):
@@ -107,16 +116,11 @@ class ObjectStorage:
         def obtain(pieces: Sequence[Piece], cancelled: Callable[[], bool]) -> None:
             with _local_problems(into):
                 needed = sum(piece.length for piece in pieces)
-                if needed > (free := free_bytes(into)):
+                if needed > (free := memory.room(into)):
                     raise StorageError(f"there is no room to fetch {needed} bytes: {free} free in {into}")
                 bucket.run(self._patient.fetch(name, pieces, folder), cancelled, grace=0)
 
         return obtain
-
-    def _whole(self, record: CheckpointRecord) -> Manifest:
-        if record.manifest is None or record.problem is not None:
-            raise CheckpointError(record.problem or f"no {MANIFEST_NAME}")
-        return record.manifest
 
     def drain(
         self,

@@ -99,13 +99,14 @@ class Sharing:
         old = self.likely.get(name)
         if old is None:
             return None
-        entry = self._compare(self._source / name, self._older / old, check)
-        if entry is None or entry != self._manifest.files[old] or not self._link(self._older / old, target):
+        known = self._manifest.files[old]
+        entry = self._compare(self._source / name, self._older / old, known, check)
+        if entry is None or entry != known or not self._link(self._older / old, target):
             return None
         return entry
 
-    def _compare(self, new: Path, old: Path, check: Callable[[], None]) -> FileEntry | None:
-        """What a manifest says of both files; None when they differ or the old one cannot be read."""
+    def _compare(self, new: Path, old: Path, known: FileEntry, check: Callable[[], None]) -> FileEntry | None:
+        """What a manifest says of both files, in the way in which ``known`` does; None when they differ or the old one cannot be read."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         reader = self._files.open(new, flags)
         try:
@@ -114,14 +115,16 @@ class Sharing:
             except OSError:
                 return None
             try:
-                return self._compare_open(reader, other, check)
+                hasher = Hasher(self._key, known.bytes, whole=not known.pieces)
+                return self._compare_open(reader, other, hasher, check)
             finally:
                 os.close(other)
         finally:
             os.close(reader)
 
-    def _compare_open(self, reader: int, other: int, check: Callable[[], None]) -> FileEntry | None:
-        hasher = Hasher(self._key, os.fstat(reader).st_size)
+    def _compare_open(
+        self, reader: int, other: int, hasher: Hasher, check: Callable[[], None]
+    ) -> FileEntry | None:
         # bytearrays, because those are compared by memcmp and memoryviews are not
         ours, theirs = bytearray(CHUNK), bytearray(CHUNK)
         size = 0

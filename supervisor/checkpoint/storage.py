@@ -27,6 +27,7 @@ from supervisor.checkpoint.in_parts import DirectoryParts, PartStorage
 from supervisor.checkpoint.location import TIMEOUT, Location, Remote
 from supervisor.checkpoint.manifest import MANIFEST_NAME, Key, Manifest, Origin
 from supervisor.checkpoint.on_demand import OnDemand
+from supervisor.checkpoint.pieces import Piece
 from supervisor.checkpoint.verify import check_pieces
 from supervisor.errors import CheckpointError, ConfigError
 
@@ -55,7 +56,7 @@ class CheckpointStorage(Protocol):
         """That of the checkpoint called ``name``, without a look at any other; None: there is none. Raises StorageError."""
         ...
 
-    def verify(self, record: CheckpointRecord) -> list[str]:
+    def verify(self, record: CheckpointRecord, *, cancelled: Callable[[], bool] = lambda: False) -> list[str]:
         """Every problem of a checkpoint, one line each; empty when every byte is as it was. Raises StorageError."""
         ...
 
@@ -88,8 +89,10 @@ class CheckpointStorage(Protocol):
         """
         ...
 
-    def on_demand(self, record: CheckpointRecord, into: Path) -> OnDemand:
-        """The same, but what nobody asks for is neither fetched nor compared.
+    def on_demand(
+        self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False
+    ) -> OnDemand:
+        """The same, but what nobody asks for is neither fetched nor compared. ``cancelled`` counts until this returns.
 
         Raises CheckpointError when it is damaged as far as that is seen from its index, StorageError.
         """
@@ -128,8 +131,8 @@ class LocalStorage:
     def find(self, name: str) -> CheckpointRecord | None:
         return catalog.find(self.where / name, self.key)
 
-    def verify(self, record: CheckpointRecord) -> list[str]:
-        return catalog.verify(record, self.key)
+    def verify(self, record: CheckpointRecord, *, cancelled: Callable[[], bool] = lambda: False) -> list[str]:
+        return catalog.verify(record, self.key, over=cancelled)
 
     def drain(
         self,
@@ -156,17 +159,21 @@ class LocalStorage:
     def fetch(
         self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False
     ) -> Path:
-        if problems := self.verify(record):
+        if problems := self.verify(record, cancelled=cancelled):
             raise CheckpointError("; ".join(problems))
         return catalog.local(record)
 
-    def on_demand(self, record: CheckpointRecord, into: Path) -> OnDemand:
+    def on_demand(
+        self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False
+    ) -> OnDemand:
         path = catalog.local(record)
         if record.manifest is None or record.problem is not None:
             raise CheckpointError(record.problem or f"no {MANIFEST_NAME}")
-        return OnDemand(
-            path, record.manifest, lambda pieces, over: check_pieces(path, pieces, self.key, over)
-        )
+
+        def compare(pieces: Sequence[Piece], over: Callable[[], bool]) -> None:
+            check_pieces(path, pieces, self.key, over)
+
+        return OnDemand(path, record.manifest, compare, cancelled)
 
     def remove(self, record: CheckpointRecord) -> None:
         catalog.remove(record)

@@ -15,7 +15,8 @@ from supervisor.checkpoint.directory import entry_status
 from supervisor.checkpoint.manifest import FileEntry, Key, Manifest, read_manifest
 from supervisor.checkpoint.pieces import Piece, piece_size
 from supervisor.edge.files import LOCAL, Files
-from supervisor.errors import CancelledError, CheckpointError, StorageError
+from supervisor.edge.threads import each
+from supervisor.errors import CancelledError, CheckpointError
 
 _UNREADABLE: Final = "cannot be read"
 CHUNK: Final = 1 << 20  # bytes, per thread: stays in the cache between read, hash and write
@@ -75,10 +76,11 @@ def hash_file(
     threads: int = 1,
     before_reading: Callable[[int], None] | None = None,
     like: FileEntry | None = None,
+    over: Callable[[], bool] = lambda: False,
 ) -> FileEntry:
     """Size and digest of the regular file at ``path``, to be compared with ``like``; raises OSError.
 
-    ``before_reading`` gets its descriptor.
+    CancelledError once it is ``over``. ``before_reading`` gets its descriptor.
     """
     buffer = memoryview(bytearray(CHUNK))
     size = 0
@@ -89,6 +91,8 @@ def hash_file(
         whole = like is not None and not like.pieces
         hasher = Hasher(key, os.fstat(fd).st_size, threads=threads, whole=whole)
         while count := files.read(fd, buffer):
+            if over():
+                raise CancelledError(f"reading {path} was given up")
             hasher.update(buffer[:count])
             size += count
     finally:
@@ -105,39 +109,36 @@ def check_pieces(
     files: Files = LOCAL,
     threads: int | None = None,
 ) -> None:
-    """Compare pieces of files. Raises CheckpointError when one is not as it was, StorageError when it cannot be read.
+    """Compare pieces of files. Raises CheckpointError when one is not as it was (UnreadableError when it cannot be read).
 
-    CancelledError once it is ``over``.
+    CancelledError once it is ``over``. Nobody who leaves has to wait for its threads.
     """
 
     def check(piece: Piece) -> None:
         entry_status(directory, piece.name)
-        if over():
-            raise CancelledError(f"reading {directory} was given up")
         try:
             fd = files.open(directory / piece.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                found = hash_piece(fd, piece, key, files=files)
+                found = hash_piece(fd, piece, key, over, files=files)
             finally:
                 os.close(fd)
         except OSError as error:
-            raise StorageError(
-                f"{directory / piece.name}: {_UNREADABLE}: {error.strerror or error}"
-            ) from error
+            raise UnreadableError(f"{piece.name}: {_UNREADABLE}: {error.strerror or error}") from error
         if found != piece.blake3:
             raise CheckpointError(f"{piece.name}: digest does not match")
 
-    workers = max(1, min(threads or min(4, os.cpu_count() or 1), len(pieces)))
-    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        for _ in pool.map(check, pieces):
-            pass
+    each(check, pieces, max(1, min(threads or min(4, os.cpu_count() or 1), len(pieces))))
 
 
-def hash_piece(fd: int, piece: Piece, key: Key | None, *, files: Files = LOCAL) -> str:
-    """The hex digest of what lies in an open file where ``piece`` should; raises OSError."""
+def hash_piece(
+    fd: int, piece: Piece, key: Key | None, over: Callable[[], bool] = lambda: False, *, files: Files = LOCAL
+) -> str:
+    """The hex digest of what lies in an open file where ``piece`` should; raises OSError, CancelledError once it is ``over``."""
     digest, buffer, left = hasher(key), memoryview(bytearray(CHUNK)), piece.length
     os.lseek(fd, piece.start, os.SEEK_SET)
     while left and (count := files.read(fd, buffer[: min(CHUNK, left)])):
+        if over():
+            raise CancelledError(f"reading {piece.name} was given up")
         digest.update(buffer[:count])
         left -= count
     return digest.hexdigest()
@@ -160,9 +161,18 @@ def size_problems(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def problems_of(
-    directory: Path, manifest: Manifest, key: Key | None, *, files: Files = LOCAL, threads: int | None = None
+    directory: Path,
+    manifest: Manifest,
+    key: Key | None,
+    *,
+    files: Files = LOCAL,
+    threads: int | None = None,
+    over: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """One line for each file that is not as the manifest says; files that it does not name do not matter."""
+    """One line for each file that is not as the manifest says; files that it does not name do not matter.
+
+    Raises CancelledError once it is ``over``.
+    """
     problems = size_problems(directory, manifest)
     bad = {problem.partition(":")[0] for problem in problems}
     names = sorted(set(manifest.files) - bad, key=lambda name: -manifest.files[name].bytes)
@@ -177,6 +187,7 @@ def problems_of(
                 files=files,
                 threads=max(1, cores // workers),
                 like=manifest.files[name],
+                over=over,
             )
         except OSError as error:
             return f"{name}: {_UNREADABLE}: {error.strerror or error}"

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from supervisor.edge import mounts
+from supervisor.edge.files import free_bytes
+
 _ROOT: Final = Path("/sys/fs/cgroup")
 _NO_LIMIT: Final = 1 << 62  # bytes; version 1 has no other word for it
 
@@ -24,6 +27,14 @@ class _Version:
 
 _V1: Final = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _V2: Final = _Version("memory.max", "memory.current", "inactive_file")
+
+
+def room(folder: Path) -> int:
+    """Bytes that files in it can still take, without swapping where they are kept in memory. Raises OSError."""
+    free = free_bytes(folder)
+    if mounts.is_in_memory(folder) and (left := available()) is not None:
+        return min(free, left)
+    return free
 
 
 def available() -> int | None:

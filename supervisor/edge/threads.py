@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
 
 T = TypeVar("T")
 
 NAME: Final = "everstep-work"
+_NONE: Final = object()
 
 
 async def in_thread(work: Callable[[], T]) -> T:
@@ -38,6 +39,35 @@ async def in_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True, name=NAME).start()
     return await done
+
+
+def each(action: Callable[[T], object], items: Iterable[T], count: int) -> None:
+    """``action`` of every item, on ``count`` daemon threads; the first error stops what has not begun, and is raised.
+
+    In a thread itself: it returns when the last one has ended.
+    """
+    waiting = iter(items)
+    lock = threading.Lock()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        while not errors:
+            with lock:
+                item = next(waiting, _NONE)
+            if item is _NONE:
+                return
+            try:
+                action(item)  # type: ignore[arg-type]
+            except BaseException as error:  # noqa: BLE001 (it is raised where it was asked for)
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True, name=NAME) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def are_busy() -> bool:

@@ -2,8 +2,8 @@
 
 ``.metadata`` is a pickle, and it says which file to read: it goes through an unpickler that knows DCP's own classes and
 nothing else, and a path in it that leads out of the directory is refused. Byte items are pickles too; they are only
-loaded after somebody has verified the digests of all files (the supervisor before it answers ``resume``, library mode
-before it offers a candidate).
+loaded after somebody has compared them with the manifest: the supervisor before it answers ``resume`` (on several nodes before it
+answers ``need``), library mode before it offers a candidate.
 
 What goes wrong is of three kinds. *Damage* (CheckpointError): a file is missing, too short, or not what it should be.
 *Storage* (StorageError): it would not give the bytes now (ESTALE, EIO), or this process had no room for them (EMFILE, no
@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from supervisor.checkpoint import stamps
 from supervisor.checkpoint.slots import numbers_of_file
-from supervisor.errors import CheckpointError, StateMismatchError, StorageError
+from supervisor.errors import CheckpointError, EverstepError, StateMismatchError, StorageError
 from supervisor.training.collecting import without_collection
 from supervisor.training.direct import DirectReader
 from supervisor.training.items import STATE, Path, owner_of
@@ -275,7 +275,7 @@ class Stored:
                 dcp_load(values, storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
-            if isinstance(cause, (OSError, MemoryError, CheckpointError, StorageError)):
+            if isinstance(cause, (OSError, MemoryError, EverstepError)):
                 raise cause from error
             if isinstance(cause, KeyError) and isinstance(absent := cause.args[0], MetadataIndex):
                 raise CheckpointError(f"{self.directory} does not hold {absent.fqn!r} in full") from error

@@ -27,7 +27,9 @@ def resume(keeper: Keeper, training: TrainingState, world: World) -> int | None:
         # what does not fit on one rank is no damage on another
         rank = next((r for r, (fault, _) in failures.items() if fault is StateMismatchError), min(failures))
         fault, reason = failures[rank]
-        if not keeper.rejected(candidate, reason, damaged=fault is not StateMismatchError):
+        # a store that does not answer is none either
+        damaged = fault is CheckpointError or (fault is StorageError and candidate.need is None)
+        if not keeper.rejected(candidate, reason, damaged=damaged):
             if failure is not None:
                 raise failure
             raise fault(f"rank {rank}: {reason}")

@@ -6,6 +6,7 @@ The worker's half of the save protocol; its theory is in ``decide/savepoint.py``
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,7 @@ from supervisor.training.keeper import NEVER, Candidate, Target
 _NAP: Final = 0.0002  # seconds between two looks at the page
 _ANSWER: Final = 5.0  # seconds that a request may take to become a proposal before training goes on
 SLOT_PATIENCE: Final = 60.0  # seconds that a save may wait for a free slot
+_ASKED: Final = 20_000  # ranges in one message, which has a limit
 _UNSETTLED: Final = 1 << 63  # no PROPOSAL word looks like this
 
 
@@ -56,9 +58,14 @@ class Supervised:
         return Candidate(Path(answer["path"]), int(answer["step"]), need)
 
     def _need(self, wanted: Mapping[str, list[Range]]) -> None:
-        answer = self._link.ask("need", deadline=None, files=wanted)
-        if "problem" in answer:
-            raise (CheckpointError if answer["damaged"] else StorageError)(answer["problem"])
+        ranges = [(name, one) for name, each in wanted.items() for one in each]
+        for begin in range(0, len(ranges), _ASKED):
+            files: dict[str, list[Range]] = defaultdict(list)
+            for name, one in ranges[begin : begin + _ASKED]:
+                files[name].append(one)
+            answer = self._link.ask("need", deadline=None, files=files)
+            if "problem" in answer:
+                raise (CheckpointError if answer["damaged"] else StorageError)(answer["problem"])
 
     def rejected(self, candidate: Candidate, reason: str, *, damaged: bool) -> bool:
         """The supervisor decides in the next attempt."""

@@ -16,8 +16,8 @@ from supervisor.checkpoint.manifest import MANIFEST_NAME, FileEntry, Key, Manife
 from supervisor.checkpoint.on_demand import OnDemand
 from supervisor.checkpoint.pieces import Piece
 from supervisor.checkpoint.storage import LocalStorage
-from supervisor.checkpoint.verify import Hasher, hash_file
-from supervisor.errors import CheckpointError, StorageError
+from supervisor.checkpoint.verify import Hasher, UnreadableError, hash_file
+from supervisor.errors import CheckpointError
 from tests.checkpoint.tools import flip_bit, origin, write_source
 
 KEY = Key.derive("secret")
@@ -62,6 +62,7 @@ def test_bytes_that_nobody_needs_may_be_wrong_and_no_others(source: Path, key: K
     found = storage.on_demand(storage.records()[0], path)
     found.need({LARGE: [(0, 1000), (2000, 500)], "__1_0.distcp": [(5, 1)]})
     for wanted in ((999, 2), (1500, 1), (1999, 2)):
+        found = storage.on_demand(storage.records()[0], path)
         with pytest.raises(CheckpointError, match=rf"^{LARGE}: digest does not match"):
             found.need({LARGE: [wanted]})
 
@@ -70,8 +71,8 @@ def test_another_files_pieces_are_not_taken_for_its_own(source: Path) -> None:
     storage, path = committed(source)
     other = (path / "__1_0.distcp").read_bytes()
     (path / LARGE).write_bytes(other[:2500])
-    found = storage.on_demand(storage.records()[0], path)
     for start in (0, 1000, 2000):
+        found = storage.on_demand(storage.records()[0], path)
         with pytest.raises(CheckpointError, match="digest does not match"):
             found.need({LARGE: [(start, 1)]})
 
@@ -90,13 +91,15 @@ def test_a_manifest_of_version_1_has_one_digest_for_each_file(source: Path) -> N
     assert storage.verify(record) == []
     assert drain(source, path, origin(3), key=KEY).version == 1, "it is good, so it is not written again"
     storage.on_demand(record, path).need({LARGE: [(0, 1)]})
+    with pytest.raises(CheckpointError, match=f"{LARGE} has only 2500 bytes"):
+        storage.on_demand(record, path).need({LARGE: [(2500, 1)]})
     flip_bit(path / LARGE, 2400)
     assert storage.verify(record) == [f"{LARGE}: digest does not match"]
     with pytest.raises(CheckpointError, match="digest does not match"):
         storage.on_demand(record, path).need({LARGE: [(0, 1)]})
 
 
-def test_a_file_that_cannot_be_read_is_no_damage(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_told_so(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, path = committed(source)
     found = storage.on_demand(storage.records()[0], path)
 
@@ -104,7 +107,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(source: Path, monkeypatch: pyte
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("supervisor.edge.files.LocalFiles.open", refuse)
-    with pytest.raises(StorageError, match=f"{LARGE}: cannot be read: Permission denied"):
+    with pytest.raises(UnreadableError, match=f"{LARGE}: cannot be read: Permission denied"):
         found.need({LARGE: [(0, 1)]})
 
 

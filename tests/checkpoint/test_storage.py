@@ -255,6 +255,7 @@ def test_nothing_is_read_for_whom_it_is_over(place: Place, source: Path, tmp_pat
     found = opened(storage, tmp_path / "into")
     with pytest.raises(CheckpointError, match=r"other\.distcp is not among the files"):
         found.need({"other.distcp": [(0, 1)]})
+    found = opened(storage, tmp_path / "again")
     found.close()
     with pytest.raises(CancelledError):
         found.need({NESTED: [(0, 20 << 20)]})
