@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from supervisor.checkpoint.manifest import Key, fingerprint
@@ -53,9 +55,15 @@ class Finder:
             folder = self._snapshots.folder(origin.slot)
             return Resume(step=origin.step, tier=Tier.RAM, path=folder, kept=folder)
         self._snapshots.drop_all()
-        return await in_thread(lambda: self._checkpoint(origin, nodes))
+        over = threading.Event()
+        try:
+            return await in_thread(lambda: self._checkpoint(origin, nodes, over.is_set))
+        finally:
+            over.set()
 
-    def _checkpoint(self, origin: Origin, nodes: int) -> Resume:
+    def _checkpoint(
+        self, origin: Origin, nodes: int, cancelled: Callable[[], bool] = lambda: False
+    ) -> Resume:
         name, options = Path(origin.path or "").name, self._options
         place: CheckpointStorage = LocalStorage(self._job.path / "checkpoints", self._key)
         if not origin.emergency:
@@ -69,7 +77,7 @@ class Finder:
             raise StorageError(
                 f"{record.path} is not on this node what it is on the leader's ({record.problem or 'another checkpoint'})"
             )
-        found = self._staging.on_demand(place, record, nodes)
+        found = self._staging.on_demand(place, record, nodes, cancelled)
         return Resume(
             origin.step, Tier.CHECKPOINT, found.path, record.path, origin.fingerprint, on_demand=found
         )

@@ -61,7 +61,7 @@ class Sources:
     newest: Age | None = None
     is_bad: Callable[[int, int], bool] = lambda *_: False  # by attempt and step (decide/rollback.py)
     nodes: int = 1
-    suspicious: bool = False  # ranks could not load what they were told to: this time verify all
+    suspicious: bool = False  # ranks could not load what they were told to: verify all
 
 
 def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> Resume:
@@ -102,16 +102,8 @@ def choose(sources: Sources, cancelled: Callable[[], bool] = lambda: False) -> R
             )
         return Resume(rejected=tuple(rejected))
     path, on_demand = (good, None) if isinstance(good, Path) else (good.path, good)
-    assert record.manifest is not None
-    return Resume(
-        record.step,
-        Tier.CHECKPOINT,
-        path,
-        record.path,
-        fingerprint(record.manifest),
-        tuple(rejected),
-        on_demand,
-    )
+    which = fingerprint(record.manifest) if record.manifest is not None else ""
+    return Resume(record.step, Tier.CHECKPOINT, path, record.path, which, tuple(rejected), on_demand)
 
 
 def _from_ram(sources: Sources, rejected: list[tuple[Location, str]]) -> tuple[Resume | None, Age]:

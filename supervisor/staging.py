@@ -7,6 +7,7 @@ again to work with; or where there is no other room.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -83,6 +84,8 @@ class Staging:
             return make(own / record.path.name)
         except BaseException as error:
             shutil.rmtree(own, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another one's is beside it
+                place.rmdir()
             if isinstance(error, OSError):
                 raise StorageError(f"{error.filename or own}: {error.strerror or error}") from error
             raise

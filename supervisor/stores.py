@@ -26,7 +26,7 @@ from supervisor.edge.threads import in_thread
 from supervisor.errors import CheckpointError, EverstepError
 from supervisor.ledger import Ledger
 from supervisor.model import CheckpointRejected, Failure, StatesCondemned, Tier
-from supervisor.resume import Resume, Sources, choose
+from supervisor.resume import Age, Resume, Sources, choose
 from supervisor.shared_snapshots import SharedSnapshots
 from supervisor.snapshots import Snapshots
 from supervisor.staging import Staging
@@ -57,8 +57,11 @@ class Stores:
         #: the attempts in which ranks could not load it, though nothing was seen to be wrong with it
         self._unloadable: defaultdict[Location, set[int]] = defaultdict(set)
         record = ledger.record
-        # the run before has ended where an attempt had been told to resume, and took no step
-        self._suspicious = record.resumed_step is not None and record.attempt_first_time is None
+        # the newest failure may have been one to load what it should have; nothing newer was saved since
+        self._suspicious = (
+            record.last_failure is not None and record.committed_step <= record.failure_committed_step
+        )
+        self._suspected_at: Age | None = None  # what was the newest checkpoint of this run then
         self._claim: IO[str] | None = None  # of a directory that is not the job's own
         self._looked = False  # at what checkpoints there are: from then on this run knows of every newer one
         runtime = Path(file.runtime)
@@ -140,14 +143,14 @@ class Stores:
         if self._looked and self._refuge is not None:
             newest = self.draining.newest_committed or (-1, -1)
         sources = Sources(
-            self.snapshots.newest(), places, self._key, self.staging, newest, self._is_bad, nodes, self._suspicious,
+            self.snapshots.newest(), places, self._key, self.staging, newest, self._is_bad, nodes, self._is_suspicious,
         )  # fmt: skip
         over = threading.Event()
         try:
             resume = await in_thread(lambda: choose(sources, over.is_set))
         finally:
             over.set()
-        self._looked, self._suspicious = True, False
+        self._looked = True
         now = clock.now()
         for path, reason in (*unsound, *resume.rejected):
             self._ledger.add(CheckpointRejected(time=now, path=str(path), reason=reason))
@@ -193,10 +196,15 @@ class Stores:
     def _is_bad(self, attempt: int, step: int) -> bool:
         return rollback.is_condemned(self._ledger.record, attempt, step)
 
+    @property
+    def _is_suspicious(self) -> bool:
+        """Whether what there is may hold what cannot be loaded: until this run has made a newer checkpoint."""
+        return self._suspicious and self.draining.newest_committed == self._suspected_at
+
     def doubt(self, attempt: int, unloadable: Iterable[Location]) -> None:
         """The ranks could not load these, however whole they seem: snapshots that they could not load twice are forgotten."""
         for path in unloadable:
-            self._suspicious = True
+            self._suspicious, self._suspected_at = True, self.draining.newest_committed
             self._unloadable[path].add(attempt)
             if len(self._unloadable[path]) > 1:  # once may be the moment's fault
                 if isinstance(path, Path):

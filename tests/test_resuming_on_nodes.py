@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import obstore
 import pytest
 from obstore.store import MemoryStore
 
 from supervisor.checkpoint.bucket import Bucket, Limits
 from supervisor.checkpoint.location import Remote
+from supervisor.checkpoint.manifest import Key, Manifest
 from supervisor.checkpoint.objects import ObjectStorage
 from supervisor.checkpoint.storage import LocalStorage
+from supervisor.config import Options
 from supervisor.edge import memory
+from supervisor.edge.jobdir import JobDirectory
 from supervisor.edge.threads import each
 from supervisor.errors import CancelledError, CheckpointError, StateMismatchError, StorageError
 from supervisor.finder import Finder
 from supervisor.fleet import Origin
-from supervisor.model import Tier
+from supervisor.model import Failure, FailureKind, Tier
+from supervisor.record import JobRecord
 from supervisor.resume import Resume, Sources, choose
 from supervisor.staging import Staging
+from supervisor.stores import Stores
 from supervisor.training import resuming
 from supervisor.training.keeper import Candidate
 from tests.checkpoint.tools import flip_bit, origin, write_source
 
 FILE = "__1_0.distcp"
+FAILURE = Failure(kind=FailureKind.STORAGE, reason="x", attempt=0, time=0.0)
 DEADLINE = 30
 GB = 10**9
 
@@ -88,6 +96,47 @@ def test_an_index_that_cannot_be_read_is_passed_over(
     assert "cannot be read: Input/output error" in resume.rejected[0][1]
 
 
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (JobRecord(), False),
+        (JobRecord(last_failure=FAILURE, committed_step=5, failure_committed_step=5), True),
+        (JobRecord(last_failure=FAILURE, committed_step=9, failure_committed_step=5), False),  # stopped later
+    ],
+)
+def test_a_run_suspects_what_the_one_before_has_failed_behind(
+    record: JobRecord, expected: bool, tmp_path: Path
+) -> None:
+    assert stores(tmp_path, record)._is_suspicious is expected
+
+
+def test_suspicion_lasts_until_there_is_a_newer_checkpoint(tmp_path: Path) -> None:
+    found = stores(tmp_path, JobRecord())
+    own = LocalStorage(tmp_path / "job" / "checkpoints")
+    for step in (1, 2):
+        own.drain(write_source(tmp_path / f"own-{step}", seed=step), origin(step))
+    flip_bit(path_of(own, 2) / FILE, 0)
+    resumed = []
+    for attempt in range(4):
+        resume = asyncio.run(found.choose(nodes=2))
+        resumed.append(resume.step)
+        if resume.step == 2:
+            found.doubt(attempt, [path_of(own, 2)])
+    assert resumed == [2, 1, 1, 1]
+    assert found._is_suspicious
+    found.draining.newest_committed = (4, 3)
+    assert not found._is_suspicious
+
+
+def stores(tmp_path: Path, record: JobRecord) -> Stores:
+    job = JobDirectory(tmp_path / "job")
+    file: Any = SimpleNamespace(runtime=tmp_path / "runtime", run_id="run-1", epoch=1)
+    ledger: Any = SimpleNamespace(record=record, add=lambda _fact: None)
+    console: Any = SimpleNamespace(say=lambda _text: None)
+    options = Options(dir=job.path)
+    return Stores(options, job, file, ledger, console)
+
+
 # --------------------------------------------------------------------------- where it lies
 
 
@@ -140,6 +189,34 @@ def test_a_fetch_that_nobody_waits_for_leaves_the_next_attempts_files_alone(
         staging.on_demand(remote, remote.records()[0], 2, over.is_set)
     staging.clear()
     assert not (tmp_path / "run" / "staging").exists()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_cannot_be_used_leaves_nothing(nodes: int, remote: ObjectStorage, tmp_path: Path) -> None:
+    staging = Staging(tmp_path / "run", tmp_path / "job")
+    obstore.put(remote._objects._store, f"step-000000003/{FILE}", b"x" * 2501)
+    obstore.put(remote._objects._store, "step-000000003/.metadata", b"x" * 100)
+    with pytest.raises(CheckpointError, match="none that is whole"):
+        choose(Sources(None, [remote], None, staging, nodes=nodes))
+    assert not list(tmp_path.glob("*/staging"))
+
+
+def test_a_manifest_that_cannot_be_read_for_a_moment(
+    shared: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from supervisor.checkpoint import catalog
+
+    read, failing = catalog.read_manifest, [path_of(shared, 4)]
+
+    def flaky(path: Path, key: Key | None) -> Manifest:
+        if path in failing:
+            failing.remove(path)
+            raise CheckpointError("everstep.json cannot be read: Stale file handle")
+        return read(path, key)
+
+    monkeypatch.setattr(catalog, "read_manifest", flaky)
+    staging = Staging(tmp_path / "run", tmp_path / "job")
+    assert choose(Sources(None, [shared], None, staging)).step == 4
 
 
 @pytest.mark.parametrize(
@@ -240,6 +317,29 @@ def test_a_store_that_does_not_answer_is_no_damage(error: Exception, on_demand: 
     assert told == [damaged]
 
 
+@pytest.mark.parametrize(
+    ("second", "damaged"), [(CheckpointError, True), (StorageError, False), (StateMismatchError, False)]
+)
+def test_damage_on_any_rank_is_told_by_all(second: type[Exception], damaged: bool) -> None:
+    told: list[bool] = []
+
+    def load(*_: object) -> int:
+        raise StorageError("the store does not answer")
+
+    def rejected(_candidate: Candidate, _reason: str, *, damaged: bool) -> bool:
+        told.append(damaged)
+        return False
+
+    keeper: Any = SimpleNamespace(
+        candidate=lambda: Candidate(Path("x"), 3, lambda _wanted: None), rejected=rejected
+    )
+    world: Any = SimpleNamespace(gather=lambda value: [value, (second, "x")])
+    training: Any = SimpleNamespace(load=load)
+    with pytest.raises(StorageError):
+        resuming.resume(keeper, training, world)
+    assert told == [damaged]
+
+
 # --------------------------------------------------------------------------- threads
 
 
@@ -258,3 +358,20 @@ def test_each_item_is_done_once_and_the_first_error_ends_it() -> None:
     with pytest.raises(ValueError, match="5"):
         each(failing, range(10_000), 2)
     assert len(done) < 10_000
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        each(done.append, broken(), 2)
+
+
+def test_without_a_thread_the_work_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    done: list[int] = []
+    each(done.append, range(5), 4)
+    assert done == list(range(5))

@@ -93,7 +93,7 @@ class ObjectStorage:
         return bucket.run(self._reader.record(name))
 
     def verify(self, record: CheckpointRecord, *, cancelled: Callable[[], bool] = lambda: False) -> list[str]:
-        return bucket.run(self._reader.verify(record.path.name), cancelled, grace=0)
+        return bucket.run(self._patient.verify(record.path.name), cancelled, grace=0)
 
     def fetch(
         self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False

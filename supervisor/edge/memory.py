@@ -32,9 +32,12 @@ _V2: Final = _Version("memory.max", "memory.current", "inactive_file")
 def room(folder: Path) -> int:
     """Bytes that files in it can still take, without swapping where they are kept in memory. Raises OSError."""
     free = free_bytes(folder)
-    if mounts.is_in_memory(folder) and (left := available()) is not None:
-        return min(free, left)
-    return free
+    try:
+        in_memory = mounts.is_in_memory(folder)
+    except OSError:  # nobody says
+        in_memory = False
+    left = available() if in_memory else None
+    return free if left is None else min(free, left)
 
 
 def available() -> int | None:

@@ -19,7 +19,7 @@ def is_in_memory(path: Path) -> bool:
 def _kind_of(device: int) -> str:
     """``tmpfs``, ``ext4``, …; empty when nobody knows."""
     number = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         fields = line.split()
         if fields[2] == number:
             return fields[fields.index("-") + 1]

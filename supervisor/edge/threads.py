@@ -44,26 +44,33 @@ async def in_thread(work: Callable[[], T]) -> T:
 def each(action: Callable[[T], object], items: Iterable[T], count: int) -> None:
     """``action`` of every item, on ``count`` daemon threads; the first error stops what has not begun, and is raised.
 
-    In a thread itself: it returns when the last one has ended.
+    In a thread itself: it returns when the last one has ended. Where no thread can be had, it does the work.
     """
     waiting = iter(items)
     lock = threading.Lock()
     errors: list[BaseException] = []
 
     def work() -> None:
-        while not errors:
-            with lock:
-                item = next(waiting, _NONE)
-            if item is _NONE:
-                return
-            try:
+        try:
+            while not errors:
+                with lock:
+                    item = next(waiting, _NONE)
+                if item is _NONE:
+                    return
                 action(item)  # type: ignore[arg-type]
-            except BaseException as error:  # noqa: BLE001 (it is raised where it was asked for)
-                errors.append(error)
+        except BaseException as error:  # noqa: BLE001 (it is raised where it was asked for)
+            errors.append(error)
 
-    threads = [threading.Thread(target=work, daemon=True, name=NAME) for _ in range(count)]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
+    for _ in range(count):
+        thread = threading.Thread(target=work, daemon=True, name=NAME)
+        try:
+            thread.start()
+        except RuntimeError:  # there are too many already
+            break
+        threads.append(thread)
+    if not threads:
+        work()
     for thread in threads:
         thread.join()
     if errors:

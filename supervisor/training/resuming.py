@@ -27,8 +27,10 @@ def resume(keeper: Keeper, training: TrainingState, world: World) -> int | None:
         # what does not fit on one rank is no damage on another
         rank = next((r for r, (fault, _) in failures.items() if fault is StateMismatchError), min(failures))
         fault, reason = failures[rank]
-        # a store that does not answer is none either
-        damaged = fault is CheckpointError or (fault is StorageError and candidate.need is None)
+        faults = {found for found, _ in failures.values()}
+        if candidate.need is not None:  # a store that does not answer is none either
+            faults.discard(StorageError)
+        damaged = StateMismatchError not in faults and bool(faults)
         if not keeper.rejected(candidate, reason, damaged=damaged):
             if failure is not None:
                 raise failure
