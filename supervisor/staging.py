@@ -15,22 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from supervisor.checkpoint.catalog import CheckpointRecord
+from supervisor.checkpoint.catalog import CheckpointRecord, manifest_of
 from supervisor.checkpoint.location import Remote
 from supervisor.checkpoint.on_demand import OnDemand
 from supervisor.checkpoint.storage import CheckpointStorage
 from supervisor.edge import memory
-from supervisor.errors import CancelledError, CheckpointError, StorageError
+from supervisor.errors import CancelledError, StorageError
 
 T = TypeVar("T")
 
 NAME: Final = "staging"
 ROOM: Final = 5  # times the checkpoint's size, to take RAM
-
-
-def never() -> bool:
-    """Nobody gives it up."""
-    return False
 
 
 class Staging:
@@ -41,7 +36,10 @@ class Staging:
         self.clear()
 
     def whole(
-        self, place: CheckpointStorage, record: CheckpointRecord, cancelled: Callable[[], bool] = never
+        self,
+        place: CheckpointStorage,
+        record: CheckpointRecord,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Path:
         """The directory of a checkpoint in ``place``, every byte compared. Raises CheckpointError, StorageError."""
 
@@ -55,7 +53,7 @@ class Staging:
         place: CheckpointStorage,
         record: CheckpointRecord,
         nodes: int,
-        cancelled: Callable[[], bool] = never,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> OnDemand:
         """… that this node, one of several, is to ask for what it needs. ``cancelled`` counts until this returns."""
 
@@ -69,8 +67,7 @@ class Staging:
     ) -> T:
         if not isinstance(record.path, Remote):
             return make(record.path)
-        if record.problem is not None:
-            raise CheckpointError(record.problem)
+        manifest_of(record)
         if cancelled():
             raise CancelledError(f"fetching {record.path} was given up")
         place = self._room(record.path.name, record.bytes, -(-record.bytes // nodes))

@@ -12,7 +12,7 @@ from typing import Final, overload
 
 from supervisor.checkpoint.directory import discard, is_leftover, sync_directory, translated
 from supervisor.checkpoint.location import Location, Remote
-from supervisor.checkpoint.manifest import Key, Manifest, read_manifest
+from supervisor.checkpoint.manifest import MANIFEST_NAME, Key, Manifest, read_manifest
 from supervisor.checkpoint.verify import problems_of, size_problems
 from supervisor.edge.files import LOCAL, Files
 from supervisor.errors import CheckpointError, StorageError
@@ -65,6 +65,13 @@ def parts_named(name: str) -> tuple[int, int, int] | None:
     if match is None or match[2] is None or step_of(name) < 0:
         return None
     return int(match[1]), int(match[2]), int(match[3])
+
+
+def manifest_of(record: CheckpointRecord) -> Manifest:
+    """That of a checkpoint which is whole as far as was looked. Raises CheckpointError for any other."""
+    if record.manifest is None or record.problem is not None:
+        raise CheckpointError(record.problem or f"no {MANIFEST_NAME}")
+    return record.manifest
 
 
 def local(record: CheckpointRecord) -> Path:

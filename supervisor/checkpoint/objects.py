@@ -30,11 +30,11 @@ from obstore.store import ObjectStore
 
 from supervisor.checkpoint import bucket
 from supervisor.checkpoint.bucket import Bucket, Feed, Limits
-from supervisor.checkpoint.catalog import CheckpointRecord
+from supervisor.checkpoint.catalog import CheckpointRecord, manifest_of
 from supervisor.checkpoint.commit import no_fence
 from supervisor.checkpoint.directory import payload
 from supervisor.checkpoint.location import Location, Remote
-from supervisor.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME, Key, Manifest, Origin
+from supervisor.checkpoint.manifest import METADATA_NAME, Key, Manifest, Origin
 from supervisor.checkpoint.object_parts import ObjectParts
 from supervisor.checkpoint.object_reading import Folder, ObjectReader
 from supervisor.checkpoint.object_writing import ObjectWriter
@@ -47,12 +47,6 @@ from supervisor.errors import CheckpointError, StorageError
 
 #: what resumes can do nothing else meanwhile: it is more patient than a drain, which comes again with the next snapshot
 _PATIENCE: Final = 10  # times the timeout
-
-
-def _whole(record: CheckpointRecord) -> Manifest:
-    if record.manifest is None or record.problem is not None:
-        raise CheckpointError(record.problem or f"no {MANIFEST_NAME}")
-    return record.manifest
 
 
 @contextlib.contextmanager
@@ -98,7 +92,7 @@ class ObjectStorage:
     def fetch(
         self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False
     ) -> Path:
-        manifest = _whole(record)
+        manifest = manifest_of(record)
         obtain = self._obtain(record.path.name, manifest, into)
         obtain([piece for name, entry in manifest.files.items() for piece in entry.cut(name)], cancelled)
         return into
@@ -106,7 +100,7 @@ class ObjectStorage:
     def on_demand(
         self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False
     ) -> OnDemand:
-        manifest = _whole(record)
+        manifest = manifest_of(record)
         return OnDemand(into, manifest, self._obtain(record.path.name, manifest, into), cancelled)
 
     def _obtain(self, name: str, manifest: Manifest, into: Path) -> Obtain:

@@ -41,7 +41,7 @@ def cut(size: int) -> Iterator[Range]:
         yield start, min(piece, size - start)
 
 
-def merged(ranges: Iterable[Range], size: int, grid: int = SMALLEST) -> list[Range]:
+def merged(ranges: Iterable[Range], size: int, grid: int) -> list[Range]:
     """Few ranges, whole squares of the ``grid``, that cover ``ranges`` of a file of ``size`` bytes.
 
     As every piece is made of such squares, no more pieces have a part in them.

@@ -25,7 +25,7 @@ from supervisor.checkpoint import catalog, commit
 from supervisor.checkpoint.catalog import CheckpointRecord
 from supervisor.checkpoint.in_parts import DirectoryParts, PartStorage
 from supervisor.checkpoint.location import TIMEOUT, Location, Remote
-from supervisor.checkpoint.manifest import MANIFEST_NAME, Key, Manifest, Origin
+from supervisor.checkpoint.manifest import Key, Manifest, Origin
 from supervisor.checkpoint.on_demand import OnDemand
 from supervisor.checkpoint.pieces import Piece
 from supervisor.checkpoint.verify import check_pieces
@@ -166,14 +166,12 @@ class LocalStorage:
     def on_demand(
         self, record: CheckpointRecord, into: Path, *, cancelled: Callable[[], bool] = lambda: False
     ) -> OnDemand:
-        path = catalog.local(record)
-        if record.manifest is None or record.problem is not None:
-            raise CheckpointError(record.problem or f"no {MANIFEST_NAME}")
+        path, manifest = catalog.local(record), catalog.manifest_of(record)
 
         def compare(pieces: Sequence[Piece], over: Callable[[], bool]) -> None:
             check_pieces(path, pieces, self.key, over)
 
-        return OnDemand(path, record.manifest, compare, cancelled)
+        return OnDemand(path, manifest, compare, cancelled)
 
     def remove(self, record: CheckpointRecord) -> None:
         catalog.remove(record)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -196,8 +195,11 @@ def problems_of(
         links = entry_status(directory, name).st_nlink
         return f"{name}: digest does not match" + (f" (shared by {links} checkpoints)" if links > 1 else "")
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        problems += [problem for problem in pool.map(check, names) if problem is not None]
+    def note(name: str) -> None:
+        if (problem := check(name)) is not None:
+            problems.append(problem)
+
+    each(note, names, workers)
     return sorted(problems)
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from supervisor.checkpoint.pieces import Range, merged, without
+from supervisor.checkpoint.pieces import SMALLEST, Range, merged, without
 
 #: returns when these ranges, by the file's name, can be read; raises CheckpointError, StorageError
 Need = Callable[[Mapping[str, list[Range]]], None]
@@ -14,6 +14,8 @@ Need = Callable[[Mapping[str, list[Range]]], None]
 
 class Supply:
     """Of one directory; what was asked for once is there for good. Without a ``need``, all of it is there from the start."""
+
+    grid = SMALLEST  # bytes; what is asked for is whole squares of it
 
     def __init__(self, directory: Path, need: Need | None) -> None:
         self._directory, self._need = directory, need
@@ -30,9 +32,9 @@ class Supply:
         there: dict[str, list[Range]] = {}
         for name, ranges in by_name.items():
             size, known = (self._directory / name).lstat().st_size, self._there.get(name, [])
-            squares = merged(ranges, size)
+            squares = merged(ranges, size, self.grid)
             if new := without(squares, known):
-                missing[name], there[name] = new, merged([*known, *new], size)
+                missing[name], there[name] = new, merged([*known, *new], size, self.grid)
         if missing:
             self._need(missing)
             self._there |= there

@@ -13,10 +13,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from supervisor.checkpoint.pieces import Range
-from supervisor.training import supply
 from supervisor.training.engine import ArenaWriter
 from supervisor.training.reader import read_metadata
 from supervisor.training.state import TrainingState
+from supervisor.training.supply import Supply
 from supervisor.training.world import World
 from supervisor.training.writer import Written
 
@@ -79,7 +79,7 @@ def load(checkpoint: Path, folder: Path, *, strict: bool) -> dict[str, float]:
                     asked["bytes"] += length
 
     if strict:
-        supply.merged.__defaults__ = (1,)
+        Supply.grid = 1
     states = []
     for where, whom in ((checkpoint, None), (place, need)):
         model, optimizer = _training(1)
